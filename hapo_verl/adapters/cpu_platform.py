@@ -1,0 +1,168 @@
+"""verl's trainer on a CPU: the platform and the four places where verl 0.9.1 takes an accelerator for granted.
+
+Loaded with VERL_PLATFORM=cpu and never otherwise: the CPU-only actors of a GPU cluster see no accelerator either, so
+nothing is detected. The fourth place lies in vLLM's processes and has its own module, `vllm_cpu`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import os
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from verl.plugin.platform import PlatformBase, PlatformRegistry
+
+# verl's engine registry knows the FSDP engine under "cuda" and "npu"; this is verl's own switch to say which to take.
+os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
+
+
+class _CpuDevice(types.ModuleType):
+    """`torch.cpu` plus the parts of `torch.cuda` that verl calls without a guard: nothing to do, nothing allocated."""
+
+    _NOTHING_TO_DO = (
+        "empty_cache",
+        "ipc_collect",
+        "manual_seed",
+        "manual_seed_all",
+        "reset_accumulated_memory_stats",
+        "reset_peak_memory_stats",
+        "set_device",
+        "set_per_process_memory_fraction",
+        "synchronize",
+    )
+    _NO_BYTES = ("max_memory_allocated", "max_memory_reserved", "memory_allocated", "memory_reserved")
+
+    def __init__(self) -> None:
+        super().__init__("hapo_verl_cpu_device")
+        for name in self._NOTHING_TO_DO:
+            setattr(self, name, lambda *_, **__: None)
+        for name in self._NO_BYTES:
+            setattr(self, name, lambda *_, **__: 0)
+        self.mem_get_info = lambda *_, **__: (0, 0)
+        self.is_available = lambda: False
+        self.device_count = lambda: 1
+        # An integer would mean cuda:<integer> in tensor.to().
+        self.current_device = lambda: torch.device("cpu")
+        self.get_device_name = lambda *_, **__: "CPU"
+        self.get_rng_state = torch.get_rng_state
+        self.set_rng_state = torch.set_rng_state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cpu, name)
+
+
+_DEVICE = _CpuDevice()
+
+
+@PlatformRegistry.register(platform="cpu")
+class CpuPlatform(PlatformBase):
+    """One device, the host; workers talk over gloo and take logical `GPU` slots of Ray."""
+
+    device_name = "cpu"
+    vendor_name = "cpu"
+    device_module = _DEVICE
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def device_count(self) -> int:
+        return 1
+
+    def set_device(self, device_index: int) -> None: ...
+
+    def synchronize(self, device_index: int | None = None) -> None: ...
+
+    def manual_seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def manual_seed_all(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def set_allocator_settings(self, settings: str) -> None: ...
+
+    def empty_cache(self) -> None: ...
+
+    def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
+        return None, None
+
+    def communication_backend_name(self) -> str:
+        return "gloo"
+
+    def visible_devices_envvar(self) -> str:
+        return "CUDA_VISIBLE_DEVICES"
+
+    @contextlib.contextmanager
+    def nvtx_range(self, msg: str) -> Iterator[None]:
+        yield
+
+    def profiler_start(self) -> None: ...
+
+    def profiler_stop(self) -> None: ...
+
+    def ray_resource_name(self) -> str:
+        return "GPU"
+
+    def ray_noset_envvars(self) -> list[str]:
+        return []
+
+    def is_ipc_supported(self) -> bool:
+        # Weights travel to vLLM through shared memory.
+        return False
+
+    def cudart(self) -> None:
+        return None
+
+
+def _one_gloo_backend() -> None:
+    """verl.utils.distributed builds "cpu:gloo,cpu:gloo", which torch refuses: say "cpu:gloo"."""
+    import verl.utils.distributed as distributed
+
+    original = distributed.initialize_global_process_group_ray
+
+    @functools.wraps(original)
+    def initialize(timeout_second: int | None = None, backend: str | None = None) -> Any:
+        return original(timeout_second=timeout_second, backend=backend or "cpu:gloo")
+
+    distributed.initialize_global_process_group_ray = initialize
+
+
+def _vllm_is_vllm_cpu() -> None:
+    """verl asks for the distribution "vllm"; its CPU build is published as "vllm-cpu"."""
+    original = importlib.metadata.version
+
+    @functools.wraps(original)
+    def version(distribution_name: str) -> str:
+        try:
+            return original(distribution_name)
+        except importlib.metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return original("vllm-cpu") + "+cpu"
+
+    importlib.metadata.version = version
+
+
+def _no_pinned_memory() -> None:
+    """With a reference model verl builds FSDP2's CPUOffloadPolicy, which pins memory, which needs an accelerator."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    original = CPUOffloadPolicy.__init__
+
+    @functools.wraps(original)
+    def init(self: CPUOffloadPolicy, pin_memory: bool = True) -> None:
+        original(self, pin_memory=False)
+
+    CPUOffloadPolicy.__init__ = init
+
+
+_one_gloo_backend()
+_vllm_is_vllm_cpu()
+_no_pinned_memory()

@@ -1,0 +1,108 @@
+"""The HAPO loss in verl's actor: a loss function for `set_loss_fn`, which sees every field of a micro-batch.
+
+verl's own policy losses are handed seven tensors and could not tell a demonstration from a rollout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensordict import TensorDict
+from torch import Tensor
+from verl.utils.metric import AggregationType, Metric
+from verl.workers.config import ActorConfig
+from verl.workers.utils.padding import no_padding_2_padding
+
+from hapo_verl.adapters.rows import DEMONSTRATION, demonstration_flags
+from hapo_verl.adapters.trace import Trace
+from hapo_verl.algo.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, hapo_policy_loss
+from hapo_verl.config import HapoConfig
+
+# Prefix of token sums on their way to the trainer, which turns them into means once all micro-batches are added up.
+TOKEN_SUM = "hapo_token_sum/"
+
+
+def hapo_loss(
+    config: ActorConfig, hapo: HapoConfig, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """verl's loss contract: the micro-batch's loss, to be differentiated, and its metrics.
+
+    Args:
+        config: verl's actor configuration; clip ranges, `loss_agg_mode`, entropy and KL settings are read.
+        hapo: the `hapo:` block.
+        model_output: `log_probs` and, where wanted, `entropy`, over whole sequences.
+        data: the micro-batch, one jagged tensor a field.
+        dp_group: not used; the normalisers in `data` are global already.
+
+    Raises:
+        RuntimeError: when a row did not pass HAPO's agent loop.
+    """
+    demonstration_B = demonstration_flags(data)
+    policy_logp_BT = no_padding_2_padding(model_output["log_probs"], data)
+    entropy = model_output.get("entropy")
+    names = ["response_mask", "old_log_probs", "advantages", "rollout_is_weights", "ref_log_prob"]
+    rows = data.select(*(name for name in names if name in data)).to_padded_tensor()
+
+    clip_low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
+    clip_high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
+    result = hapo_policy_loss(
+        policy_logp_BT,
+        rows["old_log_probs"],
+        rows["advantages"],
+        rows["response_mask"].bool(),
+        demonstration_B.to(policy_logp_BT.device),
+        shaping=hapo.loss.shaping,
+        clip=Clip(low=clip_low, high=clip_high, dual=config.get("clip_ratio_c", 3.0)),
+        aggregation=Aggregation(
+            mode=config.loss_agg_mode,
+            dp_size=data["dp_size"],
+            batch_num_tokens=data["batch_num_tokens"],
+            global_batch_size=data["global_batch_size"],
+            loss_scale_factor=config.loss_scale_factor,
+        ),
+        importance_weight_BT=rows.get("rollout_is_weights", None),
+        kl=KLPenalty(rows["ref_log_prob"], config.kl_loss_type, config.kl_loss_coef) if config.use_kl_loss else None,
+        entropy=None
+        if entropy is None
+        else EntropyBonus(no_padding_2_padding(entropy, data), config.entropy_coeff),
+    )
+    Trace(hapo.trace_dir).loss_rows(data, names=["uid", "responses", DEMONSTRATION, "advantages", "response_mask"])
+    return result.loss, _metrics(result.metrics._asdict(), config, has_entropy=entropy is not None)
+
+
+def _metrics(values: dict[str, Tensor], config: ActorConfig, *, has_entropy: bool) -> dict[str, Any]:
+    """verl's names for what verl logs too; every contribution carries the global normaliser, so all are added up."""
+    named = {
+        "actor/pg_loss": values.pop("on_policy_loss") + values["teacher_loss"],
+        "hapo/loss/demonstration": values.pop("teacher_loss"),
+    }
+    named["hapo/loss/on_policy"] = named["actor/pg_loss"] - named["hapo/loss/demonstration"]
+    kl_loss, entropy_loss = values.pop("kl_loss"), values.pop("entropy")
+    if config.use_kl_loss:
+        named["kl_loss"] = kl_loss
+    if has_entropy:
+        named["actor/entropy_loss"] = entropy_loss
+    named |= {TOKEN_SUM + name: value for name, value in values.items()}
+    metrics: dict[str, Any] = {name: Metric(AggregationType.SUM, value) for name, value in named.items()}
+    if config.use_kl_loss:
+        metrics["kl_coef"] = config.kl_loss_coef
+    return metrics
+
+
+def token_means(metrics: dict[str, Any]) -> dict[str, float]:
+    """The token means that the sums of `hapo_loss` stand for; takes the sums out of `metrics`.
+
+    Args:
+        metrics: the actor's metrics after verl has added up micro-batches and averaged mini-batches and ranks.
+    """
+    prefix = "actor/" + TOKEN_SUM
+    sums = {name.removeprefix(prefix): metrics.pop(name) for name in list(metrics) if name.startswith(prefix)}
+    if not sums:
+        return {}
+    on_policy, demonstration = max(sums["on_policy_tokens"], 1), max(sums["teacher_tokens"], 1)
+    return {
+        "actor/pg_clipfrac": sums["clipped_tokens"] / on_policy,
+        "actor/pg_clipfrac_lower": sums["dual_clipped_tokens"] / on_policy,
+        "actor/ppo_kl": sums["log_ratio_sum"] / on_policy,
+        "hapo/demonstration/probability": sums["teacher_probability_sum"] / demonstration,
+    }

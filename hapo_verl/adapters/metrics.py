@@ -1,0 +1,72 @@
+"""What a HAPO run logs about its groups, in verl's own logger, under `hapo/`.
+
+verl adds up or averages metrics by their names over the updates of one step; none of these names contains a word
+(`max`, `min`, `sum`, `total`) that would change the average, weighted by rows, that they need.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from hapo_verl.algo.demonstration import REASONS
+from hapo_verl.algo.gate import firing_probability
+
+
+def group_metrics(groups: Mapping[str, Mapping[str, Any]], *, demonstration_B: Tensor, tokens_B: Tensor) -> dict[str, float]:
+    """Metrics of the groups of one update.
+
+    Args:
+        groups: uid → `hapo_group`, padding left out.
+        demonstration_B: (B,) bool, which rows are demonstrations, padding left out.
+        tokens_B: (B,) response tokens of the same rows.
+
+    Returns:
+        Shares in [0, 1], of groups unless the name says rows or tokens. `gate/firing_rate_expected` is what the groups'
+        own success rates lead one to expect: the mean over groups of P(S ≤ bound), S ~ Binomial(N, S_g / N).
+        `gate/firing_rate_at_S` has a key for every success count that occurred.
+    """
+    gated = [group for group in groups.values() if group["bound"] is not None]
+    fired = [group for group in gated if sum(group["successes"]) <= group["bound"]]
+    outcomes = Counter(group["outcome"] for group in groups.values())
+    rollouts = sum(len(group["successes"]) for group in gated)
+
+    metrics = {
+        "hapo/gate/firing_rate": _share(len(fired), len(gated)),
+        "hapo/gate/firing_rate_expected": _share(sum(map(_expected_firing, gated)), len(gated)),
+        "hapo/gate/confidence": _share(sum(group["confidence"] for group in gated), len(gated)),
+        "hapo/gate/not_gated": _share(outcomes["not_gated"], len(groups)),
+        "hapo/injected/group_share": _share(outcomes["injected"], len(groups)),
+        "hapo/injected/row_share": _share(int(demonstration_B.sum()), demonstration_B.numel()),
+        "hapo/injected/token_share": _share(int(tokens_B[demonstration_B].sum()), int(tokens_B.sum())),
+        "hapo/on_policy_success": _share(sum(sum(group["successes"]) for group in gated), rollouts),
+        "hapo/without_signal/before_injection": _share(sum(map(_flat, gated)), len(gated)),
+        "hapo/without_signal/after_injection": _share(
+            sum(_flat(group) and group["outcome"] != "injected" for group in gated), len(gated)
+        ),
+    }
+    metrics |= {f"hapo/refused/{reason}": _share(outcomes[reason], len(groups)) for reason in REASONS}
+    by_successes = Counter(sum(group["successes"]) for group in gated)
+    fired_by_successes = Counter(sum(group["successes"]) for group in fired)
+    metrics |= {
+        f"hapo/gate/firing_rate_at_S/{successes}": fired_by_successes[successes] / count
+        for successes, count in sorted(by_successes.items())
+    }
+    return metrics
+
+
+def _share(part: float, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _expected_firing(group: Mapping[str, Any]) -> float:
+    rollouts = len(group["successes"])
+    return firing_probability(sum(group["successes"]) / rollouts, rollouts, group["bound"])
+
+
+def _flat(group: Mapping[str, Any]) -> bool:
+    """Equal scores: the group's advantages are all 0."""
+    return len(set(group["scores"])) <= 1

@@ -1,0 +1,30 @@
+"""Hydra presets: `+hapo=paper` and `+hapo_platform=cpu` on any verl command line.
+
+The YAML files lie in `hapo_verl/presets/<group>/`; the values of the `hapo:` block come from `hapo_verl.config`, the
+only place that knows them.
+"""
+
+from __future__ import annotations
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+from hapo_verl.config import defaults
+
+
+class HapoSearchPath(SearchPathPlugin):
+    """Adds this package's presets to Hydra's search path."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("hapo_verl", "pkg://hapo_verl.presets")
+
+
+def register_presets() -> None:
+    """Make the presets visible to every Hydra composition of this process; a second call changes nothing."""
+    plugins = Plugins.instance()
+    if HapoSearchPath not in plugins.discover(SearchPathPlugin):
+        plugins.register(HapoSearchPath)
+    # The preset files start from this node, so that every key of the block exists and can be overridden.
+    ConfigStore.instance().store(name="hapo_defaults", node=defaults())

@@ -1,0 +1,234 @@
+"""Synthetic Success Injection in verl's agent loop worker.
+
+The worker keeps the scored outputs of a prompt's sessions until the last session has settled, decides, and writes the
+group. That is inside the last session's own task, before verl publishes the prompt: every trainer mode passes here,
+`filter_groups` sees the group after the injection, and balancing and log-probs treat a demonstration like any row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import torch
+from verl.experimental.agent_loop import AgentLoopOutput
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+
+from hapo_verl.adapters.rows import DEMONSTRATION, GROUP
+from hapo_verl.adapters.tokens import ChatFormat
+from hapo_verl.algo.demonstration import Refusal, demonstration_text, demonstration_tokens
+from hapo_verl.algo.gate import confidence, injection_bound
+from hapo_verl.algo.injection import Rollout, is_success, worst_rollout
+from hapo_verl.config import HapoConfig
+
+logger = logging.getLogger("verl." + __name__)
+
+@dataclass
+class _Session:
+    """One scored rollout: its outputs (several in some multi-turn loops) and the row fields verl gave it."""
+
+    outputs: list[AgentLoopOutput]
+    fields: dict[str, Any]
+
+
+@dataclass
+class _Group:
+    """A prompt whose sessions are not all settled yet."""
+
+    expected: int
+    demonstration: Any
+    settled: int = 0
+    sessions: dict[int, _Session] = field(default_factory=dict)
+
+
+class HapoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
+    """verl's agent loop worker with a gate at the end of every group of training rollouts."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._hapo = HapoConfig.parse(self.config.hapo)
+        self._groups: dict[str, _Group] = {}
+
+    @functools.cached_property
+    def _chat(self) -> ChatFormat:
+        return ChatFormat.of(
+            self.tokenizer,
+            generation_config=getattr(self.model_config, "generation_config", None),
+            template_kwargs=dict(self.config.data.get("apply_chat_template_kwargs", {}) or {}),
+        )
+
+    async def _run_prompt(
+        self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False
+    ) -> None:
+        # Neither the agent loop nor the reward function nor the trained row gets to see the demonstration's text.
+        demonstration = prompt.pop(self._hapo.demonstration_key, None)
+        if trajectory["validate"]:
+            return await super()._run_prompt(prompt, sampling_params, trajectory, trace)
+        expected = prompt.get("__rollout_n__", self.config.actor_rollout_ref.rollout.n)
+        self._groups[prompt["uid"]] = _Group(expected=int(expected), demonstration=demonstration)
+        try:
+            return await super()._run_prompt(prompt, sampling_params, trajectory, trace)
+        finally:
+            del self._groups[prompt["uid"]]
+
+    async def _run_agent_loop(
+        self, sampling_params: dict[str, Any], trajectory: dict[str, Any], *, agent_name: str, trace: bool = True, **kwargs
+    ) -> None:
+        try:
+            await super()._run_agent_loop(sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs)
+        finally:
+            # A session that raises never reaches postprocess, so sessions are counted here.
+            group = None if trajectory["validate"] else self._groups.get(kwargs["uid"])
+            if group is not None:
+                group.settled += 1
+                if group.settled == group.expected:
+                    await self._close_group(group)
+
+    async def _agent_loop_postprocess(
+        self, output: AgentLoopOutput | list[AgentLoopOutput], validate: bool, **kwargs: Any
+    ) -> None:
+        outputs = output if isinstance(output, list) else [output]
+        if validate or not outputs:
+            return await super()._agent_loop_postprocess(outputs, validate, **kwargs)
+        await self._compute_score(outputs, kwargs=kwargs)
+        self._groups[kwargs["uid"]].sessions[kwargs["session_id"]] = _Session(outputs, kwargs)
+
+    async def _close_group(self, group: _Group) -> None:
+        """Write the group's rows, the worst rollout replaced where the gate fires and the demonstration holds."""
+        if not group.sessions:
+            return
+        replaced: int | None = None
+        demonstration: AgentLoopOutput | None = None
+        try:
+            fired, description = self._gate(group)
+            if fired:
+                replaced, row = await self._replacement(group)
+                demonstration = row if isinstance(row, AgentLoopOutput) else None
+                description["outcome"] = "injected" if demonstration else row.reason
+                description["replaced"] = replaced if demonstration else None
+        except Exception:
+            # The rollouts are paid for: train on them as they are, say it loudly, count it (hapo/refused/error).
+            logger.exception("hapo: a group is trained without injection because closing it failed")
+            description, demonstration = _describe([], outcome="error"), None
+
+        writes = []
+        for session_id, session in group.sessions.items():
+            is_demonstration = demonstration is not None and session_id == replaced
+            writes.append(
+                super()._agent_loop_postprocess(
+                    [demonstration] if is_demonstration else session.outputs,
+                    False,
+                    **session.fields,
+                    **{DEMONSTRATION: torch.tensor(is_demonstration), GROUP: description},
+                )
+            )
+        await asyncio.gather(*writes)
+
+    def _gate(self, group: _Group) -> tuple[bool, dict[str, Any]]:
+        rollouts = [self._rollout(session) for session in group.sessions.values()]
+        if len(rollouts) < 2 or any(rollout is None for rollout in rollouts):
+            return False, _describe([], outcome="not_gated")
+        gate = self._hapo.gate
+        prior = {"prior_success": gate.prior_success, "prior_failure": gate.prior_failure}
+        successes = sum(rollout.success for rollout in rollouts)
+        threshold = 0.0 if gate.name == "never" else gate.threshold
+        bound = injection_bound(len(rollouts), threshold=threshold, **prior)
+        fired = successes <= bound
+        return fired, _describe(
+            rollouts,
+            outcome="fired" if fired else "not_fired",
+            bound=bound,
+            confidence=confidence(successes, len(rollouts), **prior),
+        )
+
+    def _rollout(self, session: _Session) -> Rollout | None:
+        final = session.outputs[-1]
+        if final.reward_score is None:
+            return None
+        limit = self.rollout_config.response_length
+        return Rollout(
+            score=float(final.reward_score),
+            success=self._succeeded(final),
+            truncated=len(final.response_ids) >= limit and final.response_ids[-1] not in self._chat.end_tokens,
+            length=sum(len(output.response_ids) for output in session.outputs),
+        )
+
+    def _succeeded(self, output: AgentLoopOutput) -> bool:
+        accuracy = (output.extra_fields.get("reward_extra_info") or {}).get("acc")
+        return is_success(float(output.reward_score), accuracy, self._hapo.success_threshold)
+
+    async def _replacement(self, group: _Group) -> tuple[int, AgentLoopOutput | Refusal]:
+        """The session that gives way, and the verified demonstration row or why there is none."""
+        session_ids = list(group.sessions)
+        fields = group.sessions[session_ids[0]].fields
+        rng = random.Random(f"{self._hapo.seed}/{fields['global_steps']}/{fields['index']}")
+        rollouts = [self._rollout(session) for session in group.sessions.values()]
+        replaced = session_ids[worst_rollout(rollouts, rng)]
+
+        text = demonstration_text(group.demonstration)
+        if isinstance(text, Refusal):
+            return replaced, text
+        tokens = demonstration_tokens(
+            text,
+            encode=self._chat.encode,
+            generation_prompt=self._chat.generation_prompt,
+            end_token=self._chat.end_token,
+            end_tokens=self._chat.end_tokens,
+            max_tokens=self.rollout_config.response_length,
+        )
+        if isinstance(tokens, Refusal):
+            return replaced, tokens
+        row = _demonstration_row(group.sessions[replaced].outputs, tokens)
+        await self._compute_score([row], kwargs=group.sessions[replaced].fields)
+        return replaced, row if self._succeeded(row) else Refusal("rejected")
+
+
+def _describe(
+    rollouts: list[Rollout], *, outcome: str, bound: int | None = None, confidence: float | None = None
+) -> dict[str, Any]:
+    """What the gate saw and did: `outcome` is not_gated, not_fired, injected or the reason of a refusal."""
+    return {
+        "outcome": outcome,
+        "scores": [rollout.score for rollout in rollouts],
+        "successes": [rollout.success for rollout in rollouts],
+        "bound": bound,
+        "confidence": confidence,
+        "replaced": None,
+    }
+
+
+def _demonstration_row(replaced: list[AgentLoopOutput], tokens: list[int]) -> AgentLoopOutput:
+    """The replaced rollout's output with the demonstration's tokens.
+
+    Copied from the loser, so that it has every field the other rows have: a field that one row of a batch lacks
+    disappears for all rows. Its rollout log-probs are NaN until the trainer knows better (`_compute_old_log_prob`);
+    zeros would read as probability 1.
+    """
+    first, final = replaced[0], replaced[-1]
+    extra_fields = {key: value for key, value in final.extra_fields.items() if key != "reward_extra_info"}
+    return final.model_copy(
+        update={
+            "prompt_ids": list(first.prompt_ids),
+            "response_ids": tokens,
+            "response_mask": [1] * len(tokens),
+            "response_logprobs": None if final.response_logprobs is None else [float("nan")] * len(tokens),
+            "multi_modal_data": first.multi_modal_data,
+            "reward_score": None,
+            "num_turns": 2,
+            "metrics": final.metrics.model_copy(),
+            "extra_fields": extra_fields,
+        }
+    )
+
+
+class HapoAgentLoopManager(AgentLoopManagerTQ):
+    """`actor_rollout_ref.rollout.agent.agent_loop_manager_class` of a HAPO run."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.agent_loop_workers_class = ray.remote(HapoAgentLoopWorker)

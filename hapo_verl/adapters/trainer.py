@@ -1,0 +1,208 @@
+"""The HAPO trainers: verl's three trainer modes with one mixin.
+
+    hapo_sync            PPOTrainerSync
+    hapo_colocate_async  PPOTrainerColocateAsync
+    hapo_separate_async  PPOTrainerSeparateAsync
+
+The mixin checks the launch before anything is started, gives the actor the HAPO loss, keeps demonstrations out of what
+compares two policies, computes advantages from one score a row, and logs under `hapo/`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import transfer_queue as tq
+from hapo_kernels.segment_norm import segment_ids
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from torch import Tensor
+from verl import DataProto
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
+from verl.trainer.ppo.v1 import (
+    PPOTrainerColocateAsync,
+    PPOTrainerSeparateAsync,
+    PPOTrainerSync,
+    register_trainer,
+)
+from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.debug.metrics import calculate_debug_metrics
+
+from hapo_verl.adapters import checks
+from hapo_verl.adapters.loss import hapo_loss, token_means
+from hapo_verl.adapters.metrics import group_metrics
+from hapo_verl.adapters.rows import DEMONSTRATION, GROUP, demonstration_flags
+from hapo_verl.adapters.trace import Trace
+from hapo_verl.algo.advantage import session_advantage
+from hapo_verl.config import HapoConfig
+
+
+class HapoTrainer:
+    """What HAPO adds to a verl trainer; mixed in before it.
+
+    Overrides of verl's private methods are listed, with the version they were read in, in `contract.py`.
+    """
+
+    def __init__(self, config: Any) -> None:
+        checks.check_launch(config)
+        checks.check_cluster()
+        self.hapo = HapoConfig.parse(OmegaConf.to_container(config.hapo, resolve=True))
+        self.trace = Trace(self.hapo.trace_dir)
+        super().__init__(config)
+
+    @property
+    def trainer_mode(self) -> str:
+        """verl's name of the mode: it is compared in several places and names a configuration block."""
+        return self._trainer_mode
+
+    @trainer_mode.setter
+    def trainer_mode(self, name: str) -> None:
+        self._trainer_mode = name.removeprefix("hapo_")
+
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()
+        checks.check_demonstrations(self.train_dataset, self.tokenizer, self.config, self.hapo)
+
+    def _build_replay_buffer(self) -> Any:
+        buffer = super()._build_replay_buffer()
+        if self.hapo.poll_interval is not None:
+            buffer.poll_interval = self.hapo.poll_interval
+        return buffer
+
+    def on_init_end(self) -> None:
+        super().on_init_end()
+        actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
+        self.actor_rollout_wg.set_loss_fn(partial(hapo_loss, config=actor, hapo=self.hapo))
+
+    def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
+        """verl's, then: a demonstration was sampled by nobody, so its rollout log-probs are its old log-probs.
+
+        Rollout correction then gives it weight 1, and verl's comparison of rollout and actor is repeated without it.
+        """
+        batch = super()._compute_old_log_prob(batch, metrics)
+        if not self.config.actor_rollout_ref.rollout.calculate_log_probs:
+            return batch
+        flags = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[DEMONSTRATION])
+        demonstration_B = demonstration_flags(flags)
+        if not demonstration_B.any():
+            return batch
+
+        injected = [key for key, flag in zip(batch.keys, demonstration_B.tolist(), strict=True) if flag]
+        data = tq.kv_batch_get(keys=injected, partition_id=batch.partition_id, select_fields=["old_log_probs"])
+        data["rollout_log_probs"] = data.pop("old_log_probs")
+        tq.kv_batch_put(keys=injected, partition_id=batch.partition_id, fields=data)
+
+        sampled = [key for key, flag in zip(batch.keys, demonstration_B.tolist(), strict=True) if not flag]
+        fields = ["rollout_log_probs", "old_log_probs", "response_mask"]
+        data = tq.kv_batch_get(keys=sampled, partition_id=batch.partition_id, select_fields=fields).to_padded_tensor()
+        # Only its width is read.
+        data["responses"] = data["response_mask"]
+        metrics.update(calculate_debug_metrics(DataProto(batch=data)))
+        return batch
+
+    def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
+        """Advantages from one score a row, written as verl's trainer writes them; (B, T) is never padded."""
+        fields = ["uid", "response_mask", "rm_scores", DEMONSTRATION, GROUP]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        demonstration_B = demonstration_flags(data)
+        output = self._correct_rollouts(batch, demonstration_B, metrics)
+
+        mask = output.get("response_mask", data["response_mask"])
+        lengths_B = mask.offsets().diff()
+        score_B = _row_sums(data["rm_scores"])
+        prompt_of, session_of, output_B = _split_keys(batch.keys)
+        advantage_B = session_advantage(
+            score_B,
+            segment_ids(prompt_of),
+            segment_ids(session_of),
+            output_B,
+            scale_by_std=bool(self.config.algorithm.get("norm_adv_by_std_in_grpo", True)),
+        )
+        advantages = torch.nested.nested_tensor_from_jagged(
+            advantage_B.repeat_interleave(lengths_B) * mask.values(), offsets=mask.offsets()
+        )
+        output.update({"advantages": advantages, "returns": advantages})
+
+        real = np.array([not tag.get("is_padding", False) for tag in batch.tags])
+        groups = dict(zip(prompt_of, data[GROUP].tolist(), strict=True))
+        groups = {uid: groups[uid] for uid, keep in zip(prompt_of, real, strict=True) if keep}
+        metrics.update(
+            group_metrics(
+                groups,
+                demonstration_B=demonstration_B[torch.from_numpy(real)],
+                tokens_B=_row_sums(data["response_mask"])[torch.from_numpy(real)],
+            )
+        )
+        self.trace.groups(self.global_steps, groups)
+        return tq.kv_batch_put(
+            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(output, batch_size=len(batch))
+        )
+
+    def _correct_rollouts(self, batch: Any, demonstration_B: Tensor, metrics: dict) -> dict[str, Tensor]:
+        """verl's rollout correction over the sampled rows; a demonstration keeps weight 1 and all of its tokens."""
+        correction = self.config.algorithm.get("rollout_correction", None)
+        if correction is None or not self.config.actor_rollout_ref.rollout.calculate_log_probs:
+            return {}
+        fields = ["response_mask", "rollout_log_probs", "old_log_probs"]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        mask = data["response_mask"]
+        padded = data.to_padded_tensor()
+        sampled_B = ~demonstration_B
+        sampled, correction_metrics = compute_rollout_correction_and_add_to_batch(
+            DataProto(batch=padded[sampled_B]), correction
+        )
+        metrics.update(correction_metrics)
+
+        corrected = {"response_mask": padded["response_mask"].clone()}
+        corrected["response_mask"][sampled_B] = sampled.batch["response_mask"].to(corrected["response_mask"].dtype)
+        if "rollout_is_weights" in sampled.batch:
+            weights = sampled.batch["rollout_is_weights"]
+            corrected["rollout_is_weights"] = torch.ones(padded["response_mask"].shape, dtype=weights.dtype)
+            corrected["rollout_is_weights"][sampled_B] = weights
+        return {name: _like(mask, value) for name, value in corrected.items()}
+
+    def _update_actor(self, batch: Any, metrics: dict) -> Any:
+        batch = super()._update_actor(batch, metrics)
+        metrics.update(token_means(metrics))
+        for name in [name for name in metrics if name.startswith("actor/hapo/")]:
+            metrics[name.removeprefix("actor/")] = metrics.pop(name)
+        return batch
+
+
+def _row_sums(jagged: Tensor) -> Tensor:
+    """(B,) sums of a jagged (B, T)."""
+    rows = torch.repeat_interleave(torch.arange(jagged.size(0)), jagged.offsets().diff())
+    return torch.zeros(jagged.size(0), dtype=jagged.dtype).index_add_(0, rows, jagged.values())
+
+
+def _like(jagged: Tensor, padded_BT: Tensor) -> Tensor:
+    """`padded_BT` cut to the rows of `jagged`."""
+    lengths_B = jagged.offsets().diff()
+    keep_BT = torch.arange(padded_BT.size(1)) < lengths_B.unsqueeze(1)
+    return torch.nested.nested_tensor_from_jagged(padded_BT[keep_BT], offsets=jagged.offsets())
+
+
+def _split_keys(keys: list[str]) -> tuple[list[str], list[str], Tensor]:
+    """Prompt, session and position of each row from verl's `{uid}_{session}_{index}`."""
+    parts = [key.rsplit("_", 2) for key in keys]
+    prompt_of = [uid for uid, _, _ in parts]
+    session_of = [f"{uid}_{session}" for uid, session, _ in parts]
+    return prompt_of, session_of, torch.tensor([int(index) for _, _, index in parts])
+
+
+@register_trainer("hapo_sync")
+class HapoTrainerSync(HapoTrainer, PPOTrainerSync):
+    """Rollout and training take turns on the same devices."""
+
+
+@register_trainer("hapo_colocate_async")
+class HapoTrainerColocateAsync(HapoTrainer, PPOTrainerColocateAsync):
+    """The same devices; unfinished rollouts go on under the next weights."""
+
+
+@register_trainer("hapo_separate_async")
+class HapoTrainerSeparateAsync(HapoTrainer, PPOTrainerSeparateAsync):
+    """Rollout and training on devices of their own."""

@@ -1,0 +1,61 @@
+"""The policy loss of a batch with demonstrations in it.
+
+    the policy's own row    ℓ = PPO's clipped surrogate of ρ = π/π_old (dual clip included)
+    a demonstration         ℓ = −A · f(π),    f(q) = q / (q + λ),    ∂f/∂log π = λq / (q + λ)²
+
+    loss = agg(ℓ) − c_H · agg(H) + c_KL · agg(KL of the policy's own rows)
+
+Nobody sampled a demonstration, so it has no ratio, no clip and no KL estimate; the probability of its author is taken as
+1, where f is LUFFY's policy shaping (arXiv 2504.14945): the gradient is largest, A/4, at π = λ and fades for tokens
+that the policy knows already and for tokens it could not have written. Both kinds of rows go through one aggregation.
+"""
+
+from __future__ import annotations
+
+from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, PolicyLoss, Teacher, policy_loss
+from torch import Tensor
+
+__all__ = ["Aggregation", "Clip", "EntropyBonus", "KLPenalty", "PolicyLoss", "hapo_policy_loss"]
+
+
+def hapo_policy_loss(
+    policy_logp_BT: Tensor,
+    old_logp_BT: Tensor,
+    advantage_BT: Tensor,
+    mask_BT: Tensor,
+    demonstration_B: Tensor,
+    *,
+    shaping: float,
+    clip: Clip,
+    aggregation: Aggregation,
+    importance_weight_BT: Tensor | None = None,
+    kl: KLPenalty | None = None,
+    entropy: EntropyBonus | None = None,
+) -> PolicyLoss:
+    """Loss and metrics of one micro-batch; the gradient flows through `policy_logp_BT`.
+
+    Args:
+        policy_logp_BT: (B, T) log-probabilities of the rows' tokens under the policy in training, nats.
+        old_logp_BT: (B, T) under the policy that sampled; not read on demonstrations.
+        advantage_BT: (B, T), or (B,) with one advantage a row.
+        mask_BT: (B, T), nonzero on the tokens that train.
+        demonstration_B: (B,) bool, True on demonstrations.
+        shaping: λ > 0.
+        clip: clip range of the policy's own rows.
+        aggregation: verl's `loss_agg_mode` with the normalisers of the global batch.
+        importance_weight_BT: (B, T) weights of a rollout correction, for the policy's own rows.
+        kl: penalty towards a reference model, with its coefficient.
+        entropy: bonus, with its coefficient.
+    """
+    return policy_loss(
+        policy_logp_BT,
+        old_logp_BT,
+        advantage_BT,
+        mask_BT,
+        clip=clip,
+        aggregation=aggregation,
+        teacher=Teacher(row_B=demonstration_B, shaping=shaping),
+        importance_weight_BT=importance_weight_BT,
+        kl=kl,
+        entropy=entropy,
+    )

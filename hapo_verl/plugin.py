@@ -1,0 +1,41 @@
+"""verl's door to this package: importing it registers everything (entry point group `verl.plugins`).
+
+verl imports it at the end of `import verl`, in every process that does so: driver, trainer, actors, agent loops,
+reward workers, vLLM servers. Three things follow. verl is half imported here, so what needs verl's modules waits until
+verl itself imports them; a worker that never trains pays nothing for the trainer classes; and verl logs a plugin's
+failure at DEBUG only, so a failure is written to stderr before it is raised.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+
+def register() -> None:
+    """Register the estimator, the trainers, the presets and, with VERL_PLATFORM=cpu, the CPU platform."""
+    from wrapt import when_imported
+
+    @when_imported("verl.trainer.ppo.core_algos")
+    def _estimator(_module: object) -> None:
+        import hapo_verl.adapters.estimator  # noqa: F401
+
+    @when_imported("verl.trainer.ppo.v1")
+    def _trainers(_module: object) -> None:
+        import hapo_verl.adapters.trainer  # noqa: F401
+
+    from hapo_verl.adapters.presets import register_presets
+
+    register_presets()
+
+    if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
+        import hapo_verl.adapters.cpu_platform  # noqa: F401
+
+
+try:
+    register()
+except Exception:
+    print("hapo-verl could not be loaded; `python -m hapo_verl.doctor` says more.", file=sys.stderr)
+    traceback.print_exc()
+    raise
