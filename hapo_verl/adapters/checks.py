@@ -1,0 +1,199 @@
+"""Everything that can be known to be wrong before the first rollout: one line each, the key as typed, the rule, the fix."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+import hapo_verl
+from hapo_verl.adapters.contract import check_contract
+from hapo_verl.adapters.tokens import ChatFormat
+from hapo_verl.algo.demonstration import Refusal, demonstration_text, demonstration_tokens
+from hapo_verl.config import ConfigError, HapoConfig
+
+logger = logging.getLogger("verl." + __name__)
+
+MANAGER = "hapo_verl.adapters.rollout.HapoAgentLoopManager"
+MODES = ("hapo_sync", "hapo_colocate_async", "hapo_separate_async")
+
+
+def check_launch(config: DictConfig) -> HapoConfig:
+    """The `hapo:` block of a launch that HAPO can train.
+
+    Raises:
+        ConfigError: on the first thing that is wrong.
+    """
+    check_contract()
+    block = OmegaConf.select(config, "hapo")
+    if isinstance(block, DictConfig):
+        block = OmegaConf.to_container(block, resolve=True)
+    if not isinstance(block, Mapping):
+        raise ConfigError(f"hapo={block!r}: the block of HAPO's keys is missing. Launch with +hapo=paper.")
+    hapo = HapoConfig.parse(block)
+    for key, wrong, advice in _RULES:
+        value = OmegaConf.select(config, key)
+        if wrong(value):
+            raise ConfigError(f"{key}={value}: {advice}")
+    _check_manager(config)
+    _check_reward_model(config)
+    return hapo
+
+
+# Key, what is wrong with its value, the rule and the fix.
+_RULES = (
+    (
+        "trainer.v1.trainer_mode",
+        lambda v: v not in MODES,
+        f"not a HAPO trainer. Use one of {', '.join(MODES)}.",
+    ),
+    (
+        "algorithm.adv_estimator",
+        lambda v: v != "hapo",
+        "a HAPO trainer computes HAPO's advantages. Use algorithm.adv_estimator=hapo.",
+    ),
+    (
+        "actor_rollout_ref.rollout.n",
+        lambda v: v is None or int(v) < 2,
+        "a group needs at least 2 rollouts. Use actor_rollout_ref.rollout.n=8.",
+    ),
+    (
+        "algorithm.use_kl_in_reward",
+        bool,
+        "a demonstration has no KL to the policy that sampled it. "
+        "Use algorithm.use_kl_in_reward=false and actor_rollout_ref.actor.use_kl_loss=true.",
+    ),
+    (
+        "algorithm.rollout_correction.bypass_mode",
+        bool,
+        "a demonstration has no rollout log-probs to take for old ones. Use algorithm.rollout_correction.bypass_mode=false.",
+    ),
+    (
+        "critic.enable",
+        bool,
+        "HAPO's advantages are group-relative and train no critic. Use critic.enable=false.",
+    ),
+    (
+        "actor_rollout_ref.actor.policy_loss.loss_mode",
+        lambda v: v not in (None, "vanilla"),
+        "HAPO brings its own loss, whose on-policy part is vanilla. "
+        "Use actor_rollout_ref.actor.policy_loss.loss_mode=vanilla.",
+    ),
+    (
+        "distillation.enabled",
+        bool,
+        "distillation replaces the policy loss that HAPO needs. Use distillation.enabled=false.",
+    ),
+    (
+        "actor_rollout_ref.rollout.enable_rollout_routing_replay",
+        bool,
+        "a demonstration was not routed by the rollout engine, so its experts cannot be replayed. "
+        "Use actor_rollout_ref.rollout.enable_rollout_routing_replay=false.",
+    ),
+)
+
+
+def _check_manager(config: DictConfig) -> None:
+    from verl.utils.import_utils import load_class_from_fqn
+
+    from hapo_verl.adapters.rollout import HapoAgentLoopManager
+
+    key = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
+    name = OmegaConf.select(config, key)
+    manager = load_class_from_fqn(name, "AgentLoopManager") if name else None
+    if not (isinstance(manager, type) and issubclass(manager, HapoAgentLoopManager)):
+        raise ConfigError(f"{key}={name}: this agent loop injects no demonstrations. Use {MANAGER} or a subclass of it.")
+
+
+def _check_reward_model(config: DictConfig) -> None:
+    model = OmegaConf.select(config, "reward.reward_model")
+    if model is not None and model.enable and not model.enable_resource_pool:
+        raise ConfigError(
+            "reward.reward_model.enable_resource_pool=False: a reward model on the trainer's devices scores after the "
+            "groups are closed, too late for the gate. Use reward.reward_model.enable_resource_pool=True."
+        )
+
+
+def check_cluster() -> None:
+    """Raise `ConfigError` where a Ray node has no hapo-verl, or another version than this process.
+
+    Actors and agent loops import this package on their own nodes.
+    """
+    import ray
+
+    def installed() -> str | None:
+        # A nested function travels by value, so it also runs where the package is missing.
+        from importlib import metadata
+
+        try:
+            import verl  # noqa: F401
+
+            loaded = {point.value for point in metadata.entry_points(group="verl.plugins")}
+            return metadata.version("hapo-verl") if "hapo_verl.plugin" in loaded else None
+        except (ImportError, metadata.PackageNotFoundError):
+            return None
+
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+    pin = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+    probe = ray.remote(num_cpus=0)(installed)
+    answers = ray.get([probe.options(scheduling_strategy=pin(node["NodeID"], soft=False)).remote() for node in nodes])
+    for node, version in zip(nodes, answers, strict=True):
+        if version != hapo_verl.__version__:
+            raise ConfigError(
+                f"Ray node {node['NodeManagerAddress']}: hapo-verl {version or 'is not installed'}, the driver has "
+                f"{hapo_verl.__version__}. pip install hapo-verl=={hapo_verl.__version__} in that node's environment."
+            )
+
+
+def check_demonstrations(dataset: Any, tokenizer: Any, config: DictConfig, hapo: HapoConfig, sample: int = 256) -> None:
+    """Raise `ConfigError` where the training data has no demonstration that could ever be injected.
+
+    Args:
+        dataset: verl's training data set.
+        tokenizer: the run's.
+        config: the whole configuration.
+        hapo: its `hapo:` block.
+        sample: rows looked at, spread over the data set.
+    """
+    key, limit = hapo.demonstration_key, int(config.data.max_response_length)
+    rows = getattr(dataset, "dataframe", dataset)
+    columns = getattr(rows, "column_names", None) or list(dataset[0])
+    if key not in columns:
+        raise ConfigError(
+            f"hapo.demonstration_key={key}: data.train_files has no such column (it has {', '.join(sorted(columns))}). "
+            "Add one with a worked solution a row, or name yours."
+        )
+    chat = ChatFormat.of(
+        tokenizer,
+        generation_config=None,
+        template_kwargs=dict(OmegaConf.select(config, "data.apply_chat_template_kwargs") or {}),
+    )
+    stride = max(1, len(rows) // sample)
+    outcomes = Counter(_usable(rows[i][key], chat, limit) for i in range(0, len(rows), stride))
+    looked_at, usable = outcomes.total(), outcomes.pop("usable", 0)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in outcomes.most_common())
+    if not usable:
+        raise ConfigError(
+            f"hapo.demonstration_key={key}: none of {looked_at} demonstrations looked at can be injected ({reasons}). "
+            f"Fill the column; they must fit data.max_response_length={limit} with their end of sequence."
+        )
+    if reasons:
+        logger.warning("hapo: of %d demonstrations looked at %d can be injected; %s", looked_at, usable, reasons)
+
+
+def _usable(value: Any, chat: ChatFormat, limit: int) -> str:
+    text = demonstration_text(value)
+    if isinstance(text, Refusal):
+        return text.reason
+    tokens = demonstration_tokens(
+        text,
+        encode=chat.encode,
+        generation_prompt=chat.generation_prompt,
+        end_token=chat.end_token,
+        end_tokens=chat.end_tokens,
+        max_tokens=limit,
+    )
+    return tokens.reason if isinstance(tokens, Refusal) else "usable"

@@ -1,0 +1,90 @@
+"""Every private method of verl that this package overrides, calls or reads around, and the verl version it was read in.
+
+Checked at the start of a run and by `hapo_verl.doctor`: a verl whose signatures differ is refused with one line
+instead of failing at step 300. `REPLACED` bodies are not called any more; the tests hold a digest of what they said.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+
+from packaging.version import Version
+
+from hapo_verl.config import ConfigError
+
+READ_IN = "0.9.1"
+SUPPORTED = (Version("0.9.1"), Version("0.10"))
+
+EXTENDED, REPLACED = "extended", "replaced"
+
+
+@dataclass(frozen=True)
+class Override:
+    """A method of verl that ours extends (calls) or replaces.
+
+    Attributes:
+        owner: dotted path of verl's class.
+        method: its name.
+        parameters: the names it had in `READ_IN`, in order.
+        how: `EXTENDED` or `REPLACED`.
+    """
+
+    owner: str
+    method: str
+    parameters: tuple[str, ...]
+    how: str = EXTENDED
+
+
+_TRAINER = "verl.trainer.ppo.v1.trainer_base.PPOTrainer"
+_WORKER = "verl.experimental.agent_loop.agent_loop.AgentLoopWorker"
+_WORKER_TQ = "verl.trainer.ppo.v1.agent_loop_tq.AgentLoopWorkerTQ"
+
+OVERRIDES = (
+    Override(_TRAINER, "_init_dataloader", ("self",)),
+    Override(_TRAINER, "_build_replay_buffer", ("self",)),
+    Override(_TRAINER, "_compute_old_log_prob", ("self", "batch", "metrics")),
+    Override(_TRAINER, "_compute_advantage", ("self", "batch", "metrics"), REPLACED),
+    Override(_TRAINER, "_update_actor", ("self", "batch", "metrics")),
+    Override(_WORKER_TQ, "_run_prompt", ("self", "prompt", "sampling_params", "trajectory", "trace")),
+    Override(_WORKER_TQ, "_agent_loop_postprocess", ("self", "output", "validate", "kwargs")),
+    Override(_WORKER, "_run_agent_loop", ("self", "sampling_params", "trajectory", "agent_name", "trace", "kwargs")),
+    # Called, not overridden: scores a demonstration with the run's own reward function.
+    Override(_WORKER, "_compute_score", ("self", "outputs", "kwargs")),
+)
+
+
+def check_contract() -> None:
+    """Raise `ConfigError` where the installed verl is not one this package was written for."""
+    import verl
+
+    version = Version(verl.__version__)
+    if not SUPPORTED[0] <= version < SUPPORTED[1]:
+        raise ConfigError(
+            f"verl=={version}: hapo-verl supports {SUPPORTED[0]} up to, not including, {SUPPORTED[1]}. "
+            f"pip install 'verl>={SUPPORTED[0]},<{SUPPORTED[1]}'."
+        )
+    for override in OVERRIDES:
+        found = parameters_of(override)
+        if found != override.parameters:
+            raise ConfigError(
+                f"verl=={version}: {override.owner}.{override.method}({', '.join(found)}) has changed since verl "
+                f"{READ_IN}, where it took ({', '.join(override.parameters)}). pip install verl=={READ_IN}."
+            )
+
+
+def parameters_of(override: Override) -> tuple[str, ...]:
+    """The parameter names of the installed verl's method; empty where it does not exist."""
+    method = verl_method(override)
+    names = inspect.signature(method).parameters if method else ()
+    # Ray adds a parameter of its own to the methods of an actor class.
+    return tuple(name for name in names if name != "_ray_trace_ctx")
+
+
+def verl_method(override: Override):
+    """The installed verl's function, or None."""
+    module, _, name = override.owner.rpartition(".")
+    owner = getattr(importlib.import_module(module), name, None)
+    # Ray hides the class behind an actor handle.
+    return getattr(getattr(owner, "__ray_actor_class__", owner), override.method, None)
