@@ -6,6 +6,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import torch
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -28,3 +32,9 @@ def demonstration_flags(data: TensorDict) -> Tensor:
         )
     flags = data[DEMONSTRATION]
     return (flags.values() if flags.is_nested else flags).reshape(len(data)).bool()
+
+
+def plain_values(column: Iterable[Any]) -> list[Any]:
+    """A field's rows as plain Python values: TransferQueue hands them out as tensors, stacks or linked lists."""
+    rows = (row if isinstance(row, torch.Tensor) else getattr(row, "data", row) for row in column)
+    return [row.tolist() if hasattr(row, "tolist") else row for row in rows]

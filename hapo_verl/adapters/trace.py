@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tensordict import TensorDict
+
+from hapo_verl.adapters.rows import plain_values
 
 
 class Trace:
@@ -30,7 +31,7 @@ class Trace:
         """Append the rows of one micro-batch, `names` of their fields, as the loss saw them."""
         if self._folder is None:
             return
-        columns = {name: [_plain(value) for value in data[name]] for name in names}
+        columns = {name: plain_values(data[name]) for name in names}
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         self._append(f"loss-{os.getpid()}.jsonl", rows)
 
@@ -41,7 +42,3 @@ class Trace:
         with (self._folder / name).open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
-
-def _plain(value: Any) -> Any:
-    value = getattr(value, "data", value) if not isinstance(value, torch.Tensor) else value
-    return value.tolist() if isinstance(value, torch.Tensor) else value

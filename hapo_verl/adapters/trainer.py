@@ -34,7 +34,7 @@ from verl.utils.debug.metrics import calculate_debug_metrics
 from hapo_verl.adapters import checks
 from hapo_verl.adapters.loss import hapo_loss, token_means
 from hapo_verl.adapters.metrics import group_metrics
-from hapo_verl.adapters.rows import DEMONSTRATION, GROUP, demonstration_flags
+from hapo_verl.adapters.rows import DEMONSTRATION, GROUP, demonstration_flags, plain_values
 from hapo_verl.adapters.trace import Trace
 from hapo_verl.algo.advantage import session_advantage
 from hapo_verl.config import HapoConfig
@@ -127,7 +127,7 @@ class HapoTrainer:
         output.update({"advantages": advantages, "returns": advantages})
 
         real = np.array([not tag.get("is_padding", False) for tag in batch.tags])
-        groups = dict(zip(prompt_of, data[GROUP].tolist(), strict=True))
+        groups = dict(zip(prompt_of, plain_values(data[GROUP]), strict=True))
         groups = {uid: groups[uid] for uid, keep in zip(prompt_of, real, strict=True) if keep}
         metrics.update(
             group_metrics(
