@@ -1,0 +1,136 @@
+"""A launch that cannot work stops at the start, with one line that names the key, the rule and the fix."""
+
+import datasets
+import pytest
+from omegaconf import OmegaConf
+
+from hapo_verl.adapters.checks import check_demonstrations, check_launch
+from hapo_verl.config import ConfigError, HapoConfig
+
+
+def test_the_preset_passes(launch):
+    assert check_launch(launch()) == HapoConfig()
+
+
+def test_single_keys_stay_overridable(launch):
+    assert check_launch(launch("hapo.gate.threshold=0.7")).gate.threshold == 0.7
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("hapo.gate.threshold=1.5", "hapo.gate.threshold=1.5: a success rate lies in [0, 1]. Use 0.0 to switch injection off."),
+        ("+hapo.gate.treshold=0.5", "hapo.gate.treshold: no such key. Did you mean hapo.gate.threshold?"),
+        (
+            "hapo.gate.prior_success=0",
+            "hapo.gate.prior_success=0: a Beta prior needs a positive count. Use 1.0 for the uniform prior.",
+        ),
+        (
+            "actor_rollout_ref.rollout.n=1",
+            "actor_rollout_ref.rollout.n=1: a group needs at least 2 rollouts. Use actor_rollout_ref.rollout.n=8.",
+        ),
+        (
+            "trainer.v1.trainer_mode=sync",
+            "trainer.v1.trainer_mode=sync: not a HAPO trainer. "
+            "Use one of hapo_sync, hapo_colocate_async, hapo_separate_async.",
+        ),
+        (
+            "algorithm.adv_estimator=grpo",
+            "algorithm.adv_estimator=grpo: a HAPO trainer computes HAPO's advantages. Use algorithm.adv_estimator=hapo.",
+        ),
+        (
+            "algorithm.use_kl_in_reward=True",
+            "algorithm.use_kl_in_reward=True: a demonstration has no KL to the policy that sampled it. "
+            "Use algorithm.use_kl_in_reward=false and actor_rollout_ref.actor.use_kl_loss=true.",
+        ),
+        (
+            "algorithm.rollout_correction.bypass_mode=True",
+            "algorithm.rollout_correction.bypass_mode=True: a demonstration has no rollout log-probs to take for old "
+            "ones. Use algorithm.rollout_correction.bypass_mode=false.",
+        ),
+        (
+            "critic.enable=True",
+            "critic.enable=True: HAPO's advantages are group-relative and train no critic. Use critic.enable=false.",
+        ),
+        (
+            "actor_rollout_ref.actor.policy_loss.loss_mode=gspo",
+            "actor_rollout_ref.actor.policy_loss.loss_mode=gspo: HAPO brings its own loss, whose on-policy part is "
+            "vanilla. Use actor_rollout_ref.actor.policy_loss.loss_mode=vanilla.",
+        ),
+        (
+            "distillation.enabled=True",
+            "distillation.enabled=True: distillation replaces the policy loss that HAPO needs. Use distillation.enabled=false.",
+        ),
+        (
+            "actor_rollout_ref.rollout.enable_rollout_routing_replay=True",
+            "actor_rollout_ref.rollout.enable_rollout_routing_replay=True: a demonstration was not routed by the rollout "
+            "engine, so its experts cannot be replayed. Use actor_rollout_ref.rollout.enable_rollout_routing_replay=false.",
+        ),
+        (
+            "actor_rollout_ref.rollout.agent.agent_loop_manager_class=null",
+            "actor_rollout_ref.rollout.agent.agent_loop_manager_class=None: this agent loop injects no demonstrations. "
+            "Use hapo_verl.adapters.rollout.HapoAgentLoopManager or a subclass of it.",
+        ),
+        (
+            "reward.reward_model.enable=True",
+            "reward.reward_model.enable_resource_pool=False: a reward model on the trainer's devices scores after the "
+            "groups are closed, too late for the gate. Use reward.reward_model.enable_resource_pool=True.",
+        ),
+    ],
+)
+def test_each_thing_that_cannot_work_gets_its_own_line(launch, override, message):
+    with pytest.raises(ConfigError) as error:
+        check_launch(launch(override))
+    assert str(error.value) == message
+
+
+def test_a_preset_name_that_was_taken_for_a_string_is_refused(launch):
+    config = launch()
+    OmegaConf.set_struct(config, False)
+    config.hapo = "paper"
+    with pytest.raises(ConfigError) as error:
+        check_launch(config)
+    assert str(error.value) == "hapo='paper': the block of HAPO's keys is missing. Launch with +hapo=paper."
+
+
+class CharTokenizer:
+    """One token a character; `$` ends a sequence."""
+
+    eos_token_id = ord("$")
+
+    def encode(self, text, add_special_tokens):
+        return [ord(char) for char in text]
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
+        return "".join(f"{m['role']}:{m['content']}$" for m in messages) + ("assistant:" if add_generation_prompt else "")
+
+
+def check_rows(config, demonstrations):
+    rows = {"prompt": ["1"] * len(demonstrations)}
+    if demonstrations:
+        rows["demonstration"] = demonstrations
+    check_demonstrations(datasets.Dataset.from_dict(rows), CharTokenizer(), config, HapoConfig())
+
+
+def test_data_without_the_column_is_refused_and_its_columns_are_named(launch):
+    dataset = datasets.Dataset.from_dict({"prompt": ["1"], "data_source": ["x"]})
+    with pytest.raises(ConfigError) as error:
+        check_demonstrations(dataset, CharTokenizer(), launch(), HapoConfig())
+    assert str(error.value) == (
+        "hapo.demonstration_key=demonstration: data.train_files has no such column (it has data_source, prompt). "
+        "Add one with a worked solution a row, or name yours."
+    )
+
+
+def test_data_of_which_no_demonstration_can_be_used_is_refused_with_the_reasons(launch):
+    with pytest.raises(ConfigError) as error:
+        check_rows(launch("data.max_response_length=4"), ["four", "fourty", "", None])
+    assert str(error.value) == (
+        "hapo.demonstration_key=demonstration: none of 4 demonstrations looked at can be injected "
+        "(2 overlong, 1 empty, 1 missing). Fill the column; they must fit data.max_response_length=4 with their end of "
+        "sequence."
+    )
+
+
+def test_one_usable_demonstration_is_enough(launch):
+    check_rows(launch("data.max_response_length=4"), ["four", "one"])

@@ -1,0 +1,72 @@
+"""What a run logs about its groups, on a batch small enough to count by hand."""
+
+import pytest
+import torch
+from verl.trainer.ppo.v1.utils import MetricsAggregator
+
+from hapo_verl.adapters.metrics import group_metrics
+
+
+def a_group(successes, outcome, *, bound=6):
+    """Eight rollouts, the first of them successful."""
+    flags = [i < successes for i in range(8)]
+    return {
+        "outcome": outcome,
+        "scores": [float(flag) for flag in flags],
+        "successes": flags,
+        "bound": bound,
+        "confidence": (1 + successes) / 10,
+        "replaced": 7 if outcome == "injected" else None,
+    }
+
+
+GROUPS = {
+    "a": a_group(0, "injected"),
+    "b": a_group(0, "rejected"),
+    "c": a_group(4, "injected"),
+    "d": a_group(8, "not_fired"),
+    "e": {"outcome": "not_gated", "scores": [], "successes": [], "bound": None, "confidence": None, "replaced": None},
+}
+
+
+@pytest.fixture
+def metrics():
+    demonstration_B = torch.zeros(40, dtype=torch.bool)
+    demonstration_B[[7, 23]] = True
+    tokens_B = torch.where(demonstration_B, 10, 5)
+    return group_metrics(GROUPS, demonstration_B=demonstration_B, tokens_B=tokens_B)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hapo/gate/firing_rate", 3 / 4),
+        ("hapo/gate/firing_rate_at_S/0", 1.0),
+        ("hapo/gate/firing_rate_at_S/4", 1.0),
+        ("hapo/gate/firing_rate_at_S/8", 0.0),
+        # S = 0 always fires, S = 8 never, at p = 1/2 all but S = 7 and S = 8: 1 - 9/256
+        ("hapo/gate/firing_rate_expected", (1 + 1 + (1 - 9 / 256) + 0) / 4),
+        ("hapo/gate/confidence", (0.1 + 0.1 + 0.5 + 0.9) / 4),
+        ("hapo/gate/not_gated", 1 / 5),
+        ("hapo/injected/group_share", 2 / 5),
+        ("hapo/injected/row_share", 2 / 40),
+        ("hapo/injected/token_share", 20 / (20 + 38 * 5)),
+        ("hapo/on_policy_success", 12 / 32),
+        ("hapo/without_signal/before_injection", 3 / 4),
+        ("hapo/without_signal/after_injection", 2 / 4),
+        ("hapo/refused/rejected", 1 / 5),
+        ("hapo/refused/overlong", 0.0),
+    ],
+)
+def test_each_metric_is_what_one_counts_by_hand(metrics, name, value):
+    assert metrics[name] == pytest.approx(value)
+
+
+def test_verl_averages_every_one_of_them_over_the_updates_of_a_step(metrics):
+    aggregator = MetricsAggregator()
+    assert {name: aggregator._get_aggregation_type(name) for name in metrics} == dict.fromkeys(metrics, "weighted_avg")
+
+
+def test_a_batch_without_a_single_gated_group_logs_zeros():
+    values = group_metrics({"e": GROUPS["e"]}, demonstration_B=torch.zeros(0, dtype=torch.bool), tokens_B=torch.zeros(0))
+    assert values["hapo/gate/firing_rate"] == 0.0

@@ -1,0 +1,63 @@
+"""The `hapo:` block: defaults, and one clear line for everything else."""
+
+import pytest
+
+from hapo_verl.config import ConfigError, GateConfig, HapoConfig, defaults
+
+
+def test_an_empty_block_is_the_paper():
+    hapo = HapoConfig.parse({})
+    assert hapo.gate == GateConfig(name="paper", threshold=0.8, prior_success=1.0, prior_failure=1.0)
+    assert hapo.loss.shaping == 0.1
+
+
+def test_the_defaults_pass_their_own_checks():
+    assert HapoConfig.parse(defaults()) == HapoConfig()
+
+
+def test_a_key_replaces_its_default_and_no_other():
+    assert HapoConfig.parse({"gate": {"threshold": 0.7}}).gate == GateConfig(threshold=0.7)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (
+            {"gate": {"treshold": 0.7}},
+            "hapo.gate.treshold: no such key. Did you mean hapo.gate.threshold?",
+        ),
+        ({"gates": {}}, "hapo.gates: no such key. Did you mean hapo.gate?"),
+        (
+            {"gate": {"threshold": 1.5}},
+            "hapo.gate.threshold=1.5: a success rate lies in [0, 1]. Use 0.0 to switch injection off.",
+        ),
+        (
+            {"gate": {"threshold": float("nan")}},
+            "hapo.gate.threshold=nan: a success rate lies in [0, 1]. Use 0.0 to switch injection off.",
+        ),
+        (
+            {"gate": {"prior_success": 0}},
+            "hapo.gate.prior_success=0: a Beta prior needs a positive count. Use 1.0 for the uniform prior.",
+        ),
+        (
+            {"gate": {"prior_failure": -1.0}},
+            "hapo.gate.prior_failure=-1.0: a Beta prior needs a positive count. Use 1.0 for the uniform prior.",
+        ),
+        ({"gate": {"name": "papper"}}, "hapo.gate.name='papper': not a gate. Use one of: paper, never."),
+        ({"gate": 0.8}, "hapo.gate=0.8: a block of keys is needed. Launch with +hapo=paper."),
+        (
+            {"loss": {"shaping": 0.0}},
+            "hapo.loss.shaping=0.0: lambda of q/(q+lambda) must be positive. Use 0.1, the value of the paper.",
+        ),
+        (
+            {"poll_interval": 0},
+            "hapo.poll_interval=0: seconds between two polls must be positive. Use null for verl's 2.0.",
+        ),
+        ({"demonstration_key": ""}, "hapo.demonstration_key='': a column name is needed. Use demonstration."),
+        ("paper", "hapo='paper': a block of keys is needed. Launch with +hapo=paper."),
+    ],
+)
+def test_a_wrong_key_or_value_gets_one_line_that_names_the_fix(block, message):
+    with pytest.raises(ConfigError) as error:
+        HapoConfig.parse(block)
+    assert str(error.value) == message
