@@ -1,0 +1,82 @@
+"""A model and a tokenizer that fit a laptop, made on the spot: Qwen2's architecture, random weights, no download.
+
+    python recipes/quickstart/tiny_model.py --output DIR
+
+The alphabet is what the task writes plus the chat template; with `alphabet=None` it is every byte, for real text.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2TokenizerFast
+
+# verl's prompt builder for Qwen wants <|im_end|> to exist and a newline to be one token.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ROLES = ("user", "assistant")
+
+
+def make_tokenizer(alphabet: str | None) -> PreTrainedTokenizerBase:
+    """A byte-level tokenizer without merges: one token a character of `alphabet`, one a role.
+
+    Args:
+        alphabet: the characters of the task, ASCII; None for every byte.
+    """
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if alphabet is None:
+        symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    else:
+        # transformers rebuilds a Qwen2 tokenizer as byte-level BPE, in which a newline is spelt U+010A.
+        symbols = sorted(char for char in {byte_level.pre_tokenize_str(c)[0][0] for c in {*alphabet, "\n"}})
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = Qwen2TokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token=None
+    )
+    # Roles are tokens of their own, so that a prompt of three digits is not mostly the word "assistant".
+    fast.add_tokens([*ROLES, "system"], special_tokens=False)
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(tokenizer: PreTrainedTokenizerBase, *, hidden: int, layers: int, seed: int) -> Qwen2ForCausalLM:
+    """Qwen2 with random weights; head size 32, the smallest that vLLM's CPU attention takes."""
+    torch.manual_seed(seed)
+    heads = hidden // 32
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def write(output: Path, *, alphabet: str | None, hidden: int, layers: int, seed: int) -> None:
+    """Write model and tokenizer into the folder `output`."""
+    tokenizer = make_tokenizer(alphabet)
+    tokenizer.save_pretrained(output)
+    make_model(tokenizer, hidden=hidden, layers=layers, seed=seed).save_pretrained(output)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--alphabet", default="0123456789")
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    write(**vars(parser.parse_args()))
