@@ -48,10 +48,16 @@ OVERRIDES = (
     Override(_TRAINER, "_compute_advantage", ("self", "batch", "metrics"), REPLACED),
     Override(_TRAINER, "_update_actor", ("self", "batch", "metrics")),
     Override(_WORKER_TQ, "_run_prompt", ("self", "prompt", "sampling_params", "trajectory", "trace")),
-    Override(_WORKER_TQ, "_agent_loop_postprocess", ("self", "output", "validate", "kwargs")),
+    Override(_WORKER_TQ, "_agent_loop_postprocess", ("self", "output", "validate", "kwargs"), REPLACED),
     Override(_WORKER, "_run_agent_loop", ("self", "sampling_params", "trajectory", "agent_name", "trace", "kwargs")),
-    # Called, not overridden: scores a demonstration with the run's own reward function.
+    # Called, not overridden.
     Override(_WORKER, "_compute_score", ("self", "outputs", "kwargs")),
+    Override(_WORKER, "_compute_multi_modal_inputs", ("self", "output", "input_ids")),
+    Override(
+        _WORKER,
+        "_compute_position_ids",
+        ("self", "input_ids", "attention_mask", "multi_modal_inputs", "mm_processor_kwargs"),
+    ),
 )
 
 

@@ -7,17 +7,19 @@ group. That is inside the last session's own task, before verl publishes the pro
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
+import transfer_queue as tq
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from hapo_verl.adapters.rows import DEMONSTRATION, GROUP
 from hapo_verl.adapters.tokens import ChatFormat
@@ -34,6 +36,14 @@ class _Session:
 
     outputs: list[AgentLoopOutput]
     fields: dict[str, Any]
+
+
+class _Row(NamedTuple):
+    """A row of TransferQueue."""
+
+    key: str
+    fields: dict[str, Any]
+    tag: dict[str, Any]
 
 
 @dataclass
@@ -102,32 +112,79 @@ class HapoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
         """Write the group's rows, the worst rollout replaced where the gate fires and the demonstration holds."""
         if not group.sessions:
             return
-        replaced: int | None = None
-        demonstration: AgentLoopOutput | None = None
         try:
-            fired, description = self._gate(group)
-            if fired:
-                replaced, row = await self._replacement(group)
-                demonstration = row if isinstance(row, AgentLoopOutput) else None
-                description["outcome"] = "injected" if demonstration else row.reason
-                description["replaced"] = replaced if demonstration else None
+            rows = await self._injected_rows(group)
         except Exception:
             # The rollouts are paid for: train on them as they are, say it loudly, count it (hapo/refused/error).
             logger.exception("hapo: a group is trained without injection because closing it failed")
-            description, demonstration = _describe([], outcome="error"), None
+            rows = self._all_rows(group, _describe([], outcome="error"))
+        # A field that one row of a batch lacks disappears for all of them, here as everywhere in TransferQueue.
+        common = set.intersection(*(set(row.fields) for row in rows))
+        # One put for the group: with one put a row, puts were a third of this worker's time.
+        await tq.async_kv_batch_put(
+            keys=[row.key for row in rows],
+            fields=list_of_dict_to_tensordict([{name: row.fields[name] for name in common} for row in rows]),
+            tags=[row.tag for row in rows],
+            partition_id="train",
+        )
 
-        writes = []
+    async def _injected_rows(self, group: _Group) -> list[_Row]:
+        fired, description = self._gate(group)
+        if not fired:
+            return self._all_rows(group, description)
+        session_id, demonstration = await self._replacement(group)
+        if isinstance(demonstration, Refusal):
+            return self._all_rows(group, description | {"outcome": demonstration.reason})
+        description |= {"outcome": "injected", "replaced": session_id}
+        return self._all_rows(group, description, replaced=session_id, demonstration=demonstration)
+
+    def _all_rows(
+        self,
+        group: _Group,
+        description: dict[str, Any],
+        *,
+        replaced: int | None = None,
+        demonstration: AgentLoopOutput | None = None,
+    ) -> list[_Row]:
+        rows = []
         for session_id, session in group.sessions.items():
-            is_demonstration = demonstration is not None and session_id == replaced
-            writes.append(
-                super()._agent_loop_postprocess(
-                    [demonstration] if is_demonstration else session.outputs,
-                    False,
-                    **session.fields,
-                    **{DEMONSTRATION: torch.tensor(is_demonstration), GROUP: description},
-                )
+            is_replaced = demonstration is not None and session_id == replaced
+            outputs = [demonstration] if is_replaced else session.outputs
+            rows += self._rows(session, outputs, {DEMONSTRATION: torch.tensor(is_replaced), GROUP: description})
+        return rows
+
+    def _rows(self, session: _Session, outputs: list[AgentLoopOutput], extra: dict[str, Any]) -> Iterator[_Row]:
+        """A session's outputs as rows of TransferQueue, field for field as verl's worker writes them, and `extra`."""
+        if outputs[-1].reward_score is not None:
+            for output in outputs[:-1]:
+                output.reward_score = outputs[-1].reward_score
+                output.extra_fields["reward_extra_info"] = outputs[-1].extra_fields["reward_extra_info"]
+        for index, output in enumerate(outputs):
+            fields = output.as_dict() | session.fields | extra
+            fields.pop("multi_modal_data", None)
+            input_ids = torch.cat([fields["prompts"], fields["responses"]])
+            images = self._compute_multi_modal_inputs(output, input_ids)
+            attention_mask = torch.ones_like(input_ids)
+            positions = self._compute_position_ids(input_ids.unsqueeze(0), attention_mask.unsqueeze(0), images).squeeze(0)
+            fields |= {
+                "loss_mask": fields["response_mask"],
+                "input_ids": input_ids,
+                "position_ids": positions,
+                "multi_modal_inputs": images,
+            }
+            yield _Row(
+                key=f"{session.fields['uid']}_{session.fields['session_id']}_{index}",
+                fields=fields,
+                tag={
+                    "status": "success",
+                    "prompt_len": len(fields["prompts"]),
+                    "response_len": len(fields["responses"]),
+                    "seq_len": len(input_ids),
+                    "global_steps": session.fields["global_steps"],
+                    "min_global_steps": output.extra_fields.get("min_global_steps"),
+                    "max_global_steps": output.extra_fields.get("max_global_steps"),
+                },
             )
-        await asyncio.gather(*writes)
 
     def _gate(self, group: _Group) -> tuple[bool, dict[str, Any]]:
         rollouts = [self._rollout(session) for session in group.sessions.values()]

@@ -1,0 +1,178 @@
+"""Data sets with demonstrations: verl's parquet plus one column, `demonstration`.
+
+    python -m hapo_verl.data gsm8k --input train.jsonl --output data/gsm8k
+
+GSM8K (MIT licence) comes with worked solutions by humans. Every row's demonstration is scored by verl's own GSM8K
+reward; a row whose demonstration is no success is left out, counted and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+GSM8K = "openai/gsm8k"
+INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
+
+
+class DataError(ValueError):
+    """Input that cannot be read; the message is one line: what, the rule, the fix."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A GSM8K problem.
+
+    Attributes:
+        question: the word problem.
+        demonstration: the worked solution, ending in `#### answer`.
+        answer: the number, without separators.
+    """
+
+    question: str
+    demonstration: str
+    answer: str
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file; empty lines are passed over.
+
+    Raises:
+        DataError: when the file is missing or a line is not a JSON object.
+    """
+    if not path.is_file():
+        raise DataError(f"--input {path}: no such file. Give GSM8K as JSON lines with `question` and `answer`.")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"--input {path}, line {number}: not JSON ({error.msg}). One object a line.") from None
+            if not isinstance(record, dict):
+                raise DataError(f"--input {path}, line {number}: not a JSON object. One object a line.")
+            yield record
+
+
+def gsm8k_problem(record: dict[str, Any]) -> Problem | str:
+    """The problem of a GSM8K record, or why there is none: `no question`, `no answer` or `no #### line`.
+
+    The calculator annotations `<<48/2=24>>` are removed: they were written for a tool, not for a reader.
+    """
+    question, solution = record.get("question"), record.get("answer")
+    if not isinstance(question, str) or not question.strip():
+        return "no question"
+    if not isinstance(solution, str) or not solution.strip():
+        return "no answer"
+    answer = re.search(r"####\s*(\S+)\s*$", solution)
+    if answer is None:
+        return "no #### line"
+    demonstration = re.sub(r"<<[^>]*>>", "", solution).strip()
+    return Problem(question.strip(), demonstration, answer[1].replace(",", "").replace("$", ""))
+
+
+def gsm8k_row(problem: Problem, index: int, split: str) -> dict[str, Any]:
+    """A row of verl's parquet with the demonstration."""
+    return {
+        "data_source": GSM8K,
+        "prompt": [{"role": "user", "content": f"{problem.question} {INSTRUCTION}"}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": problem.answer},
+        "extra_info": {"index": index, "split": split},
+        "demonstration": problem.demonstration,
+    }
+
+
+def verified_rows(
+    records: Iterable[dict[str, Any]], score: Callable[[str, str, str], float], *, split: str
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """The rows whose demonstration is a success, and how many were left out for which reason.
+
+    Args:
+        records: GSM8K's, in order; a row's index is its position among them.
+        score: (data source, solution, ground truth) → score; 1 is a success.
+        split: name of the split, kept in `extra_info`.
+    """
+    rows, left_out = [], Counter()
+    for index, record in enumerate(records):
+        problem = gsm8k_problem(record)
+        if isinstance(problem, str):
+            left_out[problem] += 1
+        elif score(GSM8K, problem.demonstration, problem.answer) < 1.0:
+            left_out["demonstration is no success"] += 1
+        else:
+            rows.append(gsm8k_row(problem, index, split))
+    return rows, left_out
+
+
+def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write a parquet file in one step: no reader ever sees half of it.
+
+    Raises:
+        DataError: when there is nothing to write.
+    """
+    import pandas
+
+    if not rows:
+        raise DataError(f"{path}: no row is left to write. See the reasons above.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        pandas.DataFrame(rows).to_parquet(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _gsm8k_records(path: Path | None) -> Iterable[dict[str, Any]]:
+    if path is not None:
+        return list(read_jsonl(path))
+    import datasets
+
+    try:
+        return datasets.load_dataset(GSM8K, "main", split="train")
+    except Exception as error:
+        raise DataError(
+            f"{GSM8K}: cannot be fetched ({type(error).__name__}). Give a local copy with --input train.jsonl."
+        ) from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 0 when at least one row was written."""
+    from tqdm import tqdm
+
+    from hapo_verl.adapters.reward import default_score
+
+    parser = argparse.ArgumentParser(prog="python -m hapo_verl.data", description=__doc__.splitlines()[0])
+    command = parser.add_subparsers(dest="dataset", required=True)
+    gsm8k = command.add_parser("gsm8k", help="GSM8K with its human solutions as demonstrations")
+    gsm8k.add_argument("--input", type=Path, help="JSON lines with question and answer; default: fetch it")
+    gsm8k.add_argument("--output", type=Path, required=True, help="folder for <split>.parquet")
+    gsm8k.add_argument("--split", default="train", help="names the file and is kept in extra_info")
+    args = parser.parse_args(argv)
+
+    try:
+        records = _gsm8k_records(args.input)
+        rows, left_out = verified_rows(tqdm(records, desc="verifying", unit="row"), default_score, split=args.split)
+        for reason, count in left_out.most_common():
+            print(f"left out  {count:7}  {reason}")
+        path = args.output / f"{args.split}.parquet"
+        write_parquet(rows, path)
+    except DataError as error:
+        print(f"hapo_verl.data: {error}", file=sys.stderr)
+        return 1
+    print(f"kept      {len(rows):7}  of {len(rows) + left_out.total()}, written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

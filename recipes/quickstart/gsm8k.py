@@ -1,0 +1,43 @@
+"""Real word problems for the quickstart: the shortest rows of GSM8K, so that a tiny model's steps stay short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hapo_verl.adapters.reward import default_score
+from hapo_verl.data import GSM8K as DATA_SOURCE
+from hapo_verl.data import DataError, read_jsonl, verified_rows, write_parquet
+
+ROWS, HELDOUT = 48, 8
+
+
+def write(output: Path, source: Path | None) -> tuple[int, list[str]]:
+    """Write `train.parquet` and `heldout.parquet` into the folder `output`.
+
+    Args:
+        output: folder.
+        source: GSM8K as JSON lines.
+
+    Returns:
+        The response length in bytes (one token each) that the longest demonstration needs with its end of sequence,
+        and the overrides that rows of this length need.
+
+    Raises:
+        DataError: when the file is missing or holds too few rows.
+    """
+    if source is None:
+        raise DataError("--gsm8k: a file is needed. make quickstart-gsm8k GSM8K=train.jsonl")
+    rows, _ = verified_rows(read_jsonl(source), default_score, split="train")
+    if len(rows) < ROWS + HELDOUT:
+        raise DataError(f"--gsm8k {source}: {len(rows)} usable rows. At least {ROWS + HELDOUT} are needed.")
+    shortest = sorted(rows, key=lambda row: len(row["prompt"][0]["content"] + row["demonstration"]))[: ROWS + HELDOUT]
+    write_parquet(shortest[:ROWS], output / "train.parquet")
+    write_parquet(shortest[ROWS:], output / "heldout.parquet")
+    prompt = max(len(row["prompt"][0]["content"].encode()) for row in shortest) + 16
+    response = max(len(row["demonstration"].encode()) for row in shortest) + 1
+    return response, [
+        f"data.max_prompt_length={prompt}",
+        f"actor_rollout_ref.rollout.max_model_len={prompt + response}",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=32",
+        "trainer.test_freq=3",
+    ]

@@ -1,0 +1,177 @@
+"""Run `python -m verl.trainer.main_ppo` as a child: its output in a log file, its metrics as they come, its end for sure.
+
+verl prints its configuration twice and thousands of lines; a worker that dies during a weight sync leaves the trainer
+waiting for ever. So the child writes to a log, verl's `file` logger is read for progress, and a time limit ends the
+child with everything that it started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+GIB = 2**30
+
+# Lines of verl's log that say how far the start-up has come.
+PHASES = (
+    ("Started a local Ray instance", "Ray is up"),
+    ("train and validate dataloader initialized", "data loaded"),
+    ("actor and ref model engine initialized", "actor ready"),
+    ("checkpoint engine manager initialized", "vLLM ready"),
+    ("all initialize finished", "first rollouts"),
+)
+
+
+class TrainingFailed(RuntimeError):
+    """The trainer ended with an error or was stopped; the message is one line with the log's path."""
+
+
+@dataclass
+class Launch:
+    """A training run as a child process.
+
+    Attributes:
+        overrides: of verl's configuration, as on its command line.
+        folder: receives `train.log` and `metrics.jsonl`.
+        time_limit: seconds after which the run is ended.
+        environment: added to this process's.
+    """
+
+    overrides: Sequence[str]
+    folder: Path
+    time_limit: float
+    environment: Mapping[str, str] = field(default_factory=dict)
+    module: str = "verl.trainer.main_ppo"
+    peak_bytes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "train.log"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def command(self) -> list[str]:
+        """What is executed."""
+        return [sys.executable, "-m", self.module, *self.overrides]
+
+    def run(self) -> Iterator[tuple[str, Any]]:
+        """Start the trainer and yield `("phase", text)` and `("step", record)` until it has ended.
+
+        A record is a line of verl's file logger: `{"step": int, "data": {name: value}}`.
+
+        Raises:
+            TrainingFailed: on an error of the trainer or at the time limit; nothing of the run is left behind.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.metrics.unlink(missing_ok=True)
+        started = time.monotonic()
+        with self.log.open("w") as log:
+            child = psutil.Popen(
+                self.command(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "VERL_FILE_LOGGER_PATH": str(self.metrics), **self.environment},
+                start_new_session=True,
+            )
+        family: dict[int, psutil.Process] = {child.pid: child}
+        records, phases = _Lines(self.metrics), _Lines(self.log)
+        pending, next_look = list(PHASES), 0.0
+        try:
+            while True:
+                code = child.poll()
+                for line in phases.new():
+                    for mark, text in [(mark, text) for mark, text in pending if mark in line]:
+                        pending.remove((mark, text))
+                        yield "phase", text
+                for line in records.new():
+                    yield "step", json.loads(line)
+                self.seconds = time.monotonic() - started
+                if code is not None:
+                    break
+                if self.seconds > self.time_limit:
+                    raise TrainingFailed(f"stopped after {self.time_limit:.0f} s without an end; the log is {self.log}")
+                if self.seconds >= next_look:
+                    # Looking at a family of twenty processes takes a while on two cores.
+                    next_look = self.seconds + 5
+                    family |= {process.pid: process for process in _descendants(child)}
+                    self.peak_bytes = max(self.peak_bytes, sum(map(_memory, family.values())))
+                time.sleep(0.5)
+            if code != 0:
+                raise TrainingFailed(f"the trainer ended with exit code {code}; the log is {self.log}")
+        finally:
+            _end(list(family.values()))
+
+
+class _Lines:
+    """The complete lines that a growing file has gained since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._position = path, 0
+
+    def new(self) -> list[str]:
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._position)
+            complete, newline, _ = file.read().rpartition(b"\n")
+        self._position += len(complete) + len(newline)
+        return complete.decode(errors="replace").splitlines()
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _memory(process: psutil.Process) -> int:
+    """Proportional set size in bytes (shared pages divided among their users); 0 for a process that is gone."""
+    try:
+        info = process.memory_full_info()
+        return getattr(info, "pss", None) or info.rss
+    except psutil.Error:
+        return 0
+
+
+def _end(family: list[psutil.Process]) -> None:
+    """End these processes and no others; psutil compares start times, so a reused process id is left alone."""
+    everyone = [*family, *(grandchild for process in family for grandchild in _descendants(process))]
+    alive = [process for process in dict.fromkeys(everyone) if process.is_running()]
+    for stop in ("terminate", "kill"):
+        for process in alive:
+            try:
+                getattr(process, stop)()
+            except psutil.NoSuchProcess:
+                continue
+        _, alive = psutil.wait_procs(alive, timeout=10)
+
+
+def cpu_environment() -> dict[str, str]:
+    """What verl, vLLM's CPU build and torch need to hear on a machine without a GPU."""
+    return {
+        "VERL_PLATFORM": "cpu",
+        "TORCH_COMPILE_DISABLE": "1",
+        # vLLM's own switch for a quick first generation: 6 s instead of 17.
+        "VLLM_CPU_CI_ENV": "1",
+        # Nothing is downloaded, and nobody waits for a network.
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        # The trainer's processes outnumber a laptop's cores; more threads each make all of them slower.
+        "OMP_NUM_THREADS": "1",
+    }
