@@ -167,10 +167,12 @@ def test_ratios_on_the_edges_take_autograds_gradient():
         }
         none = {"teacher": None, "importance_weight_BT": None, "kl": None, "entropy": None}
         fields |= {"teacher_logp": policy, "weight": policy, "reference": policy}
-        ours, reference = run(fields, "triton", **none), run(fields, "reference", **none)
-        # Which side of an edge a rounded ratio falls on differs between exps: compare in fp32, where both see the same.
-        torch.testing.assert_close(ours["policy gradient"], reference["policy gradient"], rtol=1e-6, atol=0)
-        torch.testing.assert_close(ours["loss"], reference["loss"], rtol=1e-6, atol=0)
+        off = {"clip": Clip(math.inf, math.inf, math.inf)}
+        for clip in ({}, off):
+            ours, reference = (run(fields, impl, **none, **clip) for impl in ("triton", "reference"))
+            # Which side of an edge a rounded ratio falls on differs between exps: compare in fp32, where both see the same.
+            torch.testing.assert_close(ours["policy gradient"], reference["policy gradient"], rtol=1e-6, atol=0)
+            torch.testing.assert_close(ours["loss"], reference["loss"], rtol=1e-6, atol=0)
 
 
 def test_a_tie_with_the_dual_clip_shares_the_gradient():
@@ -254,7 +256,7 @@ def test_two_runs_give_the_same_bits_and_other_rows_do_not_change_a_rows_bits():
 
 def test_the_upstream_gradient_multiplies():
     fields = batch()
-    policy = fields["policy"].clone().requires_grad_()
+    policy, entropy = (fields[name].clone().requires_grad_() for name in ("policy", "entropy"))
     result = policy_loss(
         policy,
         fields["behaviour"],
@@ -262,12 +264,14 @@ def test_the_upstream_gradient_multiplies():
         fields["mask"] & ~fields["teacher"][:, None],
         clip=CLIP,
         aggregation=Aggregation("token-sum"),
+        entropy=EntropyBonus(entropy, 0.5),
         impl="triton",
     )
-    (once,) = torch.autograd.grad(result.loss, policy, retain_graph=True)
-    (scaled,) = torch.autograd.grad(-3.0 * result.loss, policy)
-    assert once.abs().max() > 0
-    assert torch.equal(scaled, -3.0 * once)
+    once = torch.autograd.grad(result.loss, (policy, entropy), retain_graph=True)
+    scaled = torch.autograd.grad(-4.0 * result.loss, (policy, entropy))
+    for ours, factor_of in zip(scaled, once, strict=True):
+        assert factor_of.abs().max() > 0
+        assert torch.equal(ours, -4.0 * factor_of)
     assert not any(value.requires_grad for value in result.metrics)
 
 

@@ -72,6 +72,16 @@ def test_equal_scores_give_exactly_zero(score):
     assert segment_stats(score_B, segment_B, impl="triton").is_constant_B.all()
 
 
+def test_equal_infinities_are_constant_with_a_deviation_of_zero():
+    for impl in ("reference", "triton"):
+        stats = segment_stats(
+            torch.full((3,), math.inf, device=DEVICE), torch.zeros(3, device=DEVICE).long(), impl=impl
+        )
+        assert (stats.mean_B == math.inf).all()
+        assert (stats.std_B == 0).all()
+        assert stats.is_constant_B.all()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_nan_or_infinite_score_stays_in_its_group(bad):
     score_B, segment_B = groups([4, 5, 2000])

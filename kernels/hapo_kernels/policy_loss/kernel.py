@@ -29,7 +29,8 @@ from hapo_kernels.policy_loss.terms import (
     Teacher,
 )
 
-# One setting for every target: the kernel only streams, and 8 fp32 a thread are two 128-bit loads.
+# The kernel only streams: 8 tokens a thread are one 128-bit load of bf16 and two of fp32. A warp has 64 lanes on AMD, so
+# there it is 4 tokens; with 8 the predicates spill scalar registers on gfx942.
 BLOCK, WARPS = 1024, 4
 PARTIALS = tl.constexpr(16)  # ten sums, padded to a power of two: one vector store a program
 
@@ -105,7 +106,10 @@ def token_loss(
     KL: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr,
 ):
-    """Per token: policy loss and slope, KL and slope, clip flags, log-ratio. Inputs that do not count are 0 on entry."""
+    """Per token: policy loss and slope, KL and slope, clip flags, log-ratio.
+
+    Clip flags, log-ratio and KL have a meaning on on-policy tokens only: the caller selects.
+    """
     on_loss, on_slope, clipped, bounded, log_ratio = surrogate(policy - behaviour, advantage, low_edge, high_edge, dual)
     teacher_loss, teacher_slope = shaped(policy - teacher, advantage, log_shaping)
     loss = tl.where(is_teacher, teacher_loss, weight * on_loss)
@@ -114,7 +118,6 @@ def token_loss(
         kl, kl_slope = tl.zeros_like(loss), tl.zeros_like(loss)
     else:
         kl, kl_slope = kl_penalty(policy, reference, KL, STRAIGHT_THROUGH)
-        kl, kl_slope = tl.where(is_teacher, 0.0, kl), tl.where(is_teacher, 0.0, kl_slope)
     return loss, slope, kl, kl_slope, clipped, bounded, log_ratio
 
 
@@ -156,30 +159,27 @@ def policy_loss_kernel(
     m_token = o_token < T
     o = i_row * T + o_token
 
-    # Loads are bounded by the row only: a mask read from memory would forbid 128-bit loads. What does not count is
-    # replaced afterwards, before any arithmetic.
+    # Loads are bounded by the row only: a mask read from memory would forbid 128-bit loads. NaN and inf where nothing
+    # counts run through the arithmetic and are not selected at its end.
     active = tl.load(mask_ptr + o, mask=m_token, other=0) != 0
     is_teacher = tl.full((BLOCK,), 0, tl.int1)
     if HAS_TEACHER:
         is_teacher = active & (tl.load(teacher_row_ptr + i_row) != 0)
     on = active & (is_teacher == 0)
 
-    policy = tl.where(active, tl.load(policy_ptr + o, mask=m_token, other=0.0).to(tl.float32), 0.0)
-    behaviour = tl.where(on, tl.load(behaviour_ptr + o, mask=m_token, other=0.0).to(tl.float32), 0.0)
-    # The on-policy branch is computed on teacher tokens too, and discarded: behaviour = policy keeps it finite.
-    behaviour = tl.where(is_teacher, policy, behaviour)
+    policy = tl.load(policy_ptr + o, mask=m_token, other=0.0).to(tl.float32)
+    behaviour = tl.load(behaviour_ptr + o, mask=m_token, other=0.0).to(tl.float32)
     if ADVANTAGE_PER_TOKEN:
         advantage = tl.load(advantage_ptr + i_row * advantage_stride + o_token, mask=m_token, other=0.0).to(tl.float32)
     else:
-        advantage = tl.load(advantage_ptr + i_row * advantage_stride).to(tl.float32)
-    advantage = tl.where(active, advantage, 0.0)
-    teacher, weight, reference = tl.zeros_like(policy), tl.full((BLOCK,), 1.0, tl.float32), tl.zeros_like(policy)
+        advantage = tl.load(advantage_ptr + i_row * advantage_stride).to(tl.float32) + tl.zeros_like(policy)
+    teacher, weight, reference = 0.0, 1.0, policy
     if HAS_TEACHER_LOGP:
-        teacher = tl.where(is_teacher, tl.load(teacher_ptr + o, mask=m_token, other=0.0).to(tl.float32), 0.0)
+        teacher = tl.load(teacher_ptr + o, mask=m_token, other=0.0).to(tl.float32)
     if HAS_WEIGHT:
-        weight = tl.where(on, tl.load(weight_ptr + o, mask=m_token, other=0.0).to(tl.float32), 0.0)
+        weight = tl.load(weight_ptr + o, mask=m_token, other=0.0).to(tl.float32)
     if KL > 0:
-        reference = tl.where(on, tl.load(reference_ptr + o, mask=m_token, other=0.0).to(tl.float32), 0.0)
+        reference = tl.load(reference_ptr + o, mask=m_token, other=0.0).to(tl.float32)
 
     loss, slope, kl, kl_slope, clipped, bounded, log_ratio = token_loss(
         policy, behaviour, advantage, is_teacher, teacher, weight, reference,
@@ -187,12 +187,6 @@ def policy_loss_kernel(
     )  # fmt: skip
 
     row_weight = tl.load(row_weight_ptr + i_row)
-    if HAS_GRADIENT:
-        gradient = tl.where(active, row_weight * slope, 0.0)
-        if KL > 0:
-            gradient += tl.where(on, row_weight * kl_coefficient * kl_slope, 0.0)
-        tl.store(gradient_ptr + o, gradient.to(gradient_ptr.dtype.element_ty), mask=m_token)
-
     o_partial = tl.arange(0, PARTIALS)
     sums = tl.zeros((PARTIALS,), tl.float32)
     sums = tl.where(o_partial == 0, row_weight * tl.sum(tl.where(on, loss, 0.0)), sums)
@@ -210,6 +204,12 @@ def policy_loss_kernel(
         entropy = tl.load(entropy_ptr + o, mask=m_token, other=0.0).to(tl.float32)
         sums = tl.where(o_partial == 3, row_weight * tl.sum(tl.where(active, entropy, 0.0)), sums)
     tl.store(partial_ptr + i_program * PARTIALS + o_partial, sums)
+
+    if HAS_GRADIENT:
+        gradient = tl.where(active, row_weight * slope, 0.0)
+        if KL > 0:
+            gradient += tl.where(on, row_weight * kl_coefficient * kl_slope, 0.0)
+        tl.store(gradient_ptr + o, gradient.to(gradient_ptr.dtype.element_ty), mask=m_token)
 
 
 @torch.library.custom_op("hapo_kernels::policy_loss", mutates_args=())

@@ -196,7 +196,8 @@ def run(
     constant_S = torch.empty(S, dtype=torch.int8, device=score_N.device)
     if split is None:
         split = N > SPLIT_ABOVE * S
-    flags = {"GATHER": segments.row_N is not None, "CHUNK": CHUNK, "num_warps": WARPS}
+    # Without contraction to fused multiply-adds, which a compiler may place differently in one launch and in three.
+    flags = {"GATHER": segments.row_N is not None, "CHUNK": CHUNK, "num_warps": WARPS, "enable_fp_fusion": False}
     rows = (score_N, segments.offset_S1 if segments.row_N is None else segments.row_N, segments.offset_S1)
     if S and not split:
         segment_kernel[(S,)](
