@@ -333,8 +333,11 @@ def test_probabilities_at_the_ends_stay_finite():
 def test_half_precision_is_computed_in_fp32():
     policy, behaviour, advantage, mask = batch()
     half = policy.detach().bfloat16().requires_grad_()
-    result, gradient = loss_and_gradient(half, behaviour, advantage, mask)
-    full, full_gradient = loss_and_gradient(half.detach().float().requires_grad_(), behaviour, advantage, mask)
+    behaviour = behaviour.bfloat16()
+    result, gradient = loss_and_gradient(half, behaviour, advantage.bfloat16(), mask)
+    full, full_gradient = loss_and_gradient(
+        half.detach().float().requires_grad_(), behaviour.float(), advantage.bfloat16().float(), mask
+    )
     assert torch.equal(result.loss, full.loss)
     assert torch.equal(gradient, full_gradient.bfloat16())
 

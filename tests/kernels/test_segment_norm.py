@@ -65,6 +65,7 @@ def test_equal_scores_give_exactly_zero(score):
                 torch.full((size,), score, dtype=dtype), torch.full((size,), 3), scale_by_std=True
             )
             assert (advantage_B == 0).all(), f"size={size}"
+        assert (segment_stats(torch.full((size,), score), torch.full((size,), 3)).std_B == 0).all()
 
 
 def test_a_group_of_one_row_gets_zero_where_verl_gives_its_score():

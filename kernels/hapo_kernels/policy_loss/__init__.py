@@ -76,8 +76,12 @@ def policy_loss(
     """
     _check(policy_logp_BT, behaviour_logp_BT, advantage, mask_BT, teacher, importance_weight_BT, kl, entropy)
     if use_triton(impl, policy_logp_BT):
-        raise NotImplementedError("policy_loss: impl='triton' is not built yet. Use impl='reference'.")
-    return reference.policy_loss(
+        from hapo_kernels.policy_loss import kernel  # not before it is needed: Triton may be absent on a CPU
+
+        run = kernel.policy_loss
+    else:
+        run = reference.policy_loss
+    return run(
         policy_logp_BT,
         behaviour_logp_BT,
         advantage,

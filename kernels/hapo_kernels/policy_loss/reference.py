@@ -70,8 +70,7 @@ def policy_loss(
 
     loss, entropy_sum, kl_loss = total(loss_BT), zero, zero
     if entropy is not None:
-        spent = entropy.entropy_BT if entropy.coefficient else entropy.entropy_BT.detach()
-        entropy_sum = total(only(active_BT, spent))
+        entropy_sum = total(only(active_BT, entropy.entropy_BT))
         if entropy.coefficient:
             loss = loss - entropy.coefficient * entropy_sum
     if kl is not None:
@@ -88,8 +87,9 @@ def policy_loss(
             entropy=entropy_sum.detach(),
             on_policy_tokens=on_policy_BT.sum().to(zero.dtype),
             teacher_tokens=teacher_BT.sum().to(zero.dtype),
-            clipped_tokens=(clipped_BT & on_policy_BT).sum().to(zero.dtype),
-            dual_clipped_tokens=(dual_clipped_BT & on_policy_BT).sum().to(zero.dtype),
+            # Elsewhere ρ = 1, which no clip holds.
+            clipped_tokens=clipped_BT.sum().to(zero.dtype),
+            dual_clipped_tokens=dual_clipped_BT.sum().to(zero.dtype),
             log_ratio_sum=-log_ratio_BT.detach().sum(),
             teacher_probability_sum=teacher_probability,
         ),
@@ -148,5 +148,21 @@ def aggregate(value_BT: Tensor, active_BT: Tensor, how: Aggregation) -> Tensor:
     )
     total = row_B.sum() / rows * how.dp_size
     if how.mode == "seq-mean-token-sum-norm":
-        total = total / (active_BT.shape[-1] if how.loss_scale_factor is None else how.loss_scale_factor)
+        total = total / (max(active_BT.shape[-1], 1) if how.loss_scale_factor is None else how.loss_scale_factor)
     return total
+
+
+def row_weight(active_BT: Tensor, how: Aggregation) -> Tensor:
+    """w_B (fp64) with aggregate(v) = Σ_B w_B Σ_T v: every mode is linear, so a kernel needs one number a row."""
+    one_B = torch.ones(active_BT.shape[0], dtype=torch.float64, device=active_BT.device) * how.dp_size
+    if how.mode == "token-sum":
+        return one_B
+    if how.mode == "token-mean":
+        return one_B / (active_BT.sum().clamp(min=1) if how.batch_num_tokens is None else how.batch_num_tokens)
+    tokens_B = active_BT.sum(-1)
+    weight_B = one_B / ((tokens_B > 0).sum().clamp(min=1) if how.global_batch_size is None else how.global_batch_size)
+    if how.mode == "seq-mean-token-sum":
+        return weight_B
+    if how.mode == "seq-mean-token-mean":
+        return weight_B / (tokens_B + 1e-8)
+    return weight_B / (max(active_BT.shape[-1], 1) if how.loss_scale_factor is None else how.loss_scale_factor)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hapo_kernels.dispatch import Impl, use_triton
+from hapo_kernels.dispatch import Impl, debug, use_triton
 from hapo_kernels.segment_norm import reference
 from hapo_kernels.segment_norm.reference import SegmentStats
 
@@ -27,11 +27,12 @@ __all__ = ["SegmentStats", "segment_ids", "segment_norm", "segment_stats"]
 
 def segment_norm(
     score_B: Tensor,
-    segment_B: Tensor,
+    segment_B: Tensor | None = None,
     *,
     scale_by_std: bool,
     eps: float = 1e-6,
     keep_B: Tensor | None = None,
+    offset_S1: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Aᵢ = (rᵢ - mean) / (std + ε), or rᵢ - mean, within the group of row i.
@@ -42,18 +43,33 @@ def segment_norm(
         scale_by_std: divide by (std + ε); False leaves rᵢ - mean.
         eps: added to the deviation, in units of the score.
         keep_B: rows that count in the statistics, default all. A row outside is normalised by its group's statistics
-            and does not change them.
+            and does not change them. With segment_B only.
+        offset_S1: instead of segment_B, bounds of contiguous groups: rows offset[s] to offset[s+1] are group s. Groups
+            may be empty. The first is 0, the last B, none smaller than the one before: checked with HAPO_KERNELS_DEBUG=1.
 
     Returns:
         advantage_B. Equal scores, and a group in which one row counts, give that group's counted rows exactly 0.
         A NaN or infinite score makes its own group NaN and no other.
+
+    The reference gives the bits of verl's `grpo` in fp32. The kernel agrees within rounding: it sums in another order,
+    and after subtracting the group's first score, which is more exact where scores share a large offset.
     """
-    stats = segment_stats(score_B, segment_B, keep_B=keep_B, impl=impl)
+    _check(score_B, segment_B, keep_B, offset_S1)
+    if use_triton(impl, score_B):
+        from hapo_kernels.segment_norm import kernel  # not before it is needed: Triton may be absent on a CPU
+
+        return kernel.segment_norm(score_B, segment_B, keep_B, offset_S1, scale_by_std=scale_by_std, eps=eps)
+    stats = reference.segment_stats(score_B, _ids(score_B, segment_B, offset_S1), keep_B)
     return reference.normalise(score_B, stats, scale_by_std=scale_by_std, eps=eps)
 
 
 def segment_stats(
-    score_B: Tensor, segment_B: Tensor, *, keep_B: Tensor | None = None, impl: Impl = "auto"
+    score_B: Tensor,
+    segment_B: Tensor | None = None,
+    *,
+    keep_B: Tensor | None = None,
+    offset_S1: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> SegmentStats:
     """Mean, unbiased deviation and number of the kept rows of each row's group, given to every row of that group.
 
@@ -64,10 +80,12 @@ def segment_stats(
 
     Args and dtypes as for `segment_norm`.
     """
-    _check(score_B, segment_B, keep_B)
+    _check(score_B, segment_B, keep_B, offset_S1)
     if use_triton(impl, score_B):
-        raise NotImplementedError("segment_stats: impl='triton' is not built yet. Use impl='reference'.")
-    return reference.segment_stats(score_B, segment_B, keep_B)
+        from hapo_kernels.segment_norm import kernel
+
+        return kernel.segment_stats(score_B, segment_B, keep_B, offset_S1)
+    return reference.segment_stats(score_B, _ids(score_B, segment_B, offset_S1), keep_B)
 
 
 def segment_ids(label_B: Any) -> Tensor:
@@ -76,19 +94,44 @@ def segment_ids(label_B: Any) -> Tensor:
     return torch.tensor([number_of.setdefault(label, len(number_of)) for label in label_B], dtype=torch.int64)
 
 
-def _check(score_B: Tensor, segment_B: Tensor, keep_B: Tensor | None) -> None:
+def _ids(score_B: Tensor, segment_B: Tensor | None, offset_S1: Tensor | None) -> Tensor:
+    if offset_S1 is None:
+        assert segment_B is not None
+        return segment_B
+    return torch.repeat_interleave(offset_S1.diff(), output_size=score_B.shape[0])
+
+
+def _check(score_B: Tensor, segment_B: Tensor | None, keep_B: Tensor | None, offset_S1: Tensor | None) -> None:
+    rows = tuple(score_B.shape)
     if score_B.ndim != 1 or not score_B.is_floating_point():
         raise ValueError(
-            f"score_B: {score_B.dtype} of shape {tuple(score_B.shape)}: one floating-point score a row. "
+            f"score_B: {score_B.dtype} of shape {rows}: one floating-point score a row. "
             "Use reward_BT.sum(-1), or .float()."
         )
-    if segment_B.shape != score_B.shape or segment_B.dtype != torch.int64:
+    if (segment_B is None) == (offset_S1 is None):
+        raise ValueError("segment_B and offset_S1: groups are given once. Pass ids a row, or bounds, not both.")
+    if segment_B is not None and (segment_B.shape != score_B.shape or segment_B.dtype != torch.int64):
         raise ValueError(
             f"segment_B: {segment_B.dtype} of shape {tuple(segment_B.shape)}: one int64 id for each of the "
-            f"{score_B.shape[0]} rows. Use segment_ids(labels)."
+            f"{rows[0]} rows. Use segment_ids(labels)."
         )
     if keep_B is not None and (keep_B.shape != score_B.shape or keep_B.dtype != torch.bool):
         raise ValueError(
-            f"keep_B: {keep_B.dtype} of shape {tuple(keep_B.shape)}: one bool for each of the {score_B.shape[0]} rows. "
+            f"keep_B: {keep_B.dtype} of shape {tuple(keep_B.shape)}: one bool for each of the {rows[0]} rows. "
             "Use mask.bool()."
+        )
+    if offset_S1 is None:
+        return
+    if offset_S1.ndim != 1 or len(offset_S1) == 0 or offset_S1.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"offset_S1: {offset_S1.dtype} of shape {tuple(offset_S1.shape)}: S+1 integer bounds of S groups. "
+            "Use an int64 tensor that starts with 0."
+        )
+    if keep_B is not None:
+        raise ValueError(
+            "keep_B with offset_S1: rows that do not count are sorted behind the others, by id. Pass segment_B."
+        )
+    if debug() and (offset_S1[0] != 0 or offset_S1[-1] != rows[0] or (offset_S1.diff() < 0).any()):
+        raise ValueError(
+            f"offset_S1={offset_S1.tolist()}: bounds rise from 0 to the number of rows, {rows[0]}. Use cumsum of the sizes."
         )

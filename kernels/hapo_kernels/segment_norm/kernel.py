@@ -1,0 +1,257 @@
+"""Group statistics and normalisation over segments, contiguous or gathered, in one Triton launch.
+
+A segment is cut into CHUNKs counted from its own start. A chunk gives (n, mean, Σ(x - mean)²), chunks are merged in order
+(Chan, Golub, LeVeque 1979), and all of it runs on x - x₀, x₀ the segment's first score: an offset of 1e6 costs no
+digits. So a segment's bits depend on its own scores in their order, not on its neighbours.
+
+One program a segment does statistics and output (`segment_kernel`). Where segments are long and few, the same arithmetic
+runs as three launches, chunks in parallel (`chunk_kernel`, `merge_kernel`, `write_kernel`), with the same bits. No
+atomics in either.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hapo_kernels.segment_norm.reference import SegmentStats
+
+CHUNK, WARPS = 1024, 4
+# Mean scores a segment above which chunks are spread over programs. The bits are the same on both sides.
+SPLIT_ABOVE = 16 * CHUNK
+
+
+@triton.jit
+def load_scores(score_ptr, row_ptr, o, m, GATHER: tl.constexpr):
+    if GATHER:
+        o = tl.load(row_ptr + o, mask=m, other=0)
+    return tl.load(score_ptr + o, mask=m, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def chunk_moments(score_ptr, row_ptr, first, i, kept_end, GATHER: tl.constexpr, CHUNK: tl.constexpr):
+    """(n, mean, Σ(d - mean)², rows that differ from the first) of d = x - first over rows i .. i+CHUNK."""
+    o = i + tl.arange(0, CHUNK)
+    m = o < kept_end
+    x = load_scores(score_ptr, row_ptr, o, m, GATHER)
+    d = tl.where(m, x - first, 0.0)
+    n = tl.minimum(kept_end - i, CHUNK).to(tl.float32)
+    mean = tl.sum(d) / n
+    residual = tl.where(m, d - mean, 0.0)
+    return n, mean, tl.sum(residual * residual), tl.sum((m & (x != first)).to(tl.float32))
+
+
+@triton.jit
+def merge(n, mean, square, differ, n_2, mean_2, square_2, differ_2):
+    total = n + n_2
+    step = mean_2 - mean
+    return total, mean + step * (n_2 / total), square + square_2 + step * step * (n * n_2 / total), differ + differ_2
+
+
+@triton.jit
+def finish(n, mean, square, differ):
+    """Mean and unbiased deviation of d; a constant or empty segment has exactly 0 of both."""
+    std = tl.where(n > 1, tl.sqrt(square / tl.maximum(n - 1.0, 1.0)), 0.0)
+    return tl.where(differ > 0, mean, 0.0), tl.where(differ > 0, std, 0.0)
+
+
+@triton.jit
+def write_chunk(
+    score_ptr, row_ptr, out_ptr, first, mean, std, eps, i, end, GATHER: tl.constexpr, BY_STD: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    o = i + tl.arange(0, CHUNK)
+    m = o < end
+    centred = load_scores(score_ptr, row_ptr, o, m, GATHER) - first - mean
+    if BY_STD:
+        centred = centred / (std + eps)
+    if GATHER:
+        o = tl.load(row_ptr + o, mask=m, other=0)
+    tl.store(out_ptr + o, centred, mask=m)
+
+
+@triton.jit
+def write_stats(mean_ptr, std_ptr, constant_ptr, i_segment, first, mean, std, differ):
+    tl.store(mean_ptr + i_segment, first + mean)
+    tl.store(std_ptr + i_segment, std)
+    tl.store(constant_ptr + i_segment, (differ == 0).to(tl.int8))
+
+
+@triton.jit
+def segment_kernel(
+    score_ptr, row_ptr, offset_ptr, kept_ptr, out_ptr, mean_ptr, std_ptr, constant_ptr, eps,
+    GATHER: tl.constexpr, BY_STD: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    i_segment = tl.program_id(0).to(tl.int64)
+    start, end = tl.load(offset_ptr + i_segment), tl.load(offset_ptr + i_segment + 1)
+    kept_end = start + tl.load(kept_ptr + i_segment)
+    first = tl.sum(load_scores(score_ptr, row_ptr, start + tl.arange(0, 1), start + tl.arange(0, 1) < kept_end, GATHER))
+    zero = tl.full((), 0.0, tl.float32)
+    n, mean, square, differ = zero, zero, zero, zero
+    for i in range(start, kept_end, CHUNK):
+        n_2, mean_2, square_2, differ_2 = chunk_moments(score_ptr, row_ptr, first, i, kept_end, GATHER, CHUNK)
+        n, mean, square, differ = merge(n, mean, square, differ, n_2, mean_2, square_2, differ_2)
+    mean, std = finish(n, mean, square, differ)
+    write_stats(mean_ptr, std_ptr, constant_ptr, i_segment, first, mean, std, differ)
+    for i in range(start, end, CHUNK):
+        write_chunk(score_ptr, row_ptr, out_ptr, first, mean, std, eps, i, end, GATHER, BY_STD, CHUNK)
+
+
+@triton.jit
+def chunk_kernel(
+    score_ptr, row_ptr, offset_ptr, kept_ptr, chunk_segment_ptr, chunk_start_ptr, moment_ptr,
+    GATHER: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    i_chunk = tl.program_id(0).to(tl.int64)
+    i_segment = tl.load(chunk_segment_ptr + i_chunk)
+    start = tl.load(offset_ptr + i_segment)
+    kept_end = start + tl.load(kept_ptr + i_segment)
+    i = tl.load(chunk_start_ptr + i_chunk)
+    if i < kept_end:
+        first = tl.sum(
+            load_scores(score_ptr, row_ptr, start + tl.arange(0, 1), start + tl.arange(0, 1) < kept_end, GATHER)
+        )
+        n, mean, square, differ = chunk_moments(score_ptr, row_ptr, first, i, kept_end, GATHER, CHUNK)
+        tl.store(moment_ptr + 4 * i_chunk, n)
+        tl.store(moment_ptr + 4 * i_chunk + 1, mean)
+        tl.store(moment_ptr + 4 * i_chunk + 2, square)
+        tl.store(moment_ptr + 4 * i_chunk + 3, differ)
+
+
+@triton.jit
+def merge_kernel(
+    score_ptr, row_ptr, offset_ptr, kept_ptr, chunk_offset_ptr, moment_ptr, first_ptr, shift_ptr,
+    mean_ptr, std_ptr, constant_ptr, GATHER: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    i_segment = tl.program_id(0).to(tl.int64)
+    start = tl.load(offset_ptr + i_segment)
+    kept_end = start + tl.load(kept_ptr + i_segment)
+    first = tl.sum(load_scores(score_ptr, row_ptr, start + tl.arange(0, 1), start + tl.arange(0, 1) < kept_end, GATHER))
+    zero = tl.full((), 0.0, tl.float32)
+    n, mean, square, differ = zero, zero, zero, zero
+    p_moment = moment_ptr + 4 * tl.load(chunk_offset_ptr + i_segment)
+    for _ in range(start, kept_end, CHUNK):
+        n_2, mean_2 = tl.load(p_moment), tl.load(p_moment + 1)
+        square_2, differ_2 = tl.load(p_moment + 2), tl.load(p_moment + 3)
+        n, mean, square, differ = merge(n, mean, square, differ, n_2, mean_2, square_2, differ_2)
+        p_moment += 4
+    mean, std = finish(n, mean, square, differ)
+    write_stats(mean_ptr, std_ptr, constant_ptr, i_segment, first, mean, std, differ)
+    tl.store(first_ptr + i_segment, first)
+    tl.store(shift_ptr + i_segment, mean)
+
+
+@triton.jit
+def write_kernel(
+    score_ptr, row_ptr, offset_ptr, chunk_segment_ptr, chunk_start_ptr, first_ptr, shift_ptr, std_ptr, out_ptr, eps,
+    GATHER: tl.constexpr, BY_STD: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    i_chunk = tl.program_id(0).to(tl.int64)
+    i_segment = tl.load(chunk_segment_ptr + i_chunk)
+    first, mean, std = tl.load(first_ptr + i_segment), tl.load(shift_ptr + i_segment), tl.load(std_ptr + i_segment)
+    i, end = tl.load(chunk_start_ptr + i_chunk), tl.load(offset_ptr + i_segment + 1)
+    write_chunk(score_ptr, row_ptr, out_ptr, first, mean, std, eps, i, end, GATHER, BY_STD, CHUNK)
+
+
+class Segments(NamedTuple):
+    """Rows by segment; within a segment the rows that count come first, both parts in their original order."""
+
+    row_N: Tensor | None  # int64 position of each row in the input; None where rows already lie by segment
+    offset_S1: Tensor  # int64, S+1 bounds
+    kept_S: Tensor  # int64, rows of each segment that count
+    segment_N: Tensor | None  # int64, segment of each row in input order; None where rows lie by segment
+
+
+def segments_of_ids(segment_N: Tensor, keep_N: Tensor | None) -> Segments:
+    """Two stable sorts; the number of segments is read back from the device once."""
+    if keep_N is None:
+        row_N = torch.sort(segment_N, stable=True)[1]
+    else:
+        kept_first_N = torch.sort((~keep_N).to(torch.uint8), stable=True)[1]
+        row_N = kept_first_N[torch.sort(segment_N[kept_first_N], stable=True)[1]]
+    _, index_N, count_S = torch.unique_consecutive(segment_N[row_N], return_inverse=True, return_counts=True)
+    segment_of_N = torch.empty_like(index_N).scatter_(0, row_N, index_N)
+    if keep_N is None:
+        kept_S = count_S
+    else:
+        kept_S = torch.zeros_like(count_S).scatter_add_(0, segment_of_N, keep_N.to(torch.int64))
+    return Segments(row_N, offsets(count_S), kept_S, segment_of_N)
+
+
+def offsets(count_S: Tensor) -> Tensor:
+    return torch.cat([count_S.new_zeros(1), count_S.cumsum(0)])
+
+
+def run(
+    score_N: Tensor, segments: Segments, *, scale_by_std: bool, eps: float, split: bool | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """advantage_N and mean_S, std_S, is_constant_S. `split` overrides the choice between one launch and three."""
+    score_N = score_N.contiguous()
+    N, S = score_N.shape[0], segments.offset_S1.shape[0] - 1
+    out_N = torch.empty(N, dtype=torch.float32, device=score_N.device)
+    mean_S, std_S = out_N.new_empty(S), out_N.new_empty(S)
+    constant_S = torch.empty(S, dtype=torch.int8, device=score_N.device)
+    if split is None:
+        split = N > SPLIT_ABOVE * S
+    # Without contraction to fused multiply-adds, which a compiler may place differently in one launch and in three.
+    flags = {"GATHER": segments.row_N is not None, "CHUNK": CHUNK, "num_warps": WARPS, "enable_fp_fusion": False}
+    rows = (score_N, segments.offset_S1 if segments.row_N is None else segments.row_N, segments.offset_S1)
+    if S and not split:
+        segment_kernel[(S,)](
+            *rows, segments.kept_S, out_N, mean_S, std_S, constant_S, eps, BY_STD=scale_by_std, **flags
+        )
+    elif S:
+        count_S = segments.offset_S1.diff()
+        chunk_offset_S1 = offsets((count_S + CHUNK - 1) // CHUNK)
+        chunks = int(chunk_offset_S1[-1])
+        segment_C = torch.repeat_interleave(chunk_offset_S1.diff(), output_size=chunks)
+        start_C = segments.offset_S1[segment_C]
+        start_C += CHUNK * (torch.arange(chunks, device=score_N.device) - chunk_offset_S1[segment_C])
+        moment_C = out_N.new_empty(4 * chunks)
+        first_S, shift_S = out_N.new_empty(S), out_N.new_empty(S)
+        if chunks:
+            chunk_kernel[(chunks,)](*rows, segments.kept_S, segment_C, start_C, moment_C, **flags)
+        merge_kernel[(S,)](
+            *rows, segments.kept_S, chunk_offset_S1, moment_C, first_S, shift_S, mean_S, std_S, constant_S, **flags
+        )
+        if chunks:
+            write_kernel[(chunks,)](
+                *rows, segment_C, start_C, first_S, shift_S, std_S, out_N, eps, BY_STD=scale_by_std, **flags
+            )
+    return out_N, mean_S, std_S, constant_S.bool()
+
+
+def segments_of(segment_N: Tensor | None, keep_N: Tensor | None, offset_S1: Tensor | None) -> Segments:
+    if segment_N is not None:
+        return segments_of_ids(segment_N, keep_N)
+    assert offset_S1 is not None
+    return Segments(None, offset_S1.to(torch.int64), offset_S1.diff().to(torch.int64), None)
+
+
+def segment_norm(
+    score_N: Tensor,
+    segment_N: Tensor | None,
+    keep_N: Tensor | None,
+    offset_S1: Tensor | None,
+    *,
+    scale_by_std: bool,
+    eps: float,
+) -> Tensor:
+    """See `hapo_kernels.segment_norm.segment_norm`."""
+    segments = segments_of(segment_N, keep_N, offset_S1)
+    return run(score_N.detach(), segments, scale_by_std=scale_by_std, eps=eps)[0]
+
+
+def segment_stats(
+    score_N: Tensor, segment_N: Tensor | None, keep_N: Tensor | None, offset_S1: Tensor | None
+) -> SegmentStats:
+    """See `hapo_kernels.segment_norm.segment_stats`."""
+    segments = segments_of(segment_N, keep_N, offset_S1)
+    _, mean_S, std_S, constant_S = run(score_N.detach(), segments, scale_by_std=False, eps=0.0)
+    of_N = segments.segment_N
+    if of_N is None:
+        of_N = torch.repeat_interleave(segments.offset_S1.diff(), output_size=score_N.shape[0])
+    return SegmentStats(mean_S[of_N], std_S[of_N], segments.kept_S[of_N], constant_S[of_N])

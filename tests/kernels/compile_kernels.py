@@ -1,0 +1,139 @@
+"""Compile every kernel for every target, without a GPU, and print one JSON line a build.
+
+Run by test_kernels_compile.py in a process of its own: under TRITON_INTERPRET=1 a kernel cannot be compiled. By hand:
+
+    python tests/kernels/compile_kernels.py [sm_80 sm_90 sm_100 gfx942]
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hapo_kernels.policy_loss import kernel as policy_loss
+from hapo_kernels.segment_norm import kernel as segment_norm
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+STORAGE = ("fp32", "bf16", "fp16")
+INTEGERS = {"T": "i32", "advantage_stride": "i32", "V": "i32"}
+NOT_FP32 = {
+    "*u8": ("mask_ptr", "teacher_row_ptr"),
+    "*i64": (
+        "row_ptr",
+        "offset_ptr",
+        "kept_ptr",
+        "chunk_segment_ptr",
+        "chunk_start_ptr",
+        "chunk_offset_ptr",
+        "label_ptr",
+    ),
+    "*i8": ("constant_ptr",),
+}
+
+
+def cases():
+    """(name, kernel, pointers in storage dtype, constexprs, num_warps)"""
+    full = {
+        "ADVANTAGE_PER_TOKEN": True,
+        "HAS_TEACHER": True,
+        "HAS_TEACHER_LOGP": True,
+        "HAS_WEIGHT": True,
+        "KL": 4,
+        "STRAIGHT_THROUGH": False,
+        "HAS_ENTROPY": True,
+        "HAS_GRADIENT": True,
+    }
+    plain = dict.fromkeys(full, False) | {"KL": 0, "HAS_GRADIENT": True}
+    per_token = (
+        "policy_ptr",
+        "behaviour_ptr",
+        "teacher_ptr",
+        "weight_ptr",
+        "reference_ptr",
+        "entropy_ptr",
+        "gradient_ptr",
+    )
+    for name, flags in (("every term", full), ("surrogate only", plain)):
+        yield (
+            f"policy_loss, {name}",
+            policy_loss.policy_loss_kernel,
+            per_token,
+            flags | {"BLOCK": policy_loss.BLOCK},
+            policy_loss.WARPS,
+        )
+    for gather in (False, True):
+        where = "by ids" if gather else "by bounds"
+        for kernel in (
+            segment_norm.segment_kernel,
+            segment_norm.chunk_kernel,
+            segment_norm.merge_kernel,
+            segment_norm.write_kernel,
+        ):
+            flags = {"GATHER": gather, "BY_STD": True, "CHUNK": segment_norm.CHUNK}
+            flags = {key: value for key, value in flags.items() if key in kernel.arg_names}
+            yield f"{kernel.__name__}, {where}", kernel, ("score_ptr",), flags, segment_norm.WARPS
+
+
+def build(kernel, storage_pointers, flags, num_warps, dtype, target):
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in flags:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            integer = next((kind for kind, names in NOT_FP32.items() if name in names), "*fp32")
+            signature[name] = f"*{dtype}" if name in storage_pointers else integer
+        else:
+            signature[name] = INTEGERS.get(name, "fp32")
+        if name.endswith("_ptr") or name in INTEGERS:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, flags, attributes)
+    return triton.compile(source, target=target, options={"num_warps": num_warps})
+
+
+def measure(binary, target):
+    if target.backend == "hip":
+        assembly = binary.asm["amdgcn"]
+        field = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)", assembly)}
+        return {
+            "registers": field["vgpr_count"],
+            "spills": field["vgpr_spill_count"] + field["sgpr_spill_count"],
+            "loads_64": len(re.findall(r"(?:global|buffer)_load_dwordx2", assembly)),
+            "loads_128": len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),
+        }
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        sass = subprocess.run(
+            [tools / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "loads_64": len(re.findall(r"\bLDG\.E(?:\.\w+)*\.64\b", sass)),
+        "loads_128": len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", sass)),
+    }
+
+
+if __name__ == "__main__":
+    for target_name in sys.argv[1:] or TARGETS:
+        target = TARGETS[target_name]
+        for name, kernel, storage_pointers, flags, num_warps in cases():
+            for dtype in STORAGE:
+                binary = build(kernel, storage_pointers, flags, num_warps, dtype, target)
+                found = {"kernel": name, "dtype": dtype, "target": target_name, "shared": binary.metadata.shared}
+                print(json.dumps(found | measure(binary, target)), flush=True)
