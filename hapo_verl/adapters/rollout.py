@@ -146,6 +146,7 @@ class HapoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
         replaced: int | None = None,
         demonstration: AgentLoopOutput | None = None,
     ) -> list[_Row]:
+        description = {"index": _plain(next(iter(group.sessions.values())).fields["index"]), **description}
         rows = []
         for session_id, session in group.sessions.items():
             is_replaced = demonstration is not None and session_id == replaced
@@ -257,6 +258,10 @@ def _describe(
         "confidence": confidence,
         "replaced": None,
     }
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
 
 
 def _demonstration_row(replaced: list[AgentLoopOutput], tokens: list[int]) -> AgentLoopOutput:

@@ -174,4 +174,6 @@ def cpu_environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         # The trainer's processes outnumber a laptop's cores; more threads each make all of them slower.
         "OMP_NUM_THREADS": "1",
+        # Ray gives its workers niceness 15: on a laptop everything else would come first.
+        "RAY_worker_niceness": "0",
     }

@@ -1,0 +1,37 @@
+"""Agent loops for the end-to-end tests; `agent_loops.yaml` names them for verl."""
+
+from verl.experimental.agent_loop import AgentLoopBase, AgentLoopOutput
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+
+
+class FailingLoop(SingleTurnAgentLoop):
+    """verl's single-turn loop in which a session fails where the policy opens with the digit 3."""
+
+    async def run(self, sampling_params, **kwargs):
+        output = await super().run(sampling_params, **kwargs)
+        if output.response_ids[:1] == self.tokenizer.encode("3", add_special_tokens=False):
+            raise RuntimeError("this session fails on purpose")
+        return output
+
+
+class ScriptedLoop(AgentLoopBase):
+    """Answers that depend on the prompt and the session only, right in some sessions: the same in every run."""
+
+    async def run(self, sampling_params, **kwargs):
+        prompt_ids = await self.ct_build_initial_tokens(list(kwargs["raw_prompt"]))
+        answer = kwargs["reward_model"]["ground_truth"]
+        session, number = kwargs["session_id"], int(answer)
+        right = (number + session) % 3 == 0
+        text = answer if right else f"{(number * 7 + session * 13) % 1000:03d}"
+        response_ids = [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+        score = float(text == answer)
+        return AgentLoopOutput(
+            prompt_ids=prompt_ids,
+            response_ids=response_ids,
+            response_mask=[1] * len(response_ids),
+            response_logprobs=[-2.0] * len(response_ids),
+            reward_score=score,
+            num_turns=2,
+            metrics={},
+            extra_fields={"reward_extra_info": {"acc": score}, "min_global_steps": 0, "max_global_steps": 0},
+        )

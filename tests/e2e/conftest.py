@@ -1,0 +1,115 @@
+"""verl's genuine trainer with Ray and vLLM on this machine's CPU, on the quickstart's task, started by the tests."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "recipes" / "quickstart"
+sys.path.insert(0, str(QUICKSTART))
+import digits  # noqa: E402
+import tiny_model  # noqa: E402
+from launch import Launch, TrainingFailed, cpu_environment  # noqa: E402
+
+DIGITS, PROMPTS, ROLLOUTS = 3, 8, 8
+
+# A demonstration that cannot be used, for the rows whose index leaves this remainder modulo 8; the others can.
+UNUSABLE = {0: (None, "missing"), 1: ("1234567", "overlong"), 2: ("12", "rejected"), 3: (" ", "empty")}
+
+
+@dataclass
+class Run:
+    """A finished run of the trainer."""
+
+    folder: Path
+    train: pandas.DataFrame
+
+    @cached_property
+    def steps(self) -> list[dict]:
+        """Metrics of each training step."""
+        records = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [record["data"] for record in records if record["step"] > 0]
+
+    @cached_property
+    def groups(self) -> list[dict]:
+        """`hapo_group` of every group that was trained on."""
+        return _lines(self.folder / "trace" / "groups.jsonl")
+
+    @cached_property
+    def loss_rows(self) -> list[dict]:
+        """Rows as they reached the loss."""
+        return [row for path in sorted((self.folder / "trace").glob("loss-*.jsonl")) for row in _lines(path)]
+
+    @cached_property
+    def dumped(self) -> list[dict]:
+        """verl's own dump of the trained rows, `trainer.rollout_data_dir`."""
+        return [row for path in sorted((self.folder / "rollouts").glob("*.jsonl")) for row in _lines(path)]
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model.write(folder, alphabet="0123456789", hidden=64, layers=2, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trainer(tmp_path_factory, model):
+    """Runs the trainer: `trainer("name", *overrides, unusable=...)`."""
+
+    def run(name: str, *overrides: str, steps: int = 3, unusable: bool = False) -> Run:
+        folder = tmp_path_factory.mktemp(name)
+        digits.write(folder / "data", digits=DIGITS, train=PROMPTS * 16, heldout=16, seed=0)
+        train = pandas.read_parquet(folder / "data" / "train.parquet")
+        if unusable:
+            indices = [info["index"] for info in train["extra_info"]]
+            train["demonstration"] = [
+                UNUSABLE[index % 8][0] if index % 8 in UNUSABLE else text
+                for index, text in zip(indices, train["demonstration"], strict=True)
+            ]
+            train.to_parquet(folder / "data" / "train.parquet")
+        settings = yaml.safe_load((QUICKSTART / "config.yaml").read_text()) | {
+            "data.train_files": folder / "data" / "train.parquet",
+            "data.val_files": folder / "data" / "heldout.parquet",
+            "data.train_batch_size": PROMPTS,
+            "data.max_response_length": DIGITS + 1,
+            "actor_rollout_ref.model.path": model,
+            "actor_rollout_ref.actor.ppo_mini_batch_size": PROMPTS,
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 16,
+            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": 64,
+            "actor_rollout_ref.rollout.agent.agent_loop_config_path": ROOT / "tests/e2e/agent_loops.yaml",
+            "reward.custom_reward_function.path": QUICKSTART / "digits.py",
+            "reward.custom_reward_function.name": "compute_score",
+            "trainer.total_training_steps": steps,
+            "trainer.val_before_train": "false",
+            "trainer.test_freq": steps,
+            "trainer.default_local_dir": folder / "checkpoints",
+            "trainer.rollout_data_dir": folder / "rollouts",
+        }
+        launch = Launch(
+            overrides=["+hapo_platform=cpu", *(f"{key}={value}" for key, value in settings.items()), *overrides],
+            folder=folder,
+            time_limit=900,
+            environment=cpu_environment() | {"PYTHONPATH": str(ROOT)},
+        )
+        launch.overrides = [item.replace("{folder}", str(folder)) for item in launch.overrides]
+        try:
+            list(launch.run())
+        except TrainingFailed as error:
+            tail = "\n".join(launch.log.read_text(errors="replace").splitlines()[-40:])
+            pytest.fail(f"{name}: {error}\n{tail}", pytrace=False)
+        return Run(folder, train)
+
+    return run
