@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hapo_kernels.linear_logprob import kernel as linear_logprob
 from hapo_kernels.policy_loss import kernel as policy_loss
 from hapo_kernels.segment_norm import kernel as segment_norm
 
@@ -26,7 +27,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 STORAGE = ("fp32", "bf16", "fp16")
-INTEGERS = {"T": "i32", "advantage_stride": "i32", "V": "i32"}
+INTEGERS = {"T": "i32", "advantage_stride": "i32", "V": "i32", "N": "i32"}
 NOT_FP32 = {
     "*u8": ("mask_ptr", "teacher_row_ptr"),
     "*i64": (
@@ -83,6 +84,12 @@ def cases():
             flags = {"GATHER": gather, "BY_STD": True, "CHUNK": segment_norm.CHUNK}
             flags = {key: value for key, value in flags.items() if key in kernel.arg_names}
             yield f"{kernel.__name__}, {where}", kernel, ("score_ptr",), flags, segment_norm.WARPS
+    block, warps = linear_logprob.ROW_SETTINGS["cuda"]
+    assert linear_logprob.ROW_SETTINGS["hip"] == (block, warps)
+    yield "stats_row_kernel", linear_logprob.stats_row_kernel, (), {"BLOCK": block}, warps
+    for entropy in (False, True):
+        name = f"dlogits_row_kernel, {'with' if entropy else 'no'} entropy"
+        yield name, linear_logprob.dlogits_row_kernel, ("out_ptr",), {"HAS_ENTROPY": entropy, "BLOCK": block}, warps
 
 
 def build(kernel, storage_pointers, flags, num_warps, dtype, target):
