@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hapo_kernels.linear_logprob import kernel as linear_logprob
+from hapo_kernels.policy_head import kernel as policy_head
 from hapo_kernels.policy_loss import kernel as policy_loss
 from hapo_kernels.segment_norm import kernel as segment_norm
 
@@ -29,7 +30,7 @@ TARGETS = {
 STORAGE = ("fp32", "bf16", "fp16")
 INTEGERS = {"T": "i32", "advantage_stride": "i32", "V": "i32", "N": "i32"}
 NOT_FP32 = {
-    "*u8": ("mask_ptr", "teacher_row_ptr"),
+    "*u8": ("mask_ptr", "teacher_row_ptr", "is_teacher_ptr"),
     "*i64": (
         "row_ptr",
         "offset_ptr",
@@ -90,6 +91,9 @@ def cases():
     for entropy in (False, True):
         name = f"dlogits_row_kernel, {'with' if entropy else 'no'} entropy"
         yield name, linear_logprob.dlogits_row_kernel, ("out_ptr",), {"HAS_ENTROPY": entropy, "BLOCK": block}, warps
+    for name, flags in (("every term", full | {"HAS_ENTROPY": True}), ("surrogate only", plain)):
+        flags = {key: value for key, value in flags.items() if key in policy_head.head_row_kernel.arg_names}
+        yield f"head_row_kernel, {name}", policy_head.head_row_kernel, ("out_ptr",), flags | {"BLOCK": block}, warps
 
 
 def build(kernel, storage_pointers, flags, num_warps, dtype, target):

@@ -66,7 +66,7 @@ def linear_logprob(
     The reference computes in fp32 (fp64 for fp64 input). The kernel multiplies in the storage dtype with fp32
     accumulation and fp32 logits, and accumulates the weight's gradient in fp32.
     """
-    _check(hidden_NH, weight_VH, label_N, bias_V, temperature, keep_N)
+    check_head(hidden_NH, weight_VH, label_N, bias_V, temperature, keep_N)
     shards = vocabulary_group.size() if vocabulary_group else 1
     if debug():
         kept_N = label_N != IGNORED if keep_N is None else keep_N & (label_N != IGNORED)
@@ -97,7 +97,7 @@ def temperature_of(temperature: float | Tensor, hidden_NH: Tensor) -> Tensor:
     return temperature.expand(hidden_NH.shape[0]).contiguous()
 
 
-def _check(
+def check_head(
     hidden_NH: Tensor,
     weight_VH: Tensor,
     label_N: Tensor,
