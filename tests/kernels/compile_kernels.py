@@ -16,6 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hapo_kernels.linear_logprob import kernel as linear_logprob
+from hapo_kernels.policy_head import kernel as policy_head
 from hapo_kernels.policy_loss import kernel as policy_loss
 from hapo_kernels.segment_norm import kernel as segment_norm
 
@@ -26,9 +28,9 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 STORAGE = ("fp32", "bf16", "fp16")
-INTEGERS = {"T": "i32", "advantage_stride": "i32", "V": "i32"}
+INTEGERS = {"T": "i32", "advantage_stride": "i32", "V": "i32", "N": "i32"}
 NOT_FP32 = {
-    "*u8": ("mask_ptr", "teacher_row_ptr"),
+    "*u8": ("mask_ptr", "teacher_row_ptr", "is_teacher_ptr"),
     "*i64": (
         "row_ptr",
         "offset_ptr",
@@ -83,6 +85,15 @@ def cases():
             flags = {"GATHER": gather, "BY_STD": True, "CHUNK": segment_norm.CHUNK}
             flags = {key: value for key, value in flags.items() if key in kernel.arg_names}
             yield f"{kernel.__name__}, {where}", kernel, ("score_ptr",), flags, segment_norm.WARPS
+    block, warps = linear_logprob.ROW_SETTINGS["cuda"]
+    assert linear_logprob.ROW_SETTINGS["hip"] == (block, warps)
+    yield "stats_row_kernel", linear_logprob.stats_row_kernel, (), {"BLOCK": block}, warps
+    for entropy in (False, True):
+        name = f"dlogits_row_kernel, {'with' if entropy else 'no'} entropy"
+        yield name, linear_logprob.dlogits_row_kernel, ("out_ptr",), {"HAS_ENTROPY": entropy, "BLOCK": block}, warps
+    for name, flags in (("every term", full | {"HAS_ENTROPY": True}), ("surrogate only", plain)):
+        flags = {key: value for key, value in flags.items() if key in policy_head.head_row_kernel.arg_names}
+        yield f"head_row_kernel, {name}", policy_head.head_row_kernel, ("out_ptr",), flags | {"BLOCK": block}, warps
 
 
 def build(kernel, storage_pointers, flags, num_warps, dtype, target):

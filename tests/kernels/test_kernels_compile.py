@@ -11,7 +11,7 @@ import pytest
 HERE = Path(__file__).parent
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 # Their rows start where the vector does; segments and gathered rows start anywhere and are loaded one by one.
-WIDE = ("policy_loss", "row_kernel")
+WIDE = ("policy_loss", "stats_row", "dlogits_row", "head_row")
 REGISTER_LIMIT = 128
 
 
@@ -42,5 +42,5 @@ def test_every_kernel_compiles(target, tmp_path, capsys):
         assert build["shared"] <= SHARED_LIMIT[target], build
         if build["kernel"].startswith(WIDE):
             # A wavefront of 64 lanes takes 4 tokens a lane: 16-bit storage loads 64 bits.
-            half_on_amd = target == "gfx942" and build["dtype"] != "fp32"
+            half_on_amd = target == "gfx942" and build["kernel"].startswith("policy_loss") and build["dtype"] != "fp32"
             assert build["loads_64" if half_on_amd else "loads_128"] > 0, build

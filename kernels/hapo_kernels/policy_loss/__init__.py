@@ -74,7 +74,7 @@ def policy_loss(
     `vanilla` loss with the same `loss_agg_mode`, to the last bit in fp32; a micro-batch without active tokens, where
     verl may divide 0 by 0, gives 0.
     """
-    _check(policy_logp_BT, behaviour_logp_BT, advantage, mask_BT, teacher, importance_weight_BT, kl, entropy)
+    check_tokens(policy_logp_BT, behaviour_logp_BT, advantage, mask_BT, teacher, importance_weight_BT, kl, entropy)
     if use_triton(impl, policy_logp_BT):
         from hapo_kernels.policy_loss import kernel  # not before it is needed: Triton may be absent on a CPU
 
@@ -95,7 +95,7 @@ def policy_loss(
     )
 
 
-def _check(
+def check_tokens(
     policy_logp_BT: Tensor,
     behaviour_logp_BT: Tensor,
     advantage: Tensor,

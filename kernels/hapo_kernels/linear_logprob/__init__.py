@@ -1,0 +1,141 @@
+"""Log-probability of each chosen token, and entropy, straight from hidden states and the language-model head.
+
+    x = h Wᵀ + b,    log π(y) = (x_y - m)/τ - log Σ_v e^{(x_v - m)/τ},    H = log Σ_v e^{(x_v - m)/τ} - Σ_v p_v (x_v - m)/τ
+
+with m = max x, so that no exponential overflows and H is a sum of two non-negative terms. The (N, V) logits never exist
+as a whole: a chunk of rows at a time goes through the vendor's GEMM into fp32, one kernel sweep takes the statistics, and
+the backward pass computes the chunk again:
+
+    ∂/∂x_v = (1/τ) [ g (1{v=y} - p_v) - g_H p_v (log p_v + H) ],    g, g_H the upstream gradients of log π and H
+
+Work: 2NHV flops forward, 6NHV backward (4NHV with a frozen weight), over the rows that are kept, and backward over those
+whose upstream gradient is not 0. Rows that do not train never enter a GEMM.
+
+Vocabulary-parallel: each rank of a process group holds a contiguous slice of V; only four numbers a row travel forward,
+and ∂h is summed over the ranks backward.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from hapo_kernels.dispatch import Impl, debug, use_triton
+from hapo_kernels.linear_logprob import reference
+
+__all__ = ["LinearLogprob", "linear_logprob"]
+
+IGNORED = -100
+
+
+class LinearLogprob(NamedTuple):
+    logp_N: Tensor  # nats, fp32 (fp64 for fp64 input); exactly 0 on rows that are not kept
+    entropy_N: Tensor  # nats; exactly 0 on rows that are not kept, and everywhere without with_entropy
+
+
+def linear_logprob(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    label_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    keep_N: Tensor | None = None,
+    with_entropy: bool = False,
+    vocabulary_group: ProcessGroup | None = None,
+    chunk_rows: int | None = None,
+    impl: Impl = "auto",
+) -> LinearLogprob:
+    """log π(label) and entropy of softmax((h Wᵀ + b) / τ), differentiable in hidden, weight and bias.
+
+    Args:
+        hidden_NH: rows to score; flatten (B, T, H) first.
+        weight_VH: the head, or this rank's slice of it in rank order, all slices of one size. A frozen weight costs no
+            gradient work; one tied to the embedding gets its gradient added there by autograd.
+        label_N: int32 or int64 token ids of the whole vocabulary. -100 leaves a row out. Any other label outside
+            [0, V) gives NaN, and an error with HAPO_KERNELS_DEBUG=1.
+        temperature: τ > 0, one number or one a row (N,).
+        keep_N: bool, rows to compute; default all. What stands in the others is not read.
+        with_entropy: also H. Its sums cost nothing in the forward sweep; its gradient is computed if asked for.
+        chunk_rows: rows of fp32 logits held at once. Every chunk is padded to this size, so that the bits of a row do
+            not depend on how many rows there are. The default holds at most 1 GiB.
+
+    The reference computes in fp32 (fp64 for fp64 input). The kernel multiplies in the storage dtype with fp32
+    accumulation and fp32 logits, and accumulates the weight's gradient in fp32.
+    """
+    check_head(hidden_NH, weight_VH, label_N, bias_V, temperature, keep_N)
+    shards = vocabulary_group.size() if vocabulary_group else 1
+    if debug():
+        kept_N = label_N != IGNORED if keep_N is None else keep_N & (label_N != IGNORED)
+        bad_N = kept_N & ((label_N < 0) | (label_N >= shards * weight_VH.shape[0]))
+        if bad_N.any():
+            row = int(bad_N.nonzero()[0])
+            raise ValueError(
+                f"label_N[{row}]={int(label_N[row])}: a label lies in [0, {shards * weight_VH.shape[0]}). "
+                f"Use {IGNORED} to leave a row out."
+            )
+    keep_N = label_N != IGNORED if keep_N is None else keep_N & (label_N != IGNORED)
+    arguments = (hidden_NH, weight_VH, label_N.long(), temperature_of(temperature, hidden_NH), bias_V, keep_N)
+    if use_triton(impl, hidden_NH):
+        from hapo_kernels.linear_logprob import kernel  # not before it is needed: Triton may be absent on a CPU
+
+        logp_N, entropy_N = kernel.linear_logprob(*arguments, with_entropy, vocabulary_group, chunk_rows)
+    elif vocabulary_group is not None:
+        logp_N, entropy_N = reference.vocabulary_parallel(*arguments, with_entropy, vocabulary_group)
+    else:
+        logp_N, entropy_N = reference.linear_logprob(*arguments, with_entropy)
+    return LinearLogprob(logp_N, entropy_N)
+
+
+def temperature_of(temperature: float | Tensor, hidden_NH: Tensor) -> Tensor:
+    """τ of every row, so that an equal tensor and a number give the same bits."""
+    dtype = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
+    temperature = torch.as_tensor(temperature, device=hidden_NH.device).detach().to(dtype)
+    return temperature.expand(hidden_NH.shape[0]).contiguous()
+
+
+def check_head(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    label_N: Tensor,
+    bias_V: Tensor | None,
+    temperature: float | Tensor,
+    keep_N: Tensor | None,
+) -> None:
+    if hidden_NH.ndim != 2 or weight_VH.ndim != 2 or hidden_NH.shape[1] != weight_VH.shape[1]:
+        raise ValueError(
+            f"hidden_NH {tuple(hidden_NH.shape)} and weight_VH {tuple(weight_VH.shape)}: (N, H) and (V, H) with one H. "
+            "Use hidden.flatten(0, -2), and lm_head.weight as it is."
+        )
+    if weight_VH.dtype != hidden_NH.dtype:
+        raise TypeError(
+            f"weight_VH {weight_VH.dtype} and hidden_NH {hidden_NH.dtype}: one dtype. Cast one of them, or use autocast."
+        )
+    rows = hidden_NH.shape[:1]
+    if label_N.shape != rows or label_N.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"label_N: {label_N.dtype} of shape {tuple(label_N.shape)}: one int64 token id for each of the {rows[0]} rows. "
+            "Use labels.flatten()."
+        )
+    if bias_V is not None and bias_V.shape != weight_VH.shape[:1]:
+        raise ValueError(
+            f"bias_V of shape {tuple(bias_V.shape)}: one number a token of the vocabulary, {weight_VH.shape[0]}. Use lm_head.bias."
+        )
+    if keep_N is not None and (keep_N.shape != rows or keep_N.dtype != torch.bool):
+        raise ValueError(
+            f"keep_N: {keep_N.dtype} of shape {tuple(keep_N.shape)}: one bool a row. Use mask.flatten().bool()."
+        )
+    if isinstance(temperature, Tensor):
+        if temperature.ndim and temperature.shape != rows:
+            raise ValueError(
+                f"temperature of shape {tuple(temperature.shape)}: one number, or one a row. Use shape ({rows[0]},)."
+            )
+        if debug() and not (temperature > 0).all():
+            raise ValueError(
+                f"temperature={temperature.min().item()}: a temperature is positive. Use a small one for greedy rows."
+            )
+    elif not temperature > 0:
+        raise ValueError(f"temperature={temperature}: a temperature is positive. Use a small one for greedy rows.")

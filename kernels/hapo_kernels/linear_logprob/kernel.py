@@ -1,0 +1,359 @@
+"""The language-model head: vendor GEMMs a chunk of rows, one Triton program a row between them.
+
+`sweep` is the online softmax of one row, `write_dlogits` its gradient; `policy_head` puts the loss between the two. A
+row's offset is int64 (N·V passes 2³¹ at 16k tokens), nothing length-like is a constexpr, there are no atomics.
+
+A row kernel reads fp32 logits, 4 B an element, and its backward reads 4 B and writes the storage dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hapo_kernels.dispatch import refuse_double_backward
+from hapo_kernels.linear_logprob import reference
+
+# (elements a program takes at once, warps) by backend and bytes of a logit. Not yet tuned on a GPU.
+ROW_SETTINGS = {"cuda": (2048, 8), "hip": (2048, 8)}
+MOST_LOGITS = 2**28  # fp32 elements held at once, 1 GiB
+MOST_ROWS = 4096  # rows after which a GEMM gains nothing from more
+
+LOWEST = tl.constexpr(-3.0e38)  # finite start of the running maximum: -inf - -inf is NaN
+FLOOR = tl.constexpr(-1.0e30)  # e^FLOOR is 0, and FLOOR · 0 is 0 where -inf · 0 is NaN
+
+
+@triton.jit
+def floored(x):
+    """max(x, FLOOR), NaN stays NaN."""
+    return tl.where(x < FLOOR, FLOOR, x)
+
+
+@triton.jit
+def sweep(p_row, V, inverse_temperature, BLOCK: tl.constexpr):
+    """(m, Σ e^d, Σ d e^d) with d = (x - m)/τ over one row: lane by lane, then over the lanes."""
+    m = tl.full((BLOCK,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    weighted = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        o = start + tl.arange(0, BLOCK)
+        x = tl.load(p_row + o, mask=o < V, other=-float("inf")).to(tl.float32)
+        larger = tl.maximum(m, x)
+        shift = floored((m - larger) * inverse_temperature)
+        d = floored((x - larger) * inverse_temperature)
+        scale, e = tl.exp(shift), tl.exp(d)
+        weighted = scale * (weighted + total * shift) + d * e
+        total = scale * total + e
+        m = larger
+    row_max = tl.max(m)
+    shift = floored((m - row_max) * inverse_temperature)
+    scale = tl.exp(shift)
+    return row_max, tl.sum(scale * total), tl.sum(scale * (weighted + total * shift))
+
+
+@triton.jit
+def write_dlogits(
+    p_row, p_out, label, V, inverse_temperature, row_max, log_sum, entropy, slope, entropy_slope,
+    HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(1/τ) [ g (1{v=y} - p) - g_H p (log p + H) ]; p_out may be p_row."""
+    for start in range(0, V, BLOCK):
+        o = start + tl.arange(0, BLOCK)
+        x = tl.load(p_row + o, mask=o < V, other=-float("inf")).to(tl.float32)
+        logp = floored((x - row_max) * inverse_temperature - log_sum)
+        p = tl.exp(logp)
+        dlogits = slope * (tl.where(o == label, 1.0, 0.0) - p)
+        if HAS_ENTROPY:
+            dlogits -= entropy_slope * p * (logp + entropy)
+        tl.store(p_out + o, (dlogits * inverse_temperature).to(p_out.dtype.element_ty), mask=o < V)
+
+
+@triton.jit
+def stats_row_kernel(logits_ptr, label_ptr, temperature_ptr, stats_ptr, V, N, BLOCK: tl.constexpr):
+    """One row's maximum, Σ e^d, Σ d e^d and label logit (0 where the label is not in this slice) into stats (4, N)."""
+    i_row = tl.program_id(0).to(tl.int64)
+    p_row = logits_ptr + i_row * V
+    inverse_temperature = 1.0 / tl.load(temperature_ptr + i_row)
+    label = tl.load(label_ptr + i_row)
+    here = (label >= 0) & (label < V)
+    label_logit = tl.load(p_row + label, mask=here, other=0.0).to(tl.float32)
+    row_max, total, weighted = sweep(p_row, V, inverse_temperature, BLOCK)
+    tl.store(stats_ptr + i_row, row_max)
+    tl.store(stats_ptr + N + i_row, total)
+    tl.store(stats_ptr + 2 * N + i_row, weighted)
+    tl.store(stats_ptr + 3 * N + i_row, label_logit)
+
+
+@triton.jit
+def dlogits_row_kernel(
+    logits_ptr, out_ptr, label_ptr, temperature_ptr, max_ptr, log_sum_ptr, entropy_ptr, slope_ptr, entropy_slope_ptr, V,
+    HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_row = tl.program_id(0).to(tl.int64)
+    entropy, entropy_slope = 0.0, 0.0
+    if HAS_ENTROPY:
+        entropy, entropy_slope = tl.load(entropy_ptr + i_row), tl.load(entropy_slope_ptr + i_row)
+    write_dlogits(
+        logits_ptr + i_row * V, out_ptr + i_row * V, tl.load(label_ptr + i_row), V, 1.0 / tl.load(temperature_ptr + i_row),
+        tl.load(max_ptr + i_row), tl.load(log_sum_ptr + i_row), entropy, tl.load(slope_ptr + i_row), entropy_slope,
+        HAS_ENTROPY, BLOCK,
+    )  # fmt: skip
+
+
+def row_settings() -> dict[str, int]:
+    block, warps = ROW_SETTINGS["hip" if torch.version.hip else "cuda"]
+    return {"BLOCK": block, "num_warps": warps}
+
+
+def rows_a_chunk(V: int) -> int:
+    """The largest power of two of rows within MOST_LOGITS, at least 16 and at most MOST_ROWS."""
+    return min(MOST_ROWS, max(16, 1 << ((MOST_LOGITS // max(V, 1)).bit_length() - 1)))
+
+
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with fp32 accumulation and an fp32 result."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+class Chunks:
+    """The rows of `row` in pieces of one fixed, padded size: a GEMM of one shape, whatever the batch."""
+
+    def __init__(self, row: Tensor, chunk_rows: int):
+        self.row, self.size = row, chunk_rows
+
+    def __iter__(self):
+        for start in range(0, len(self.row), self.size):
+            yield self.row[start : start + self.size]
+
+    def gather(self, hidden_NH: Tensor, row: Tensor) -> Tensor:
+        padded = hidden_NH.new_zeros(self.size, hidden_NH.shape[1])
+        torch.index_select(hidden_NH, 0, row, out=padded[: len(row)])
+        return padded
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with fp32 accumulation. The CPU, where kernels are only tested, multiplies in fp32."""
+    return torch.mm(a, b) if a.is_cuda else a.float() @ b.float()
+
+
+def logits_of(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    logits = matmul_fp32(hidden, weight_VH.T)
+    return logits if bias_V is None else logits.add_(bias_V)
+
+
+class Gradients:
+    """Where a chunk's dlogits go: ∂hidden row by row, ∂weight and ∂bias summed over the chunks in fp32."""
+
+    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wanted: list[bool]):
+        fp32 = {"dtype": torch.float32}
+        self.weight_VH = weight_VH
+        self.hidden_NH = torch.zeros_like(hidden_NH, memory_format=torch.contiguous_format) if wanted[0] else None
+        self.dweight_VH = (
+            torch.zeros_like(weight_VH, memory_format=torch.contiguous_format, **fp32) if wanted[1] else None
+        )
+        self.dbias_V = torch.zeros_like(bias_V, **fp32) if wanted[2] and bias_V is not None else None
+
+    def add(self, row: Tensor, hidden: Tensor, dlogits: Tensor) -> None:
+        """`hidden` and `dlogits` are padded; dlogits of the padding is 0."""
+        if self.hidden_NH is not None:
+            self.hidden_NH[row] = matmul(dlogits, self.weight_VH)[: len(row)].to(self.hidden_NH.dtype)
+        if self.dweight_VH is not None:
+            if hidden.is_cuda and hidden.dtype != torch.float32:
+                torch.ops.aten.addmm.dtype_out(self.dweight_VH, dlogits.T, hidden, torch.float32, out=self.dweight_VH)
+            else:
+                self.dweight_VH.addmm_(dlogits.T.float(), hidden.float())
+        if self.dbias_V is not None:
+            self.dbias_V += dlogits.sum(0, dtype=torch.float32)
+
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.hidden_NH, self.dweight_VH, self.dbias_V
+
+
+def dlogits_buffer(logits: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """In place where the storage dtype allows it; the padding is zeroed."""
+    dlogits = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
+    dlogits[rows:].zero_()
+    return dlogits
+
+
+def group_of(name: str):
+    return dist.distributed_c10d._resolve_process_group(name) if name else None
+
+
+def empty_or(value: Tensor | None, like: Tensor) -> Tensor:
+    """A custom op returns tensors, not None."""
+    return like.new_empty(0) if value is None else value
+
+
+@torch.library.custom_op("hapo_kernels::linear_logprob", mutates_args=())
+def linear_logprob_op(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    label_N: Tensor,
+    temperature_N: Tensor,
+    bias_V: Tensor | None,
+    keep_N: Tensor,
+    with_entropy: bool,
+    group: str,
+    chunk_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp_N, entropy_N, max_N, log_sum_N; the last two are what the backward pass needs of the softmax."""
+    N, V = hidden_NH.shape[0], weight_VH.shape[0]
+    process_group = group_of(group)
+    first = dist.get_rank(process_group) * V if group else 0
+    row = keep_N.nonzero()[:, 0]
+    stats = torch.empty(4, len(row), dtype=torch.float32, device=hidden_NH.device)
+    chunks, done = Chunks(row, chunk_rows), 0
+    for piece in chunks:
+        logits = logits_of(chunks.gather(hidden_NH, piece), weight_VH, bias_V)
+        chunk_stats = stats.new_empty(4, len(piece))
+        stats_row_kernel[(len(piece),)](
+            logits, label_N[piece] - first, temperature_N[piece], chunk_stats, V, len(piece), **row_settings()
+        )
+        stats[:, done : done + len(piece)] = chunk_stats
+        done += len(piece)
+    row_max, total, weighted, label_logit = stats
+    temperature = temperature_N[row]
+    if group:
+        row_max, total, weighted, label_logit = reference.combine(
+            row_max, total, weighted, label_logit, temperature, process_group
+        )
+    log_sum = total.log()
+    shards = process_group.size() if group else 1
+    inside = reference.clamped(label_N[row], V * shards)[1]
+    logp = torch.where(inside, (label_logit - row_max) / temperature - log_sum, torch.nan)
+    zero_N = torch.zeros(N, dtype=torch.float32, device=hidden_NH.device)
+    return (
+        zero_N.index_put((row,), logp),
+        zero_N.index_put((row,), log_sum - weighted / total) if with_entropy else zero_N.clone(),
+        zero_N.index_put((row,), row_max),
+        zero_N.index_put((row,), log_sum),
+    )
+
+
+@linear_logprob_op.register_fake
+def _(hidden_NH, *args):
+    return tuple(hidden_NH.new_empty(hidden_NH.shape[0], dtype=torch.float32) for _ in range(4))
+
+
+@torch.library.custom_op("hapo_kernels::linear_logprob_backward", mutates_args=())
+def linear_logprob_backward_op(
+    slope_N: Tensor,
+    entropy_slope_N: Tensor | None,
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    label_N: Tensor,
+    temperature_N: Tensor,
+    bias_V: Tensor | None,
+    keep_N: Tensor,
+    entropy_N: Tensor,
+    max_N: Tensor,
+    log_sum_N: Tensor,
+    group: str,
+    chunk_rows: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∂hidden, ∂weight and ∂bias; empty where not wanted. Rows without an upstream gradient enter no GEMM."""
+    V = weight_VH.shape[0]
+    first = dist.get_rank(group_of(group)) * V if group else 0
+    active_N = slope_N != 0
+    if entropy_slope_N is not None:
+        active_N = active_N | (entropy_slope_N != 0)
+    row = (keep_N & active_N).nonzero()[:, 0]
+    gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted)
+    chunks = Chunks(row, chunk_rows)
+    for piece in chunks:
+        hidden = chunks.gather(hidden_NH, piece)
+        logits = logits_of(hidden, weight_VH, bias_V)
+        dlogits = dlogits_buffer(logits, len(piece), hidden_NH.dtype)
+        dlogits_row_kernel[(len(piece),)](
+            logits,
+            dlogits,
+            label_N[piece] - first,
+            temperature_N[piece],
+            max_N[piece],
+            log_sum_N[piece],
+            entropy_N[piece],
+            slope_N[piece],
+            slope_N if entropy_slope_N is None else entropy_slope_N[piece],
+            V,
+            HAS_ENTROPY=entropy_slope_N is not None,
+            **row_settings(),
+        )
+        gradients.add(piece, hidden, dlogits)
+    dhidden_NH, dweight_VH, dbias_V = gradients.result()
+    if group and dhidden_NH is not None:
+        dist.all_reduce(dhidden_NH, group=group_of(group))
+    return (
+        empty_or(dhidden_NH, hidden_NH),
+        empty_or(None if dweight_VH is None else dweight_VH.to(weight_VH.dtype), weight_VH),
+        empty_or(None if dbias_V is None or bias_V is None else dbias_V.to(bias_V.dtype), weight_VH),
+    )
+
+
+@linear_logprob_backward_op.register_fake
+def _(slope_N, entropy_slope_N, hidden_NH, weight_VH, label_N, temperature_N, bias_V, *args):
+    wanted = args[-1]
+    like = (hidden_NH, weight_VH, weight_VH if bias_V is None else bias_V)
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if want else tensor.new_empty(0)
+        for tensor, want in zip(like, wanted, strict=True)
+    )
+
+
+def _save(ctx, inputs, output):
+    hidden_NH, weight_VH, label_N, temperature_N, bias_V, keep_N, ctx.with_entropy, ctx.group, ctx.chunk_rows = inputs
+    ctx.save_for_backward(hidden_NH, weight_VH, label_N, temperature_N, bias_V, keep_N, *output[1:])
+    ctx.set_materialize_grads(False)  # an entropy that no loss uses costs nothing
+
+
+def _backward(ctx, slope_N, entropy_slope_N, _max, _log_sum):
+    refuse_double_backward("linear_logprob")
+    if slope_N is None and entropy_slope_N is None:
+        return (None,) * 9
+    need = ctx.needs_input_grad
+    wanted = [need[0], need[1], need[4]]
+    gradients = torch.ops.hapo_kernels.linear_logprob_backward(
+        torch.zeros_like(entropy_slope_N) if slope_N is None else slope_N.contiguous(),
+        entropy_slope_N.contiguous() if ctx.with_entropy and entropy_slope_N is not None else None,
+        *ctx.saved_tensors,
+        ctx.group,
+        ctx.chunk_rows,
+        wanted,
+    )
+    hidden, weight, bias = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+    return hidden, weight, None, None, bias, None, None, None, None
+
+
+linear_logprob_op.register_autograd(_backward, setup_context=_save)
+
+
+def linear_logprob(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    label_N: Tensor,
+    temperature_N: Tensor,
+    bias_V: Tensor | None,
+    keep_N: Tensor,
+    with_entropy: bool,
+    group: dist.ProcessGroup | None,
+    chunk_rows: int | None,
+) -> tuple[Tensor, Tensor]:
+    """See `hapo_kernels.linear_logprob.linear_logprob`."""
+    logp_N, entropy_N, _, _ = torch.ops.hapo_kernels.linear_logprob(
+        hidden_NH,
+        weight_VH,
+        label_N,
+        temperature_N,
+        bias_V,
+        keep_N,
+        with_entropy,
+        group.group_name if group else "",
+        chunk_rows or rows_a_chunk(weight_VH.shape[0]),
+    )
+    return logp_N, entropy_N

@@ -1,0 +1,97 @@
+"""The policy loss straight from hidden states and the language-model head, its gradient computed in the forward pass.
+
+The loss of a token is known from its own log-probability (`hapo_kernels.policy_loss`), and the normalisers of the global
+batch are known before the forward pass. So as soon as a row's softmax statistics are there, so is
+
+    ∂loss/∂x_v = (w/τ) [ ℓ' (1{v=y} - p_v) + c_H p_v (log p_v + H) ],    ℓ' = ∂ℓ/∂log π of the token, w its row's weight
+
+while the chunk's logits x are still at hand: 3 GEMMs, 6NHV flops (4NHV with a frozen weight), where a head that computes
+the logits again in the backward pass does 8NHV. N counts active tokens only; tokens whose gradient is exactly 0 (advantage
+0, no KL, no entropy term) take part in the forward GEMM alone, 2HV each. The backward pass multiplies by the upstream
+scalar.
+
+A loss that is not per token, such as a ratio of whole sequences, cannot know its gradient row by row: take
+`linear_logprob`, whose backward pass computes the logits again, and any loss on its log-probabilities.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hapo_kernels.dispatch import Impl, use_triton
+from hapo_kernels.linear_logprob import check_head, temperature_of
+from hapo_kernels.policy_head import reference
+from hapo_kernels.policy_loss import Aggregation, Clip, KLPenalty, PolicyLossMetrics, Teacher, check_tokens
+
+__all__ = ["PolicyHead", "policy_head"]
+
+
+class PolicyHead(NamedTuple):
+    loss: Tensor  # 0-d, differentiable with respect to hidden, weight and bias
+    metrics: PolicyLossMetrics
+    logp_BT: Tensor  # nats, no gradient; 0 where mask_BT is 0
+    entropy_BT: Tensor  # nats, no gradient; 0 where mask_BT is 0
+
+
+def policy_head(
+    hidden_BTH: Tensor,
+    weight_VH: Tensor,
+    label_BT: Tensor,
+    behaviour_logp_BT: Tensor,
+    advantage: Tensor,
+    mask_BT: Tensor,
+    *,
+    clip: Clip,
+    aggregation: Aggregation,
+    teacher: Teacher | None = None,
+    importance_weight_BT: Tensor | None = None,
+    kl: KLPenalty | None = None,
+    entropy_coefficient: float = 0.0,
+    bias_V: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    chunk_rows: int | None = None,
+    impl: Impl = "auto",
+) -> PolicyHead:
+    """`policy_loss` of `linear_logprob`, in one pass.
+
+    Args:
+        hidden_BTH: the state that predicts label_BT, position for position.
+        label_BT: int32 or int64 ids of the chosen tokens; only active ones are read, and those lie in [0, V) or give
+            NaN.
+        behaviour_logp_BT ... kl: as for `policy_loss`.
+        entropy_coefficient: c_H of - c_H · agg(H); with 0.0 the entropy is only measured.
+        bias_V, chunk_rows: as for `linear_logprob`.
+        temperature: τ > 0, one number or one a token (B, T).
+    """
+    flat_hidden = hidden_BTH.flatten(0, -2)
+    flat_temperature = temperature.flatten() if isinstance(temperature, Tensor) else temperature
+    active_BT = mask_BT.bool()
+    check_head(flat_hidden, weight_VH, label_BT.flatten(), bias_V, flat_temperature, active_BT.flatten())
+    check_tokens(behaviour_logp_BT, behaviour_logp_BT, advantage, mask_BT, teacher, importance_weight_BT, kl, None)
+    if use_triton(impl, hidden_BTH):
+        from hapo_kernels.policy_head import kernel  # not before it is needed: Triton may be absent on a CPU
+
+        run = kernel.policy_head
+    else:
+        run = reference.policy_head
+    return PolicyHead(
+        *run(
+            hidden_BTH,
+            weight_VH,
+            label_BT.long(),
+            behaviour_logp_BT,
+            advantage,
+            active_BT,
+            clip=clip,
+            aggregation=aggregation,
+            teacher=teacher,
+            importance_weight_BT=importance_weight_BT,
+            kl=kl,
+            entropy_coefficient=entropy_coefficient,
+            bias_V=bias_V,
+            temperature_N=temperature_of(flat_temperature, flat_hidden),
+            chunk_rows=chunk_rows,
+        )
+    )

@@ -1,0 +1,277 @@
+"""Head and loss in one pass: the loss of the log-probabilities, no less exact than PyTorch, and only the work that is needed."""
+
+import math
+
+import pytest
+import torch
+from exactness import DEVICE, STORAGE, assert_no_less_exact
+
+from hapo_kernels.linear_logprob import kernel as head_kernel
+from hapo_kernels.linear_logprob import linear_logprob
+from hapo_kernels.policy_head import policy_head
+from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, Teacher, policy_loss
+from hapo_kernels.policy_loss.terms import AGGREGATION_MODES
+
+CLIP = Clip(low=0.2, high=0.28, dual=3.0)
+GLOBAL = {"dp_size": 2, "batch_num_tokens": 4321, "global_batch_size": 37, "loss_scale_factor": 50}
+
+
+def batch(rows=4, tokens=5, V=37, H=24, seed=0, dtype=torch.float32):
+    """Prefix masks of every length; one teacher row; NaN, inf and out-of-range labels wherever nothing may be read."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    mask = torch.arange(tokens) < torch.linspace(0, tokens, rows).long()[:, None]
+    hidden, weight = normal(rows, tokens, H), normal(V, H) / math.sqrt(H)
+    label = torch.randint(0, V, (rows, tokens), generator=generator)
+    logp = torch.log_softmax(hidden @ weight.T, -1).gather(-1, label[..., None])[..., 0]
+    fields = {
+        "hidden": torch.where(mask[..., None], hidden, math.nan).to(dtype),
+        "weight": weight.to(dtype),
+        "bias": (0.1 * normal(V)).to(dtype),
+        "label": torch.where(mask, label, 10**12),
+        "behaviour": torch.where(mask, logp + 0.5 * normal(rows, tokens), math.inf),
+        "advantage": normal(rows),
+        "mask": mask,
+        "teacher": torch.arange(rows) % 3 == 1,
+        "teacher_logp": -normal(rows, tokens).abs(),
+        "importance": normal(rows, tokens).abs(),
+        "reference": torch.where(mask, logp + normal(rows, tokens), math.nan),
+    }
+    return {name: tensor.to(DEVICE) for name, tensor in fields.items()}
+
+
+def settings_of(fields, *, mode="token-mean", info=GLOBAL, temperature=1.0, entropy_coefficient=0.01, **given):
+    return {
+        "clip": CLIP,
+        "aggregation": Aggregation(mode, **info),
+        "teacher": Teacher(fields["teacher"], 0.1, fields["teacher_logp"]),
+        "importance_weight_BT": fields["importance"],
+        "kl": KLPenalty(fields["reference"], "k3", 0.05),
+        "entropy_coefficient": entropy_coefficient,
+        "temperature": temperature,
+        **given,
+    }
+
+
+def leaves_of(fields, dtype=None):
+    return [
+        fields[name].detach().to(dtype or fields[name].dtype).requires_grad_() for name in ("hidden", "weight", "bias")
+    ]
+
+
+def named(loss, metrics, leaves):
+    gradients = dict(zip(("dhidden", "dweight", "dbias"), torch.autograd.grad(loss, leaves), strict=True))
+    return {"loss": loss.detach(), **gradients, **metrics._asdict()}
+
+
+def ours(fields, impl="triton", dtype=None, chunk_rows=4, **given):
+    if dtype:
+        fields = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in fields.items()}
+    hidden, weight, bias = leaves = leaves_of(fields)
+    result = policy_head(
+        hidden,
+        weight,
+        fields["label"],
+        fields["behaviour"],
+        fields["advantage"],
+        fields["mask"],
+        bias_V=bias,
+        chunk_rows=chunk_rows,
+        impl=impl,
+        **settings_of(fields, **given),
+    )
+    return named(result.loss, result.metrics, leaves)
+
+
+def eager(fields, **given):
+    """What a trainer would write: logits in the storage dtype, softmax in fp32, autograd."""
+    hidden, weight, bias = leaves = leaves_of(fields)
+    settings = settings_of(fields, **given)
+    temperature = settings.pop("temperature")
+    temperature = temperature[..., None] if isinstance(temperature, torch.Tensor) else temperature
+    safe_hidden = torch.where(fields["mask"][..., None], hidden, 0.0)
+    logp_BTV = torch.log_softmax(torch.nn.functional.linear(safe_hidden, weight, bias).float() / temperature, -1)
+    entropy = -(logp_BTV.exp() * logp_BTV).sum(-1)
+    logp = logp_BTV.gather(-1, torch.where(fields["mask"], fields["label"], 0)[..., None])[..., 0]
+    bonus = EntropyBonus(entropy, settings.pop("entropy_coefficient"))
+    result = policy_loss(logp, fields["behaviour"], fields["advantage"], fields["mask"], entropy=bonus, **settings)
+    return named(result.loss, result.metrics, leaves)
+
+
+def check(fields, **given):
+    found, same_dtype, exact = (
+        ours(fields, **given),
+        eager(fields, **given),
+        ours(fields, "reference", torch.float64, **given),
+    )
+    for name in exact:
+        assert_no_less_exact(found[name], same_dtype[name], exact[name], name)
+    return found
+
+
+@pytest.mark.parametrize("V", [1, 37, 2047, 2049, 4100])
+def test_every_vocabulary_in_every_storage_dtype(V):
+    for dtype in STORAGE:
+        check(batch(V=V, dtype=dtype))
+
+
+@pytest.mark.parametrize("info", [{}, GLOBAL], ids=["local", "global"])
+@pytest.mark.parametrize("mode", AGGREGATION_MODES)
+def test_every_aggregation(mode, info):
+    check(batch(), mode=mode, info=info)
+
+
+@pytest.mark.parametrize("kind", ["k1", "abs", "k2", "k3", "k1+", "k3+"])
+def test_every_kl_estimator(kind):
+    fields = batch()
+    check(fields, kl=KLPenalty(fields["reference"], kind, 0.5))
+
+
+@pytest.mark.parametrize("absent", ["teacher", "importance_weight_BT", "kl"])
+def test_every_term_may_be_absent(absent):
+    check(batch(), **{absent: None})
+
+
+def test_a_temperature_a_token_and_an_equal_tensor_is_the_number_bit_for_bit():
+    fields = batch()
+    temperature = torch.linspace(0.5, 2.0, 20, device=DEVICE).view(4, 5)
+    check(fields, temperature=temperature)
+    number, tensor = ours(fields, temperature=0.6), ours(fields, temperature=torch.full_like(temperature, 0.6))
+    assert all(torch.equal(number[name], tensor[name]) for name in number)
+
+
+def test_one_advantage_a_token():
+    fields = batch()
+    fields["advantage"] = torch.where(fields["mask"], fields["teacher_logp"].sin(), math.nan)
+    check(fields)
+
+
+def test_it_is_the_loss_of_the_heads_log_probabilities():
+    fields = batch()
+    result = policy_head(
+        *(fields[name] for name in ("hidden", "weight", "label", "behaviour", "advantage", "mask")),
+        bias_V=fields["bias"],
+        impl="triton",
+        chunk_rows=4,
+        **settings_of(fields),
+    )
+    logp, entropy = linear_logprob(
+        fields["hidden"].flatten(0, 1),
+        fields["weight"],
+        fields["label"].flatten(),
+        bias_V=fields["bias"],
+        keep_N=fields["mask"].flatten(),
+        with_entropy=True,
+        impl="triton",
+        chunk_rows=4,
+    )
+    torch.testing.assert_close(result.logp_BT.flatten(), logp, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(result.entropy_BT.flatten(), entropy, rtol=1e-6, atol=1e-6)
+    assert not result.logp_BT.requires_grad
+
+
+def test_rows_enter_only_the_gemms_that_they_need(monkeypatch):
+    fields = batch()
+    fields["advantage"] = torch.tensor([1.0, 0.0, 2.0, 0.0], device=DEVICE)
+    forward, backward = [], []
+    gather, add = head_kernel.Chunks.gather, head_kernel.Gradients.add
+    monkeypatch.setattr(
+        head_kernel.Chunks,
+        "gather",
+        lambda self, hidden, row: (forward.extend(row.tolist()), gather(self, hidden, row))[1],
+    )
+    monkeypatch.setattr(
+        head_kernel.Gradients, "add", lambda self, row, *rest: (backward.extend(row.tolist()), add(self, row, *rest))
+    )
+    active = fields["mask"].flatten().nonzero()[:, 0].tolist()
+    trained = [row for row in active if fields["advantage"][row // 5] != 0]
+    assert 0 < len(trained) < len(active) < 20
+
+    check(fields, kl=None, entropy_coefficient=0.0)
+    assert sorted(forward) == active
+    assert backward == trained
+
+    backward.clear()
+    ours(fields, kl=None, entropy_coefficient=0.01)
+    assert backward == active
+    backward.clear()
+    ours(fields, entropy_coefficient=0.0)
+    assert backward == active
+
+
+@pytest.mark.parametrize("mask", ["none", "one"])
+def test_all_tokens_masked_and_one_active_token(mask):
+    fields = batch()
+    one = torch.zeros_like(fields["mask"])
+    one[3, 2] = mask == "one"
+    fields["mask"] = one
+    found = check(fields, info={})
+    if mask == "none":
+        assert all((value == 0).all() for value in found.values())
+
+
+def test_the_upstream_gradient_multiplies_and_a_frozen_weight_gets_none():
+    fields = batch()
+    hidden, weight, bias = leaves_of(fields)
+    result = policy_head(
+        hidden,
+        weight.detach(),
+        *(fields[name] for name in ("label", "behaviour", "advantage", "mask")),
+        bias_V=bias.detach(),
+        impl="triton",
+        chunk_rows=4,
+        **settings_of(fields),
+    )
+    (once,) = torch.autograd.grad(result.loss, hidden, retain_graph=True)
+    (scaled,) = torch.autograd.grad(-4 * result.loss, hidden)
+    assert once.abs().max() > 0
+    assert torch.equal(scaled, -4 * once)
+    assert torch.equal(once, ours(fields)["dhidden"])
+
+
+def test_two_runs_give_the_same_bits_and_chunks_change_only_the_order_of_the_weights_sum():
+    fields = batch(V=2049, H=32)
+    first, second = ours(fields), ours(fields)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    whole = ours(fields, chunk_rows=16)
+    for name in first:
+        torch.testing.assert_close(whole[name], first[name], rtol=1e-5, atol=1e-7)
+
+
+def test_the_op_is_registered_so_that_compile_and_fake_tensors_work():
+    fields = batch(rows=2)
+    fields["mask"][:] = True
+    fields = {
+        name: tensor.nan_to_num(0, 0, 0) if tensor.is_floating_point() else tensor % 37 if name == "label" else tensor
+        for name, tensor in fields.items()
+    }
+    hidden, weight, bias = leaves_of(fields)
+    flat = [fields[name].flatten() for name in ("label", "mask", "behaviour")]
+    ones = torch.ones(10, device=DEVICE)
+    torch.library.opcheck(
+        torch.ops.hapo_kernels.policy_head,
+        (
+            hidden.detach().flatten(0, 1).requires_grad_(), weight, bias, flat[0], ones, flat[1], flat[2], ones, ones,
+            torch.zeros_like(flat[1]), None, None, None, 0.2, 0.28, 3.0, 0.1, "", 0.0, 0.0, 4, [True, True, True],
+        ),
+    )  # fmt: skip
+
+    def loss(hidden):
+        tokens = (fields[name] for name in ("label", "behaviour", "advantage", "mask"))
+        return policy_head(hidden, weight, *tokens, impl="triton", chunk_rows=4, **settings_of(fields)).loss
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    (expected,), (found,) = torch.autograd.grad(loss(hidden), hidden), torch.autograd.grad(compiled(hidden), hidden)
+    assert torch.equal(found, expected)
+
+
+def test_a_second_derivative_is_refused():
+    fields = batch()
+    hidden, weight, _ = leaves_of(fields)
+    tokens = (fields[name] for name in ("label", "behaviour", "advantage", "mask"))
+    result = policy_head(hidden, weight, *tokens, impl="triton", chunk_rows=4, **settings_of(fields))
+    with pytest.raises(RuntimeError, match="policy_head: create_graph=True: the kernel has a first derivative only"):
+        torch.autograd.grad(result.loss, hidden, create_graph=True)
