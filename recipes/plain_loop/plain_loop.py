@@ -1,6 +1,6 @@
 """HAPO in one file: no verl, no Ray, no vLLM, the functions of `hapo_verl.algo` and a loop around them.
 
-    python recipes/plain_loop/plain_loop.py --digits 3 --threshold 0.8
+    python recipes/plain_loop/plain_loop.py --digits 4 --threshold 0.8
 
 The file to read first, and the quick look before a run of the real trainer: the same task, model, gate, injection,
 advantages and loss as `make quickstart`, some 0.15 s a step on one core. Threshold 0 is GRPO.
@@ -57,6 +57,7 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
     tokenizer = tiny_model.make_tokenizer("0123456789")
     model = tiny_model.make_model(tokenizer, hidden=args.hidden, layers=2, seed=args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps, eta_min=args.lr / 10)
     generator = torch.Generator().manual_seed(args.seed)
     rng = random.Random(args.seed)
     end, tokens, rollouts = tokenizer.eos_token_id, args.digits + 1, args.rollouts
@@ -123,6 +124,7 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
 
         record = {
             "step": step + 1,
@@ -141,13 +143,13 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--digits", type=int, default=3)
+    parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--threshold", type=float, default=0.8, help="of the gate; 0 is GRPO")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--rollouts", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=180)
+    parser.add_argument("--lr", type=float, default=2e-3, help="falls to a tenth along a cosine")
+    parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--scale-by-std", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--test-every", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,48 @@
+# make quickstart    HAPO through verl's real trainer on a laptop, with a picture
+# make test          every check and every test
+PYTHON ?= python3.11
+PRESET ?= paper
+SEED ?= 1
+GSM8K ?= $(wildcard ../shared/data/gsm8k/train.jsonl)
+
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
+# The CPU build of torch: from a folder of wheels where pip has one, else from where uv knows it to be.
+TORCH := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend=cpu)
+
+.PHONY: quickstart quickstart-gsm8k test lint unit e2e bench-smoke env clean
+
+quickstart: env
+	$(BIN)/python recipes/quickstart/quickstart.py --preset $(PRESET) --seed $(SEED) $(if $(STEPS),--steps $(STEPS))
+
+quickstart-gsm8k: env
+	$(BIN)/python recipes/quickstart/quickstart.py --task gsm8k --preset $(PRESET) --seed $(SEED) $(if $(GSM8K),--gsm8k $(GSM8K))
+
+test: lint unit bench-smoke e2e
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+unit: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not e2e"
+
+e2e: env
+	$(BIN)/python -m pytest -q -m e2e --durations=0
+
+bench-smoke: env
+
+env: $(VENV)/.complete
+
+$(VENV)/.complete: requirements/cpu.lock requirements/cpu.overrides pyproject.toml
+	@echo "making the environment in $(VENV), some minutes the first time"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(UV) $(TORCH) --overrides requirements/cpu.overrides -r requirements/cpu.lock
+	$(UV) --no-deps -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) outputs
