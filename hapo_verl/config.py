@@ -40,8 +40,12 @@ class GateConfig:
         lambda v: _is_number(v) and 0 <= v <= 1,
         "a success rate lies in [0, 1]. Use 0.0 to switch injection off.",
     )
-    prior_success: float = _checked(1.0, _positive, "a Beta prior needs a positive count. Use 1.0 for the uniform prior.")
-    prior_failure: float = _checked(1.0, _positive, "a Beta prior needs a positive count. Use 1.0 for the uniform prior.")
+    prior_success: float = _checked(
+        1.0, _positive, "a Beta prior needs a positive count. Use 1.0 for the uniform prior."
+    )
+    prior_failure: float = _checked(
+        1.0, _positive, "a Beta prior needs a positive count. Use 1.0 for the uniform prior."
+    )
 
 
 GATES = ("paper", "never")
@@ -72,7 +76,9 @@ class HapoConfig:
     seed: int = _checked(0, lambda v: isinstance(v, int) and not isinstance(v, bool), "a seed is an integer. Use 0.")
     # Seconds between two looks of the trainer at the replay buffer; null keeps verl's own (2.0).
     poll_interval: float | None = _checked(
-        None, lambda v: v is None or _positive(v), "seconds between two polls must be positive. Use null for verl's 2.0."
+        None,
+        lambda v: v is None or _positive(v),
+        "seconds between two polls must be positive. Use null for verl's 2.0.",
     )
     # Folder for one JSON line a group and step, and the rows that reached the loss; null writes nothing.
     trace_dir: str | None = _checked(

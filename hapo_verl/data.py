@@ -139,7 +139,7 @@ def _gsm8k_records(path: Path | None) -> Iterable[dict[str, Any]]:
     import datasets
 
     try:
-        return datasets.load_dataset(GSM8K, "main", split="train")
+        return datasets.load_dataset(GSM8K, "main", split="train").to_list()
     except Exception as error:
         raise DataError(
             f"{GSM8K}: cannot be fetched ({type(error).__name__}). Give a local copy with --input train.jsonl."
@@ -152,7 +152,9 @@ def main(argv: list[str] | None = None) -> int:
 
     from hapo_verl.adapters.reward import default_score
 
-    parser = argparse.ArgumentParser(prog="python -m hapo_verl.data", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m hapo_verl.data", description="Data sets with demonstrations for HAPO."
+    )
     command = parser.add_subparsers(dest="dataset", required=True)
     gsm8k = command.add_parser("gsm8k", help="GSM8K with its human solutions as demonstrations")
     gsm8k.add_argument("--input", type=Path, help="JSON lines with question and answer; default: fetch it")

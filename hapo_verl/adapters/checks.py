@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong before the first rollout: one line each, the key as typed, the rule, the fix."""
+"""What can be known to be wrong before the first rollout: one line each, the key as typed, the rule, the fix."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ _RULES = (
     (
         "algorithm.rollout_correction.bypass_mode",
         bool,
-        "a demonstration has no rollout log-probs to take for old ones. Use algorithm.rollout_correction.bypass_mode=false.",
+        "a demonstration has no rollout log-probs to take for old ones. "
+        "Use algorithm.rollout_correction.bypass_mode=false.",
     ),
     (
         "critic.enable",
@@ -105,7 +106,9 @@ def _check_manager(config: DictConfig) -> None:
     name = OmegaConf.select(config, key)
     manager = load_class_from_fqn(name, "AgentLoopManager") if name else None
     if not (isinstance(manager, type) and issubclass(manager, HapoAgentLoopManager)):
-        raise ConfigError(f"{key}={name}: this agent loop injects no demonstrations. Use {MANAGER} or a subclass of it.")
+        raise ConfigError(
+            f"{key}={name}: this agent loop injects no demonstrations. Use {MANAGER} or a subclass of it."
+        )
 
 
 def _check_reward_model(config: DictConfig) -> None:
@@ -123,6 +126,7 @@ def check_cluster() -> None:
     Actors and agent loops import this package on their own nodes.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     def installed() -> str | None:
         # A nested function travels by value, so it also runs where the package is missing.
@@ -137,9 +141,13 @@ def check_cluster() -> None:
             return None
 
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
-    pin = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
     probe = ray.remote(num_cpus=0)(installed)
-    answers = ray.get([probe.options(scheduling_strategy=pin(node["NodeID"], soft=False)).remote() for node in nodes])
+    answers = ray.get(
+        [
+            probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
+            for node in nodes
+        ]
+    )
     for node, version in zip(nodes, answers, strict=True):
         if version != hapo_verl.__version__:
             raise ConfigError(

@@ -63,14 +63,23 @@ _DEVICE = _CpuDevice()
 class CpuPlatform(PlatformBase):
     """One device, the host; workers talk over gloo and take logical `GPU` slots of Ray."""
 
-    device_name = "cpu"
-    vendor_name = "cpu"
-    device_module = _DEVICE
+    @property
+    def device_name(self) -> str:
+        return "cpu"
+
+    @property
+    def vendor_name(self) -> str:
+        return "cpu"
+
+    @property
+    def device_module(self) -> types.ModuleType:
+        return _DEVICE
 
     def is_available(self) -> bool:
         return True
 
-    def current_device(self) -> torch.device:
+    def current_device(self) -> torch.device:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # verl's annotation says int, which tensor.to() takes for a CUDA index.
         return torch.device("cpu")
 
     def device_count(self) -> int:
@@ -100,7 +109,7 @@ class CpuPlatform(PlatformBase):
         return "CUDA_VISIBLE_DEVICES"
 
     @contextlib.contextmanager
-    def nvtx_range(self, msg: str) -> Iterator[None]:
+    def nvtx_range(self, msg: str) -> Iterator[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         yield
 
     def profiler_start(self) -> None: ...

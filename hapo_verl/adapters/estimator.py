@@ -1,7 +1,8 @@
 """`algorithm.adv_estimator=hapo` in verl's registry of advantage estimators.
 
-The HAPO trainers compute advantages from one score a row (`trainer.py`). verl's other trainers reach this function; they
-cannot say which rows are demonstrations, so nothing was injected and the run would be GRPO under another name: refused.
+The HAPO trainers compute advantages from one score a row (`trainer.py`). verl's other trainers reach this function;
+they cannot say which rows are demonstrations, so nothing was injected and the run would be GRPO under another name:
+refused.
 """
 
 from __future__ import annotations
@@ -52,4 +53,3 @@ def hapo_advantage(
     )
     advantage_BT = advantage_B.unsqueeze(-1) * response_mask
     return advantage_BT, advantage_BT
-

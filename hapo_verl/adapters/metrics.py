@@ -16,7 +16,9 @@ from hapo_verl.algo.demonstration import REASONS
 from hapo_verl.algo.gate import firing_probability
 
 
-def group_metrics(groups: Mapping[str, Mapping[str, Any]], *, demonstration_B: Tensor, tokens_B: Tensor) -> dict[str, float]:
+def group_metrics(
+    groups: Mapping[str, Mapping[str, Any]], *, demonstration_B: Tensor, tokens_B: Tensor
+) -> dict[str, float]:
     """Metrics of the groups of one update.
 
     Args:

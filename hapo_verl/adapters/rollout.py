@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import ray
 import torch
 import transfer_queue as tq
-from verl.experimental.agent_loop import AgentLoopOutput
+from verl.experimental.agent_loop import AgentLoopOutput, AgentLoopWorker
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
@@ -29,6 +29,7 @@ from hapo_verl.algo.injection import Rollout, is_success, worst_rollout
 from hapo_verl.config import HapoConfig
 
 logger = logging.getLogger("verl." + __name__)
+
 
 @dataclass
 class _Session:
@@ -56,7 +57,11 @@ class _Group:
     sessions: dict[int, _Session] = field(default_factory=dict)
 
 
-class HapoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
+# The plain class under verl's Ray actor.
+_Worker: type[AgentLoopWorker] = AgentLoopWorkerTQ.__ray_actor_class__  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
     """verl's agent loop worker with a gate at the end of every group of training rollouts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -72,9 +77,7 @@ class HapoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
             template_kwargs=dict(self.config.data.get("apply_chat_template_kwargs", {}) or {}),
         )
 
-    async def _run_prompt(
-        self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False
-    ) -> None:
+    async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
         # Neither the agent loop nor the reward function nor the trained row gets to see the demonstration's text.
         demonstration = prompt.pop(self._hapo.demonstration_key, None)
         if trajectory["validate"]:
@@ -87,7 +90,13 @@ class HapoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
             del self._groups[prompt["uid"]]
 
     async def _run_agent_loop(
-        self, sampling_params: dict[str, Any], trajectory: dict[str, Any], *, agent_name: str, trace: bool = True, **kwargs
+        self,
+        sampling_params: dict[str, Any],
+        trajectory: dict[str, Any],
+        *,
+        agent_name: str,
+        trace: bool = True,
+        **kwargs,
     ) -> None:
         try:
             await super()._run_agent_loop(sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs)
@@ -104,7 +113,8 @@ class HapoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
     ) -> None:
         outputs = output if isinstance(output, list) else [output]
         if validate or not outputs:
-            return await super()._agent_loop_postprocess(outputs, validate, **kwargs)
+            await super()._agent_loop_postprocess(outputs, validate, **kwargs)
+            return
         await self._compute_score(outputs, kwargs=kwargs)
         self._groups[kwargs["uid"]].sessions[kwargs["session_id"]] = _Session(outputs, kwargs)
 
@@ -129,14 +139,21 @@ class HapoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
         )
 
     async def _injected_rows(self, group: _Group) -> list[_Row]:
-        fired, description = self._gate(group)
-        if not fired:
+        rollouts = {i: rollout for i, session in group.sessions.items() if (rollout := self._rollout(session))}
+        if len(rollouts) < max(2, len(group.sessions)):
+            return self._all_rows(group, _describe([], outcome="not_gated"))
+        description = self._gate(list(rollouts.values()))
+        if description["outcome"] == "not_fired":
             return self._all_rows(group, description)
-        session_id, demonstration = await self._replacement(group)
+
+        fields = group.sessions[next(iter(rollouts))].fields
+        rng = random.Random(f"{self._hapo.seed}/{fields['global_steps']}/{fields['index']}")
+        replaced = list(rollouts)[worst_rollout(list(rollouts.values()), rng)]
+        demonstration = await self._demonstration(group.demonstration, group.sessions[replaced])
         if isinstance(demonstration, Refusal):
             return self._all_rows(group, description | {"outcome": demonstration.reason})
-        description |= {"outcome": "injected", "replaced": session_id}
-        return self._all_rows(group, description, replaced=session_id, demonstration=demonstration)
+        description |= {"outcome": "injected", "replaced": replaced}
+        return self._all_rows(group, description, replaced=replaced, demonstration=demonstration)
 
     def _all_rows(
         self,
@@ -150,7 +167,7 @@ class HapoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
         rows = []
         for session_id, session in group.sessions.items():
             is_replaced = demonstration is not None and session_id == replaced
-            outputs = [demonstration] if is_replaced else session.outputs
+            outputs = [demonstration] if demonstration is not None and is_replaced else session.outputs
             rows += self._rows(session, outputs, {DEMONSTRATION: torch.tensor(is_replaced), GROUP: description})
         return rows
 
@@ -165,8 +182,8 @@ class HapoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
             fields.pop("multi_modal_data", None)
             input_ids = torch.cat([fields["prompts"], fields["responses"]])
             images = self._compute_multi_modal_inputs(output, input_ids)
-            attention_mask = torch.ones_like(input_ids)
-            positions = self._compute_position_ids(input_ids.unsqueeze(0), attention_mask.unsqueeze(0), images).squeeze(0)
+            batch_of_one = input_ids.unsqueeze(0)
+            positions = self._compute_position_ids(batch_of_one, torch.ones_like(batch_of_one), images).squeeze(0)
             fields |= {
                 "loss_mask": fields["response_mask"],
                 "input_ids": input_ids,
@@ -187,50 +204,41 @@ class HapoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
                 },
             )
 
-    def _gate(self, group: _Group) -> tuple[bool, dict[str, Any]]:
-        rollouts = [self._rollout(session) for session in group.sessions.values()]
-        if len(rollouts) < 2 or any(rollout is None for rollout in rollouts):
-            return False, _describe([], outcome="not_gated")
+    def _gate(self, rollouts: list[Rollout]) -> dict[str, Any]:
         gate = self._hapo.gate
         prior = {"prior_success": gate.prior_success, "prior_failure": gate.prior_failure}
         successes = sum(rollout.success for rollout in rollouts)
         threshold = 0.0 if gate.name == "never" else gate.threshold
         bound = injection_bound(len(rollouts), threshold=threshold, **prior)
-        fired = successes <= bound
-        return fired, _describe(
+        return _describe(
             rollouts,
-            outcome="fired" if fired else "not_fired",
+            outcome="fired" if successes <= bound else "not_fired",
             bound=bound,
             confidence=confidence(successes, len(rollouts), **prior),
         )
 
     def _rollout(self, session: _Session) -> Rollout | None:
+        """A session as the gate sees it; None where nothing has scored it."""
         final = session.outputs[-1]
         if final.reward_score is None:
             return None
         limit = self.rollout_config.response_length
         return Rollout(
             score=float(final.reward_score),
-            success=self._succeeded(final),
+            success=self._succeeded(final, final.reward_score),
             truncated=len(final.response_ids) >= limit and final.response_ids[-1] not in self._chat.end_tokens,
             length=sum(len(output.response_ids) for output in session.outputs),
         )
 
-    def _succeeded(self, output: AgentLoopOutput) -> bool:
+    def _succeeded(self, output: AgentLoopOutput, score: float) -> bool:
         accuracy = (output.extra_fields.get("reward_extra_info") or {}).get("acc")
-        return is_success(float(output.reward_score), accuracy, self._hapo.success_threshold)
+        return is_success(score, accuracy, self._hapo.success_threshold)
 
-    async def _replacement(self, group: _Group) -> tuple[int, AgentLoopOutput | Refusal]:
-        """The session that gives way, and the verified demonstration row or why there is none."""
-        session_ids = list(group.sessions)
-        fields = group.sessions[session_ids[0]].fields
-        rng = random.Random(f"{self._hapo.seed}/{fields['global_steps']}/{fields['index']}")
-        rollouts = [self._rollout(session) for session in group.sessions.values()]
-        replaced = session_ids[worst_rollout(rollouts, rng)]
-
-        text = demonstration_text(group.demonstration)
+    async def _demonstration(self, value: Any, replaced: _Session) -> AgentLoopOutput | Refusal:
+        """The demonstration as an output like the one it replaces, verified by the run's own reward function."""
+        text = demonstration_text(value)
         if isinstance(text, Refusal):
-            return replaced, text
+            return text
         tokens = demonstration_tokens(
             text,
             encode=self._chat.encode,
@@ -240,10 +248,11 @@ class HapoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
             max_tokens=self.rollout_config.response_length,
         )
         if isinstance(tokens, Refusal):
-            return replaced, tokens
-        row = _demonstration_row(group.sessions[replaced].outputs, tokens)
-        await self._compute_score([row], kwargs=group.sessions[replaced].fields)
-        return replaced, row if self._succeeded(row) else Refusal("rejected")
+            return tokens
+        output = _demonstration_output(replaced.outputs, tokens)
+        await self._compute_score([output], kwargs=replaced.fields)
+        score = output.reward_score
+        return output if score is not None and self._succeeded(output, score) else Refusal("rejected")
 
 
 def _describe(
@@ -264,7 +273,7 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _demonstration_row(replaced: list[AgentLoopOutput], tokens: list[int]) -> AgentLoopOutput:
+def _demonstration_output(replaced: list[AgentLoopOutput], tokens: list[int]) -> AgentLoopOutput:
     """The replaced rollout's output with the demonstration's tokens.
 
     Copied from the loser, so that it has every field the other rows have: a field that one row of a batch lacks

@@ -1,13 +1,13 @@
 """The two fields that every row of a HAPO run carries from the agent loop to the loss.
 
-    hapo_demonstration   () bool: the row is a demonstration
-    hapo_group           what the gate saw and did: the same mapping on every row of a group
+hapo_demonstration   () bool: the row is a demonstration
+hapo_group           what the gate saw and did: the same mapping on every row of a group
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict
@@ -30,8 +30,8 @@ def demonstration_flags(data: TensorDict) -> Tensor:
             "Set actor_rollout_ref.rollout.agent.agent_loop_manager_class="
             "hapo_verl.adapters.rollout.HapoAgentLoopManager."
         )
-    flags = data[DEMONSTRATION]
-    return (flags.values() if flags.is_nested else flags).reshape(len(data)).bool()
+    flags = cast("torch.Tensor", data[DEMONSTRATION])
+    return torch.stack(flags.unbind()).reshape(len(data)).bool()
 
 
 def plain_values(column: Iterable[Any]) -> list[Any]:

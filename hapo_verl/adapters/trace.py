@@ -1,7 +1,7 @@
 """`hapo.trace_dir`: what the gate saw and what reached the loss, for people who want to check.
 
-    <trace_dir>/groups.jsonl        one line a group and step: scores, successes, bound, outcome (the trainer writes)
-    <trace_dir>/loss-<pid>.jsonl    one line a row and update: tokens, demonstration flag, advantage (the actors write)
+<trace_dir>/groups.jsonl        one line a group and step: scores, successes, bound, outcome (the trainer writes)
+<trace_dir>/loss-<pid>.jsonl    one line a row and update: tokens, demonstration flag, advantage (the actors write)
 """
 
 from __future__ import annotations
@@ -41,4 +41,3 @@ class Trace:
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / name).open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
-

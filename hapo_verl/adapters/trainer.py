@@ -1,10 +1,10 @@
-"""The HAPO trainers: verl's three trainer modes with one mixin.
+"""The HAPO trainers: verl's three trainer modes with one class in front.
 
     hapo_sync            PPOTrainerSync
     hapo_colocate_async  PPOTrainerColocateAsync
     hapo_separate_async  PPOTrainerSeparateAsync
 
-The mixin checks the launch before anything is started, gives the actor the HAPO loss, keeps demonstrations out of what
+It checks the launch before anything is started, gives the actor the HAPO loss, keeps demonstrations out of what
 compares two policies, computes advantages from one score a row, and logs under `hapo/`.
 """
 
@@ -17,12 +17,12 @@ import numpy as np
 import torch
 import transfer_queue as tq
 from hapo_kernels.segment_norm import segment_ids
-from omegaconf import OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
 from verl import DataProto
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
 from verl.trainer.ppo.v1 import (
+    PPOTrainer,
     PPOTrainerColocateAsync,
     PPOTrainerSeparateAsync,
     PPOTrainerSync,
@@ -31,25 +31,23 @@ from verl.trainer.ppo.v1 import (
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug.metrics import calculate_debug_metrics
 
-from hapo_verl.adapters import checks
+from hapo_verl.adapters import checks, jagged
 from hapo_verl.adapters.loss import hapo_loss, token_means
 from hapo_verl.adapters.metrics import group_metrics
 from hapo_verl.adapters.rows import DEMONSTRATION, GROUP, demonstration_flags, plain_values
 from hapo_verl.adapters.trace import Trace
 from hapo_verl.algo.advantage import session_advantage
-from hapo_verl.config import HapoConfig
 
 
-class HapoTrainer:
-    """What HAPO adds to a verl trainer; mixed in before it.
+class HapoTrainer(PPOTrainer):
+    """What HAPO adds to verl's trainer, in front of one of its three modes.
 
     Overrides of verl's private methods are listed, with the version they were read in, in `contract.py`.
     """
 
     def __init__(self, config: Any) -> None:
-        checks.check_launch(config)
+        self.hapo = checks.check_launch(config)
         checks.check_cluster()
-        self.hapo = HapoConfig.parse(OmegaConf.to_container(config.hapo, resolve=True))
         self.trace = Trace(self.hapo.trace_dir)
         super().__init__(config)
 
@@ -110,9 +108,8 @@ class HapoTrainer:
         demonstration_B = demonstration_flags(data)
         output = self._correct_rollouts(batch, demonstration_B, metrics)
 
-        mask = output.get("response_mask", data["response_mask"])
-        lengths_B = mask.offsets().diff()
-        score_B = _row_sums(data["rm_scores"])
+        mask = output["response_mask"] if "response_mask" in output else data["response_mask"]
+        score_B = jagged.row_sums(data["rm_scores"])
         prompt_of, session_of, output_B = _split_keys(batch.keys)
         advantage_B = session_advantage(
             score_B,
@@ -121,9 +118,7 @@ class HapoTrainer:
             output_B,
             scale_by_std=bool(self.config.algorithm.get("norm_adv_by_std_in_grpo", True)),
         )
-        advantages = torch.nested.nested_tensor_from_jagged(
-            advantage_B.repeat_interleave(lengths_B) * mask.values(), offsets=mask.offsets()
-        )
+        advantages = jagged.spread(advantage_B, mask)
         output.update({"advantages": advantages, "returns": advantages})
 
         real = np.array([not tag.get("is_padding", False) for tag in batch.tags])
@@ -133,7 +128,7 @@ class HapoTrainer:
             group_metrics(
                 groups,
                 demonstration_B=demonstration_B[torch.from_numpy(real)],
-                tokens_B=_row_sums(data["response_mask"])[torch.from_numpy(real)],
+                tokens_B=jagged.row_sums(data["response_mask"])[torch.from_numpy(real)],
             )
         )
         self.trace.groups(self.global_steps, groups)
@@ -162,7 +157,7 @@ class HapoTrainer:
             weights = sampled.batch["rollout_is_weights"]
             corrected["rollout_is_weights"] = torch.ones(padded["response_mask"].shape, dtype=weights.dtype)
             corrected["rollout_is_weights"][sampled_B] = weights
-        return {name: _like(mask, value) for name, value in corrected.items()}
+        return {name: jagged.cut(value, like=mask) for name, value in corrected.items()}
 
     def _update_actor(self, batch: Any, metrics: dict) -> Any:
         batch = super()._update_actor(batch, metrics)
@@ -170,19 +165,6 @@ class HapoTrainer:
         for name in [name for name in metrics if name.startswith("actor/hapo/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         return batch
-
-
-def _row_sums(jagged: Tensor) -> Tensor:
-    """(B,) sums of a jagged (B, T)."""
-    rows = torch.repeat_interleave(torch.arange(jagged.size(0)), jagged.offsets().diff())
-    return torch.zeros(jagged.size(0), dtype=jagged.dtype).index_add_(0, rows, jagged.values())
-
-
-def _like(jagged: Tensor, padded_BT: Tensor) -> Tensor:
-    """`padded_BT` cut to the rows of `jagged`."""
-    lengths_B = jagged.offsets().diff()
-    keep_BT = torch.arange(padded_BT.size(1)) < lengths_B.unsqueeze(1)
-    return torch.nested.nested_tensor_from_jagged(padded_BT[keep_BT], offsets=jagged.offsets())
 
 
 def _split_keys(keys: list[str]) -> tuple[list[str], list[str], Tensor]:

@@ -21,6 +21,6 @@ def keep_plain_linear_weights() -> None:
     import vllm.model_executor.layers.utils as layers
 
     def plain_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
-        layer.cpu_linear = torch.nn.functional.linear
+        layer.cpu_linear = torch.nn.functional.linear  # pyright: ignore[reportArgumentType]
 
     layers.dispatch_cpu_unquantized_gemm = plain_linear

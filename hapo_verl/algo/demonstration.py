@@ -89,7 +89,11 @@ def turn_end_token(turn_tokens: Sequence[int], end_tokens: Collection[int], defa
 
 def _without_repeated_opening(text: str, generation_prompt: str) -> str:
     opening = next(
-        (text[:size] for size in range(min(len(text), len(generation_prompt)), 0, -1) if generation_prompt.endswith(text[:size])),
+        (
+            text[:size]
+            for size in range(min(len(text), len(generation_prompt)), 0, -1)
+            if generation_prompt.endswith(text[:size])
+        ),
         "",
     )
     # One equal character is chance ("\n" before "\n"); a tag that both sides write is not.

@@ -45,5 +45,5 @@ def worst_rollout(rollouts: Sequence[Rollout], rng: random.Random) -> int:
 
 
 def is_success(score: float, accuracy: float | bool | None, threshold: float) -> bool:
-    """Binary success of a rollout: `acc` where the reward function returns one, else the score, at least `threshold`."""
+    """Binary success: `acc` where the reward function returns one, else the score, is at least `threshold`."""
     return float(score if accuracy is None else accuracy) >= threshold

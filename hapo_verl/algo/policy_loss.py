@@ -5,8 +5,8 @@
 
     loss = agg(ℓ) − c_H · agg(H) + c_KL · agg(KL of the policy's own rows)
 
-Nobody sampled a demonstration, so it has no ratio, no clip and no KL estimate; the probability of its author is taken as
-1, where f is LUFFY's policy shaping (arXiv 2504.14945): the gradient is largest, A/4, at π = λ and fades for tokens
+Nobody sampled a demonstration, so it has no ratio, no clip and no KL estimate; the probability of its author is taken
+as 1, where f is LUFFY's policy shaping (arXiv 2504.14945): the gradient is largest, A/4, at π = λ and fades for tokens
 that the policy knows already and for tokens it could not have written. Both kinds of rows go through one aggregation.
 """
 

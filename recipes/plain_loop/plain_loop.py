@@ -60,13 +60,14 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps, eta_min=args.lr / 10)
     generator = torch.Generator().manual_seed(args.seed)
     rng = random.Random(args.seed)
-    end, tokens, rollouts = tokenizer.eos_token_id, args.digits + 1, args.rollouts
+    end, tokens, rollouts = tokenizer.encode("<|im_end|>")[0], args.digits + 1, args.rollouts
     bound = injection_bound(rollouts, threshold=args.threshold, prior_success=1.0, prior_failure=1.0)
     questions, heldout = task.problems(args.digits, args.prompts * args.steps, 100, args.seed)
 
     def encode(texts: list[str]) -> Tensor:
         chats = [[{"role": "user", "content": text}] for text in texts]
-        return torch.tensor(tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"])
+        rendered = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+        return torch.tensor([tokenizer.encode(str(text), add_special_tokens=False) for text in rendered])
 
     def scores(texts: list[str], response_BT: Tensor) -> list[float]:
         answers = tokenizer.batch_decode(response_BT, skip_special_tokens=True)

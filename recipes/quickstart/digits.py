@@ -1,8 +1,8 @@
 """Reverse the digits: a task that a tiny model can learn and hardly ever guesses.
 
-The prompt is K digits, the answer the same digits backwards, and only the exact answer is rewarded: a random policy
-succeeds with probability about 1/V^(K+1) for a vocabulary of V tokens, so a group of rollouts is all failures and GRPO's
-advantages are all 0. The demonstration is the answer.
+The prompt is K digits, the answer the same digits backwards, and only the exact answer is rewarded. With a vocabulary
+of V tokens a random policy succeeds with probability about 1/V^(K+1), so a group of rollouts is all failures and
+GRPO's advantages are all 0. The demonstration is the answer.
 
     python recipes/quickstart/digits.py --output DIR --digits 3      writes DIR/train.parquet and DIR/heldout.parquet
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from hapo_verl.adapters.reward import default_score
-from hapo_verl.data import GSM8K as DATA_SOURCE
 from hapo_verl.data import DataError, read_jsonl, verified_rows, write_parquet
 
 ROWS, HELDOUT = 48, 8

@@ -1,4 +1,4 @@
-"""Run `python -m verl.trainer.main_ppo` as a child: its output in a log file, its metrics as they come, its end for sure.
+"""Run `python -m verl.trainer.main_ppo` as a child: output to a log file, metrics as they come, an end for sure.
 
 verl prints its configuration twice and thousands of lines; a worker that dies during a weight sync leaves the trainer
 waiting for ever. So the child writes to a log, verl's `file` logger is read for progress, and a time limit ends the
@@ -31,7 +31,7 @@ PHASES = (
 )
 
 
-class TrainingFailed(RuntimeError):
+class TrainingError(RuntimeError):
     """The trainer ended with an error or was stopped; the message is one line with the log's path."""
 
 
@@ -72,7 +72,7 @@ class Launch:
         A record is a line of verl's file logger: `{"step": int, "data": {name: value}}`.
 
         Raises:
-            TrainingFailed: on an error of the trainer or at the time limit; nothing of the run is left behind.
+            TrainingError: on an error of the trainer or at the time limit; nothing of the run is left behind.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics.unlink(missing_ok=True)
@@ -102,7 +102,7 @@ class Launch:
                 if code is not None:
                     break
                 if self.seconds > self.time_limit:
-                    raise TrainingFailed(f"stopped after {self.time_limit:.0f} s without an end; the log is {self.log}")
+                    raise TrainingError(f"stopped after {self.time_limit:.0f} s without an end; the log is {self.log}")
                 if self.seconds >= next_look:
                     # Looking at a family of twenty processes takes a while on two cores.
                     next_look = self.seconds + 5
@@ -110,7 +110,7 @@ class Launch:
                     self.peak_bytes = max(self.peak_bytes, sum(map(_memory, family.values())))
                 time.sleep(0.5)
             if code != 0:
-                raise TrainingFailed(f"the trainer ended with exit code {code}; the log is {self.log}")
+                raise TrainingError(f"the trainer ended with exit code {code}; the log is {self.log}")
         finally:
             _end(list(family.values()))
 

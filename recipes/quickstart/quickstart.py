@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 import digits as digits_task  # noqa: E402
 import tiny_model  # noqa: E402
-from launch import GIB, Launch, TrainingFailed, cpu_environment  # noqa: E402
+from launch import GIB, Launch, TrainingError, cpu_environment  # noqa: E402
 
 # What each preset adds to the same configuration.
 PRESETS = {
@@ -49,7 +49,9 @@ CURVES = {
 ON_POLICY_WITHOUT_HAPO = "critic/score/mean"
 
 
-def overrides(preset: str, folder: Path, *, steps: int, seed: int, response_length: int, reward: Path | None) -> list[str]:
+def overrides(
+    preset: str, folder: Path, *, steps: int, seed: int, response_length: int, reward: Path | None
+) -> list[str]:
     """The command line of one run: the shared configuration, the task's paths, the preset."""
     shared = [f"{key}={value}" for key, value in yaml.safe_load((HERE / "config.yaml").read_text()).items()]
     task = [
@@ -112,7 +114,9 @@ def machine() -> str:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         cpu = f"{names[0]} x {len(names)}" if names else cpu
     return f"{cpu}, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
 
@@ -200,15 +204,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.task == "digits":
         steps, data_source, reward = args.steps or 180, digits_task.DATA_SOURCE, HERE / "digits.py"
         response_length, extra = args.digits + 1, []
-        digits_task.write(
-            folder / "data", digits=args.digits, train=16 * steps, heldout=100, seed=args.seed
-        )
+        digits_task.write(folder / "data", digits=args.digits, train=16 * steps, heldout=100, seed=args.seed)
         tiny_model.write(folder / "model", alphabet="0123456789", hidden=128, layers=2, seed=args.seed)
         title = f"reverse {args.digits} digits, {args.preset}, seed {args.seed}"
     else:
         import gsm8k
 
-        steps, data_source, reward = args.steps or 3, gsm8k.DATA_SOURCE, None
+        from hapo_verl.data import GSM8K
+
+        steps, data_source, reward = args.steps or 3, GSM8K, None
         response_length, extra = gsm8k.write(folder / "data", args.gsm8k)
         tiny_model.write(folder / "model", alphabet=None, hidden=128, layers=2, seed=args.seed)
         title = f"GSM8K, {args.preset}, seed {args.seed}, {steps} steps of a random tiny model"
@@ -225,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{title}; {steps} steps of verl's trainer, its log is {launch.log}", flush=True)
     try:
         points = train(launch, steps=steps, data_source=data_source)
-    except TrainingFailed as error:
+    except TrainingError as error:
         tail = launch.log.read_text(errors="replace").splitlines()[-15:]
         print("\n".join(tail), file=sys.stderr)
         print(f"quickstart: {error}", file=sys.stderr)

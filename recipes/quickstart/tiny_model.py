@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2TokenizerFast
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 # verl's prompt builder for Qwen wants <|im_end|> to exist and a newline to be one token.
 CHAT_TEMPLATE = (
@@ -35,8 +35,8 @@ def make_tokenizer(alphabet: str | None) -> PreTrainedTokenizerBase:
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
-    fast = Qwen2TokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token=None
+    fast = Qwen2Tokenizer(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>"
     )
     # Roles are tokens of their own, so that a prompt of three digits is not mostly the word "assistant".
     fast.add_tokens([*ROLES, "system"], special_tokens=False)
@@ -59,8 +59,8 @@ def make_model(tokenizer: PreTrainedTokenizerBase, *, hidden: int, layers: int, 
         max_position_embeddings=2048,
         tie_word_embeddings=False,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.get_vocab()["<|im_end|>"],
+        pad_token_id=tokenizer.get_vocab()["<|endoftext|>"],
     )
     return Qwen2ForCausalLM(config)
 

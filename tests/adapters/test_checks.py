@@ -19,7 +19,10 @@ def test_single_keys_stay_overridable(launch):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("hapo.gate.threshold=1.5", "hapo.gate.threshold=1.5: a success rate lies in [0, 1]. Use 0.0 to switch injection off."),
+        (
+            "hapo.gate.threshold=1.5",
+            "hapo.gate.threshold=1.5: a success rate lies in [0, 1]. Use 0.0 to switch injection off.",
+        ),
         ("+hapo.gate.treshold=0.5", "hapo.gate.treshold: no such key. Did you mean hapo.gate.threshold?"),
         (
             "hapo.gate.prior_success=0",
@@ -102,7 +105,9 @@ class CharTokenizer:
         return [ord(char) for char in text]
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
-        return "".join(f"{m['role']}:{m['content']}$" for m in messages) + ("assistant:" if add_generation_prompt else "")
+        return "".join(f"{m['role']}:{m['content']}$" for m in messages) + (
+            "assistant:" if add_generation_prompt else ""
+        )
 
 
 def check_rows(config, demonstrations):

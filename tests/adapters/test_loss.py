@@ -154,7 +154,9 @@ def _rank(rank, config, port, results):
     rows = [[0, 1, 2, 3], [4, 5, 6, 7]][rank]
     data, log_probs = a_batch(demonstrations=[1, 3], rows=rows, dp_size=2)
     scale = torch.tensor(1.0, requires_grad=True)
-    loss, _ = hapo_loss(config=config, hapo=HapoConfig(), model_output={"log_probs": log_probs.detach() * scale}, data=data)
+    loss, _ = hapo_loss(
+        config=config, hapo=HapoConfig(), model_output={"log_probs": log_probs.detach() * scale}, data=data
+    )
     loss.backward()
     # Data parallelism averages gradients over ranks.
     for value in (scale.grad, loss := loss.detach()):
@@ -169,7 +171,9 @@ def test_two_ranks_over_gloo_give_the_loss_and_gradient_of_one(actor, unused_por
     mp.spawn(_rank, args=(config, unused_port, results), nprocs=2)
     data, log_probs = a_batch(demonstrations=[1, 3])
     scale = torch.tensor(1.0, requires_grad=True)
-    loss, _ = hapo_loss(config=config, hapo=HapoConfig(), model_output={"log_probs": log_probs.detach() * scale}, data=data)
+    loss, _ = hapo_loss(
+        config=config, hapo=HapoConfig(), model_output={"log_probs": log_probs.detach() * scale}, data=data
+    )
     loss.backward()
     for rank in range(2):
         assert results[rank] == pytest.approx((loss.item(), scale.grad.item()), rel=1e-5)

@@ -68,5 +68,7 @@ def test_verl_averages_every_one_of_them_over_the_updates_of_a_step(metrics):
 
 
 def test_a_batch_without_a_single_gated_group_logs_zeros():
-    values = group_metrics({"e": GROUPS["e"]}, demonstration_B=torch.zeros(0, dtype=torch.bool), tokens_B=torch.zeros(0))
+    values = group_metrics(
+        {"e": GROUPS["e"]}, demonstration_B=torch.zeros(0, dtype=torch.bool), tokens_B=torch.zeros(0)
+    )
     assert values["hapo/gate/firing_rate"] == 0.0

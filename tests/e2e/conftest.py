@@ -17,7 +17,7 @@ QUICKSTART = ROOT / "recipes" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
 import digits  # noqa: E402
 import tiny_model  # noqa: E402
-from launch import Launch, TrainingFailed, cpu_environment  # noqa: E402
+from launch import Launch, TrainingError, cpu_environment  # noqa: E402
 
 DIGITS, PROMPTS, ROLLOUTS = 3, 8, 8
 
@@ -88,7 +88,8 @@ def trainer(tmp_path_factory, model):
             "actor_rollout_ref.model.path": model,
             "actor_rollout_ref.actor.ppo_mini_batch_size": PROMPTS,
             "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 16,
-            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": 64,
+            "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 16,
+            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": 16,
             "actor_rollout_ref.rollout.agent.agent_loop_config_path": ROOT / "tests/e2e/agent_loops.yaml",
             "reward.custom_reward_function.path": QUICKSTART / "digits.py",
             "reward.custom_reward_function.name": "compute_score",
@@ -107,7 +108,7 @@ def trainer(tmp_path_factory, model):
         launch.overrides = [item.replace("{folder}", str(folder)) for item in launch.overrides]
         try:
             list(launch.run())
-        except TrainingFailed as error:
+        except TrainingError as error:
             tail = "\n".join(launch.log.read_text(errors="replace").splitlines()[-40:])
             pytest.fail(f"{name}: {error}\n{tail}", pytrace=False)
         return Run(folder, train)

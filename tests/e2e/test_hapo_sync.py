@@ -1,4 +1,4 @@
-"""What verl's trainer really trained on: gate, demonstrations, advantages and loss of a run with everything switched on.
+"""What verl's trainer really trained on: gate, demonstrations, advantages and loss, with everything switched on.
 
 KL to a reference model, rollout correction with weights and rejection, two mini-batches and two epochs a step, dynamic
 batch size, sessions that fail, demonstrations that cannot be used.
@@ -84,14 +84,16 @@ def test_logged_counts_equal_a_recomputation_from_the_groups(run):
 def test_one_demonstration_a_group_reached_the_loss_with_exactly_its_tokens(run, model):
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows_of = by_uid(run.loss_rows, lambda row: row["uid"])
-    answers = {info["index"]: text for info, text in zip(run.train["extra_info"], run.train["demonstration"], strict=True)}
+    answers = {
+        info["index"]: text for info, text in zip(run.train["extra_info"], run.train["demonstration"], strict=True)
+    }
     injected = [group for group in run.groups if group["outcome"] == "injected"]
     assert injected
     for group in run.groups:
         demonstrations = [row for row in rows_of[group["uid"]] if row["hapo_demonstration"]]
         assert len(demonstrations) == (EPOCHS if group["outcome"] == "injected" else 0)
         for row in demonstrations:
-            expected = tokenizer.encode(answers[group["index"]], add_special_tokens=False) + [tokenizer.eos_token_id]
+            expected = [*tokenizer.encode(answers[group["index"]], add_special_tokens=False), tokenizer.eos_token_id]
             assert row["responses"] == expected
             assert row["response_mask"] == [1] * len(expected)
 

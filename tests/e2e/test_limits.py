@@ -7,7 +7,11 @@ from tests.e2e.conftest import PROMPTS, QUICKSTART
 
 pytestmark = pytest.mark.e2e
 
-SCRIPTED = ["actor_rollout_ref.rollout.agent.default_agent_loop=scripted", "trainer.save_freq=3", "trainer.test_freq=-1"]
+SCRIPTED = [
+    "actor_rollout_ref.rollout.agent.default_agent_loop=scripted",
+    "trainer.save_freq=3",
+    "trainer.test_freq=-1",
+]
 GRPO = [
     "algorithm.adv_estimator=grpo",
     f"trainer.v1.sampler.custom_sampler.path={QUICKSTART / 'eager_replay_buffer.py'}",
@@ -18,14 +22,18 @@ HAPO = ["+hapo=paper", "hapo.poll_interval=0.05", "hapo.trace_dir={folder}/trace
 
 def parameters(run):
     (path,) = (run.folder / "checkpoints" / "global_step_3" / "actor").glob("model_world_size_1_rank_0.pt")
-    return {name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in torch.load(path, weights_only=False).items()}
+    return {
+        name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in torch.load(path, weights_only=False).items()
+    }
 
 
 def test_with_no_row_injected_three_steps_end_at_the_parameters_of_verls_grpo(trainer):
     hapo = trainer("hapo_never", *HAPO, "trainer.v1.trainer_mode=hapo_sync", "hapo.gate.threshold=0.0", *SCRIPTED)
     grpo = trainer("verl_grpo", *GRPO, *SCRIPTED)
     assert not any(row["hapo_demonstration"] for row in hapo.loss_rows)
-    assert [s["actor/grad_norm"] for s in hapo.steps] == pytest.approx([s["actor/grad_norm"] for s in grpo.steps], rel=1e-6)
+    assert [s["actor/grad_norm"] for s in hapo.steps] == pytest.approx(
+        [s["actor/grad_norm"] for s in grpo.steps], rel=1e-6
+    )
     assert hapo.steps[0]["actor/grad_norm"] > 0
     ours, verls = parameters(hapo), parameters(grpo)
     assert ours.keys() == verls.keys()

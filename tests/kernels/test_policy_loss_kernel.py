@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from exactness import DEVICE, STORAGE, assert_no_less_exact
-
 from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, Teacher, policy_loss
 from hapo_kernels.policy_loss.reference import aggregate, row_weight
 from hapo_kernels.policy_loss.terms import AGGREGATION_MODES, KL_KINDS

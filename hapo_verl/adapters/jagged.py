@@ -1,0 +1,38 @@
+"""Jagged (B, T) tensors, the form in which TransferQueue hands out responses: no padding is ever made."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def lengths(jagged_BT: Tensor) -> Tensor:
+    """(B,) tokens of each row."""
+    return _offsets(jagged_BT).diff()
+
+
+def row_sums(jagged_BT: Tensor) -> Tensor:
+    """(B,) sum over the tokens of each row."""
+    rows = jagged_BT.size(0)
+    row_of_token = torch.arange(rows).repeat_interleave(lengths(jagged_BT))
+    return torch.zeros(rows, dtype=jagged_BT.dtype).index_add_(0, row_of_token, jagged_BT.values())
+
+
+def spread(value_B: Tensor, mask_BT: Tensor) -> Tensor:
+    """Each row's value on the tokens where the jagged mask is 1, 0 on the others; jagged like the mask."""
+    return _jagged(value_B.repeat_interleave(lengths(mask_BT)) * mask_BT.values(), like=mask_BT)
+
+
+def cut(padded_BT: Tensor, like: Tensor) -> Tensor:
+    """A padded (B, T) tensor cut to the rows of a jagged one."""
+    keep_BT = torch.arange(padded_BT.size(1)) < lengths(like).unsqueeze(1)
+    return _jagged(padded_BT[keep_BT], like=like)
+
+
+def _jagged(values: Tensor, like: Tensor) -> Tensor:
+    return torch.nested.nested_tensor_from_jagged(values, offsets=_offsets(like))
+
+
+def _offsets(jagged: Tensor) -> Tensor:
+    # torch's stubs know nothing of jagged tensors.
+    return jagged.offsets()  # pyright: ignore[reportAttributeAccessIssue]
