@@ -23,7 +23,7 @@ WAYS = {
     "verl grpo": "verl's interface: rewards (B, T) in, advantages (B, T) out",
     "verl grpo_vectorized": "the same, verl's own vectorised version",
     "segment_norm, (B, T) product": "ours inside the same interface: one sum over T, one product with the mask",
-    "segment_norm, (B, T) view": "ours, returning a view of one number a row; verl's interface still makes us read (B, T)",
+    "segment_norm, (B, T) view": "ours, returning a view of one number a row; verl's interface still has (B, T) read",
     "segment_norm, (B,)": "ours from one score a row to one advantage a row: what policy_loss takes",
 }
 

@@ -11,9 +11,9 @@ import harness
 arguments = harness.options(__doc__)
 
 import torch  # noqa: E402  # after `options`, which chooses the interpreter
-from harness import Contender, Report, compare  # noqa: E402
 
 from hapo_kernels.segment_norm import segment_norm  # noqa: E402
+from harness import Contender, Report, compare  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REPEATS = 3 if arguments.smoke else 60
@@ -24,7 +24,9 @@ def sizes(kind: str) -> torch.Tensor:
     if kind == "groups of 8 rows":
         return torch.full((8 if arguments.smoke else 8192,), 8)
     if kind == "token-level groups of 1 to 16k":
-        return torch.randint(1, 40 if arguments.smoke else 16_385, (8 if arguments.smoke else 2048,), generator=generator)
+        return torch.randint(
+            1, 40 if arguments.smoke else 16_385, (8 if arguments.smoke else 2048,), generator=generator
+        )
     return torch.tensor([3000 if arguments.smoke else 2**24])
 
 
@@ -47,28 +49,26 @@ def verl_vectorized(score, segment):
     return call
 
 
-report = Report("group_norm", arguments)
-for kind in ("token-level groups of 1 to 16k", "groups of 8 rows", "one group, whitening"):
-    if harness.time.monotonic() > arguments.deadline:
-        print(f"\n{kind} and later: not measured, the time is up")
-        break
+def measure(report: Report, kind: str) -> None:
     size = sizes(kind)
+    groups = len(size)
     offset = torch.cat([torch.zeros(1, dtype=torch.int64), size.cumsum(0)]).to(DEVICE)
     segment = torch.repeat_interleave(size).to(DEVICE)
     score = torch.randn(int(size.sum()), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    fast = torch.compile(scattered, backend="inductor" if DEVICE == "cuda" else "aot_eager")
 
-    def triton(score=score, **groups):
-        return lambda: {"advantage": segment_norm(score, scale_by_std=True, impl="triton", **groups)}
+    def triton(**given):
+        return lambda: {"advantage": segment_norm(score, scale_by_std=True, impl="triton", **given)}
 
-    def plain(function, score=score, segment=segment, groups=len(size)):
+    def plain(function):
         return lambda: {"advantage": function(score, segment, groups)}
 
-    rows = compare(
+    found = compare(
         [
             Contender("hapo segment_norm, by bounds", lambda: triton(offset_S1=offset), ours=True),
             Contender("hapo segment_norm, by ids", lambda: triton(segment_B=segment), ours=True),
             Contender("torch index_add", lambda: plain(scattered)),
-            Contender("torch.compile of index_add", lambda: plain(torch.compile(scattered, backend="inductor" if DEVICE == "cuda" else "aot_eager"))),
+            Contender("torch.compile of index_add", lambda: plain(fast)),
             Contender("verl group_mean_std", lambda: verl_vectorized(score, segment)),
         ],
         exact=lambda: {"advantage": segment_norm(score.double(), segment, scale_by_std=True, impl="reference")},
@@ -76,4 +76,13 @@ for kind in ("token-level groups of 1 to 16k", "groups of 8 rows", "one group, w
         repeats=REPEATS,
         budget_s=20,
     )
-    report.case(f"{kind}: {len(size)} groups, {len(score)} scores, fp32", rows, work=8.0 * len(score), unit="GB/s", baseline="torch index_add")
+    title = f"{kind}: {groups} groups, {len(score)} scores, fp32"
+    report.case(title, found, work=8.0 * len(score), unit="GB/s", baseline="torch index_add")
+
+
+report = Report("group_norm", arguments)
+for kind in ("token-level groups of 1 to 16k", "groups of 8 rows", "one group, whitening"):
+    if harness.time.monotonic() > arguments.deadline:
+        print(f"\n{kind} and later: not measured, the time is up")
+        break
+    measure(report, kind)

@@ -255,7 +255,8 @@ class Report:
         scale = 1e-9 if unit == "TFLOP/s" else 1e-6
         print(f"\n{title}")
         print(
-            f"{'':34} {'ms p10':>9} {'p50':>9} {'p90':>9} {unit:>8} {'% ceil':>6} {'peak MiB':>9} {'first s':>8} {'x base':>6}  max error / scale"
+            f"{'':34} {'ms p10':>9} {'p50':>9} {'p90':>9} {unit:>8} {'% ceil':>6} {'peak MiB':>9} {'first s':>8} "
+            f"{'x base':>6}  max error / scale"
         )
         for row in rows:
             if row.note:
@@ -264,7 +265,8 @@ class Report:
             rate = work * scale / row.at(50)
             errors = " ".join(f"{name} {error:.1e}" for name, error in sorted(row.error.items()))
             print(
-                f"{row.name:34} {row.at(10):9.3f} {row.at(50):9.3f} {row.at(90):9.3f} {rate:8.1f} {100 * rate / ceiling:6.1f} "
+                f"{row.name:34} {row.at(10):9.3f} {row.at(50):9.3f} {row.at(90):9.3f} "
+                f"{rate:8.1f} {100 * rate / ceiling:6.1f} "
                 f"{row.peak_mib:9.0f} {row.first_call_s:8.2f} {base / row.at(50):6.2f}  {errors}"
             )
         self.content["cases"].append(

@@ -10,9 +10,9 @@ import harness
 arguments = harness.options(__doc__)
 
 import torch  # noqa: E402  # after `options`, which chooses the interpreter
-from harness import Contender, Report, compare  # noqa: E402
 
 from hapo_kernels.policy_loss import Aggregation, Clip, Teacher, policy_loss  # noqa: E402
+from harness import Contender, Report, compare  # noqa: E402
 
 CLIP = Clip(0.2, 0.28, 3.0)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,22 +79,17 @@ def verl_vanilla(batch: dict, aggregation: Aggregation):
     return call
 
 
-report = Report("policy_loss", arguments)
-for rows, tokens in SHAPES:
-    if harness.time.monotonic() > arguments.deadline:
-        print(f"\n({rows}, {tokens}) and later: not measured, the time is up")
-        break
+def measure(report: Report, rows: int, tokens: int) -> None:
     batch = inputs(rows, tokens)
     how = Aggregation("token-mean", batch_num_tokens=int(batch["mask"].sum()))
     exact = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
-    contenders = [
-        Contender("hapo policy_loss, triton", lambda: ours(batch, "triton", how), ours=True),
-        Contender("hapo policy_loss, reference", lambda: ours(batch, "reference", how, with_teacher=False)),
-        Contender("torch.compile of the reference", lambda: compiled(batch, how)),
-        Contender("verl compute_policy_loss_vanilla", lambda: verl_vanilla(batch, how)),
-    ]
-    rows_of_table = compare(
-        contenders,
+    found = compare(
+        [
+            Contender("hapo policy_loss, triton", lambda: ours(batch, "triton", how), ours=True),
+            Contender("hapo policy_loss, reference", lambda: ours(batch, "reference", how, with_teacher=False)),
+            Contender("torch.compile of the reference", lambda: compiled(batch, how)),
+            Contender("verl compute_policy_loss_vanilla", lambda: verl_vanilla(batch, how)),
+        ],
         exact=ours(exact, "reference", how),
         baseline="hapo policy_loss, reference",
         repeats=REPEATS,
@@ -102,8 +97,16 @@ for rows, tokens in SHAPES:
     )
     report.case(
         f"policy_loss forward + backward, B = {rows}, T = {tokens}, fp32, no teacher rows",
-        rows_of_table,
+        found,
         work=13.0 * rows * tokens,
         unit="GB/s",
         baseline="verl compute_policy_loss_vanilla",
     )
+
+
+report = Report("policy_loss", arguments)
+for shape in SHAPES:
+    if harness.time.monotonic() > arguments.deadline:
+        print(f"\n{shape} and later: not measured, the time is up")
+        break
+    measure(report, *shape)
