@@ -6,34 +6,32 @@ import os
 from typing import Literal
 
 import torch
+from torch.distributed.tensor import DTensor
 
 Impl = Literal["auto", "reference", "triton"]
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def use_triton(impl: str, tensor: torch.Tensor) -> bool:
-    """True if the Triton kernel is to run on `tensor`.
+def use_triton(impl: str, *tensors: torch.Tensor) -> bool:
+    """True if the Triton kernel is to run; the first tensor's device and dtype choose.
 
     `auto` is Triton on CUDA and ROCm tensors and the reference elsewhere. `triton` on a CPU tensor needs the
     interpreter, `TRITON_INTERPRET=1` in the environment before Triton is imported.
     """
-    if impl == "reference":
+    first = tensors[0]
+    if impl == "reference" or (impl == "auto" and not (first.is_cuda and first.dtype in STORAGE)):
         return False
-    if impl == "auto":
-        return tensor.is_cuda and tensor.dtype in STORAGE
-    if impl != "triton":
+    if impl not in ("auto", "triton"):
         raise ValueError(f"impl={impl!r}: no such implementation. Use 'auto', 'reference' or 'triton'.")
-    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if any(isinstance(tensor, DTensor) for tensor in tensors):
+        raise TypeError("a DTensor: a kernel sees one rank's memory. Pass tensor.to_local() or tensor.full_tensor().")
+    if not first.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            f"impl='triton' on a {tensor.device.type} tensor: Triton compiles for GPUs. "
+            f"impl='triton' on a {first.device.type} tensor: Triton compiles for GPUs. "
             "Use impl='auto', or set TRITON_INTERPRET=1 before the first import to interpret the kernel."
         )
-    if tensor.dtype not in STORAGE:
-        raise TypeError(f"impl='triton' on {tensor.dtype}: the kernels store fp32, bf16 or fp16. Use impl='reference'.")
-    if type(tensor).__name__ == "DTensor":
-        raise TypeError(
-            "impl='triton' on a DTensor: a kernel sees one rank's memory. Pass tensor.to_local() or .full_tensor()."
-        )
+    if first.dtype not in STORAGE:
+        raise TypeError(f"impl='triton' on {first.dtype}: the kernels store fp32, bf16 or fp16. Use impl='reference'.")
     return True
 
 

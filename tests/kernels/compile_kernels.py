@@ -13,12 +13,13 @@ import tempfile
 from pathlib import Path
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from hapo_kernels.linear_logprob import kernel as linear_logprob
 from hapo_kernels.policy_head import kernel as policy_head
 from hapo_kernels.policy_loss import kernel as policy_loss
 from hapo_kernels.segment_norm import kernel as segment_norm
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
 from exactness import DEVICE
 from hapo_kernels.linear_logprob import linear_logprob
 
@@ -135,7 +136,7 @@ def test_a_vocabulary_over_two_processes_gives_the_whole_vocabularys_result(tmp_
         (
             {"label_N": torch.zeros(6)},
             ValueError,
-            "label_N: torch.float32 .* one int64 token id for each of the 6 rows",
+            "label_N: torch.float32 .* one int64 id for each of the 6 rows",
         ),
         ({"bias_V": torch.zeros(3)}, ValueError, r"bias_V of shape \(3,\): one number a token of the vocabulary, 11"),
         ({"keep_N": torch.ones(6)}, ValueError, "keep_N: torch.float32 .* one bool a row"),

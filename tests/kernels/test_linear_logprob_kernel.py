@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from exactness import DEVICE, STORAGE, assert_no_less_exact
 from hapo_kernels.linear_logprob import kernel, linear_logprob
 
@@ -254,7 +255,7 @@ def test_the_op_is_registered_so_that_compile_and_fake_tensors_work():
         "",
         CHUNK,
     )
-    torch.library.opcheck(torch.ops.hapo_kernels.linear_logprob, arguments)
+    torch.library.opcheck(kernel.linear_logprob_op, arguments)
 
     def loss(hidden):
         result = ours(hidden, weight, label, with_entropy=True)

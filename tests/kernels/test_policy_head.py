@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+
 from exactness import DEVICE, STORAGE, assert_no_less_exact
 from hapo_kernels.linear_logprob import kernel as head_kernel
 from hapo_kernels.linear_logprob import linear_logprob
+from hapo_kernels.policy_head import kernel as policy_head_kernel
 from hapo_kernels.policy_head import policy_head
 from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, Teacher, policy_loss
 from hapo_kernels.policy_loss.terms import AGGREGATION_MODES
@@ -172,6 +174,14 @@ def test_it_is_the_loss_of_the_heads_log_probabilities():
     assert not result.logp_BT.requires_grad
 
 
+def test_a_label_out_of_range_on_an_active_token_is_nan():
+    fields = batch()
+    for label in (37, -1, -100):
+        fields["label"][3, 0] = label
+        for impl in ("reference", "triton"):
+            assert ours(fields, impl)["loss"].isnan()
+
+
 def test_rows_enter_only_the_gemms_that_they_need(monkeypatch):
     fields = batch()
     fields["advantage"] = torch.tensor([1.0, 0.0, 2.0, 0.0], device=DEVICE)
@@ -251,7 +261,7 @@ def test_the_op_is_registered_so_that_compile_and_fake_tensors_work():
     flat = [fields[name].flatten() for name in ("label", "mask", "behaviour")]
     ones = torch.ones(10, device=DEVICE)
     torch.library.opcheck(
-        torch.ops.hapo_kernels.policy_head,
+        policy_head_kernel.policy_head_op,
         (
             hidden.detach().flatten(0, 1).requires_grad_(), weight, bias, flat[0], ones, flat[1], flat[2], ones, ones,
             torch.zeros_like(flat[1]), None, None, None, 0.2, 0.28, 3.0, 0.1, "", 0.0, 0.0, 4, [True, True, True],

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, Teacher, policy_loss
 from hapo_kernels.policy_loss.reference import aggregate, shaped
 from hapo_kernels.policy_loss.terms import AGGREGATION_MODES, KL_KINDS

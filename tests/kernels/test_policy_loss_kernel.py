@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.distributed.tensor
+
 from exactness import DEVICE, STORAGE, assert_no_less_exact
-from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, Teacher, policy_loss
+from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, Teacher, kernel, policy_loss
 from hapo_kernels.policy_loss.reference import aggregate, row_weight
 from hapo_kernels.policy_loss.terms import AGGREGATION_MODES, KL_KINDS
 
@@ -303,9 +305,7 @@ def test_the_op_is_registered_so_that_compile_and_fake_tensors_work():
     policy = fields["policy"].nan_to_num(-1, -1, -1).requires_grad_()
     row_weight_B = torch.ones(2, device=DEVICE)
     arguments = (policy, fields["behaviour"].nan_to_num(-1, -1, -1), fields["advantage"], fields["mask"], row_weight_B)
-    torch.library.opcheck(
-        torch.ops.hapo_kernels.policy_loss, (*arguments, *[None] * 5, 0.2, 0.28, 3.0, 0.1, "", 0.0, 0.0, True)
-    )
+    torch.library.opcheck(kernel.policy_loss_op, (*arguments, *[None] * 5, 0.2, 0.28, 3.0, 0.1, "", 0.0, 0.0, True))
 
     def loss(policy):
         return policy_loss(
@@ -324,7 +324,7 @@ def test_a_second_derivative_is_refused():
     result = policy_loss(*arguments, clip=CLIP, aggregation=Aggregation("token-sum"), impl="triton")
     with pytest.raises(
         RuntimeError,
-        match="policy_loss: create_graph=True: the kernel has a first derivative only. Use impl='reference'",
+        match=r"policy_loss: create_graph=True: the kernel has a first derivative only. Use impl='reference'",
     ):
         torch.autograd.grad(result.loss, policy, create_graph=True)
 
@@ -336,6 +336,22 @@ def test_fp64_is_refused_by_the_kernel_and_taken_by_the_reference():
     ):
         run(fields, "triton")
     assert run(fields, "auto")["loss"].dtype == torch.float64
+
+
+def test_a_dtensor_is_refused(tmp_path):
+    if torch.distributed.is_initialized():
+        pytest.skip("a process group of another test is alive")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh(DEVICE, (1,))
+        fields = batch()
+        fields["behaviour"] = torch.distributed.tensor.distribute_tensor(
+            fields["behaviour"], mesh, [torch.distributed.tensor.Replicate()]
+        )
+        with pytest.raises(TypeError, match=r"a DTensor: a kernel sees one rank's memory. Pass tensor.to_local\(\)"):
+            run(fields, "triton")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from hapo_kernels.segment_norm import segment_ids, segment_norm, segment_stats
 
 

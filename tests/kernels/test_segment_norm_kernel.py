@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from exactness import DEVICE, STORAGE, assert_no_less_exact
 from hapo_kernels.segment_norm import kernel, segment_norm, segment_stats
 
@@ -142,6 +143,17 @@ def test_inputs_may_be_strided_and_expanded():
     assert (segment_norm(score_B[:1].expand(17), segment_B, scale_by_std=True, impl="triton") == 0).all()
 
 
+def test_the_ops_are_registered_so_that_compile_and_fake_tensors_work():
+    score_B, segment_B = groups([3, 4])
+    torch.library.opcheck(kernel.segment_norm_op, (score_B, segment_B, None, None, True, 1e-6))
+    torch.library.opcheck(kernel.segment_stats_op, (score_B, segment_B, segment_B > 970, None))
+
+    def norm(score_B):
+        return segment_norm(score_B, segment_B, scale_by_std=True, impl="triton")
+
+    assert torch.equal(torch.compile(norm, backend="aot_eager", fullgraph=True)(score_B), norm(score_B))
+
+
 def test_groups_given_twice_or_not_at_all_are_refused():
     score_B, segment_B = groups([3])
     offset_S1 = torch.tensor([0, 3], device=DEVICE)
@@ -157,7 +169,7 @@ def test_groups_given_twice_or_not_at_all_are_refused():
 def test_wrong_bounds_are_found_in_debug_mode(monkeypatch):
     monkeypatch.setenv("HAPO_KERNELS_DEBUG", "1")
     for bounds in ([1, 3], [0, 2], [0, 4, 3]):
-        with pytest.raises(ValueError, match="bounds rise from 0 to the number of rows, 3. Use cumsum"):
+        with pytest.raises(ValueError, match=r"bounds rise from 0 to the number of rows, 3. Use cumsum"):
             segment_norm(
                 torch.zeros(3, device=DEVICE), offset_S1=torch.tensor(bounds, device=DEVICE), scale_by_std=True
             )

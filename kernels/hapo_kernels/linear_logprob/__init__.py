@@ -1,15 +1,15 @@
 """Log-probability of each chosen token, and entropy, straight from hidden states and the language-model head.
 
-    x = h Wᵀ + b,    log π(y) = (x_y - m)/τ - log Σ_v e^{(x_v - m)/τ},    H = log Σ_v e^{(x_v - m)/τ} - Σ_v p_v (x_v - m)/τ
+    x = h Wᵀ + b,    d_v = (x_v - m)/τ,    log π(y) = d_y - log Σ_v e^{d_v},    H = log Σ_v e^{d_v} - Σ_v p_v d_v
 
 with m = max x, so that no exponential overflows and H is a sum of two non-negative terms. The (N, V) logits never exist
-as a whole: a chunk of rows at a time goes through the vendor's GEMM into fp32, one kernel sweep takes the statistics, and
-the backward pass computes the chunk again:
+as a whole: a chunk of rows at a time goes through the vendor's GEMM into fp32, one kernel sweep takes the statistics,
+and the backward pass computes the chunk again:
 
     ∂/∂x_v = (1/τ) [ g (1{v=y} - p_v) - g_H p_v (log p_v + H) ],    g, g_H the upstream gradients of log π and H
 
-Work: 2NHV flops forward, 6NHV backward (4NHV with a frozen weight), over the rows that are kept, and backward over those
-whose upstream gradient is not 0. Rows that do not train never enter a GEMM.
+Work: 2NHV flops forward, 6NHV backward (4NHV with a frozen weight), over the rows that are kept, and backward over
+those whose upstream gradient is not 0. Rows that do not train never enter a GEMM.
 
 Vocabulary-parallel: each rank of a process group holds a contiguous slice of V; only four numbers a row travel forward,
 and ∂h is summed over the ranks backward.
@@ -79,7 +79,7 @@ def linear_logprob(
             )
     keep_N = label_N != IGNORED if keep_N is None else keep_N & (label_N != IGNORED)
     arguments = (hidden_NH, weight_VH, label_N.long(), temperature_of(temperature, hidden_NH), bias_V, keep_N)
-    if use_triton(impl, hidden_NH):
+    if use_triton(impl, hidden_NH, weight_VH):
         from hapo_kernels.linear_logprob import kernel  # not before it is needed: Triton may be absent on a CPU
 
         logp_N, entropy_N = kernel.linear_logprob(*arguments, with_entropy, vocabulary_group, chunk_rows)
@@ -111,18 +111,17 @@ def check_head(
             "Use hidden.flatten(0, -2), and lm_head.weight as it is."
         )
     if weight_VH.dtype != hidden_NH.dtype:
-        raise TypeError(
-            f"weight_VH {weight_VH.dtype} and hidden_NH {hidden_NH.dtype}: one dtype. Cast one of them, or use autocast."
-        )
+        raise TypeError(f"weight_VH {weight_VH.dtype} and hidden_NH {hidden_NH.dtype}: one dtype. Cast one of them.")
     rows = hidden_NH.shape[:1]
     if label_N.shape != rows or label_N.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"label_N: {label_N.dtype} of shape {tuple(label_N.shape)}: one int64 token id for each of the {rows[0]} rows. "
+            f"label_N: {label_N.dtype} of shape {tuple(label_N.shape)}: one int64 id for each of the {rows[0]} rows. "
             "Use labels.flatten()."
         )
     if bias_V is not None and bias_V.shape != weight_VH.shape[:1]:
         raise ValueError(
-            f"bias_V of shape {tuple(bias_V.shape)}: one number a token of the vocabulary, {weight_VH.shape[0]}. Use lm_head.bias."
+            f"bias_V of shape {tuple(bias_V.shape)}: one number a token of the vocabulary, {weight_VH.shape[0]}. "
+            "Use lm_head.bias."
         )
     if keep_N is not None and (keep_N.shape != rows or keep_N.dtype != torch.bool):
         raise ValueError(

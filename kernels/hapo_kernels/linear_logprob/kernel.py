@@ -97,7 +97,8 @@ def dlogits_row_kernel(
     if HAS_ENTROPY:
         entropy, entropy_slope = tl.load(entropy_ptr + i_row), tl.load(entropy_slope_ptr + i_row)
     write_dlogits(
-        logits_ptr + i_row * V, out_ptr + i_row * V, tl.load(label_ptr + i_row), V, 1.0 / tl.load(temperature_ptr + i_row),
+        logits_ptr + i_row * V, out_ptr + i_row * V, tl.load(label_ptr + i_row), V,
+        1.0 / tl.load(temperature_ptr + i_row),
         tl.load(max_ptr + i_row), tl.load(log_sum_ptr + i_row), entropy, tl.load(slope_ptr + i_row), entropy_slope,
         HAS_ENTROPY, BLOCK,
     )  # fmt: skip

@@ -1,14 +1,14 @@
 """The policy loss straight from hidden states and the language-model head, its gradient computed in the forward pass.
 
-The loss of a token is known from its own log-probability (`hapo_kernels.policy_loss`), and the normalisers of the global
-batch are known before the forward pass. So as soon as a row's softmax statistics are there, so is
+The loss of a token is known from its own log-probability (`hapo_kernels.policy_loss`), and the normalisers of the
+global batch are known before the forward pass. So as soon as a row's softmax statistics are there, so is
 
     ∂loss/∂x_v = (w/τ) [ ℓ' (1{v=y} - p_v) + c_H p_v (log p_v + H) ],    ℓ' = ∂ℓ/∂log π of the token, w its row's weight
 
-while the chunk's logits x are still at hand: 3 GEMMs, 6NHV flops (4NHV with a frozen weight), where a head that computes
-the logits again in the backward pass does 8NHV. N counts active tokens only; tokens whose gradient is exactly 0 (advantage
-0, no KL, no entropy term) take part in the forward GEMM alone, 2HV each. The backward pass multiplies by the upstream
-scalar.
+while the chunk's logits x are still at hand: 3 GEMMs, 6NHV flops (4NHV with a frozen weight), where a head that
+computes the logits again in the backward pass does 8NHV. N counts active tokens only; tokens whose gradient is exactly 0
+(advantage 0, no KL, no entropy term) take part in the forward GEMM alone, 2HV each. The backward pass multiplies by the
+upstream scalar.
 
 A loss that is not per token, such as a ratio of whole sequences, cannot know its gradient row by row: take
 `linear_logprob`, whose backward pass computes the logits again, and any loss on its log-probabilities.
@@ -70,7 +70,7 @@ def policy_head(
     active_BT = mask_BT.bool()
     check_head(flat_hidden, weight_VH, label_BT.flatten(), bias_V, flat_temperature, active_BT.flatten())
     check_tokens(behaviour_logp_BT, behaviour_logp_BT, advantage, mask_BT, teacher, importance_weight_BT, kl, None)
-    if use_triton(impl, hidden_BTH):
+    if use_triton(impl, hidden_BTH, weight_VH, behaviour_logp_BT):
         from hapo_kernels.policy_head import kernel  # not before it is needed: Triton may be absent on a CPU
 
         run = kernel.policy_head

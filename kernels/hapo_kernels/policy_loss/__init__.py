@@ -11,8 +11,8 @@ Per active token, with A the advantage of its row:
 
 On-policy rows: PPO, arXiv 1707.06347, with the dual clip of arXiv 1912.09729; w is the importance weight of a rollout
 correction. Teacher rows: policy shaping of LUFFY, arXiv 2504.14945; f is computed as sigmoid(log q - log λ), which
-neither overflows nor divides 0 by 0. No ratio, no clip, no importance weight and no KL on teacher rows: each of these is an
-expectation under the policy's own samples. Entropy is a property of the state and counts on every row.
+neither overflows nor divides 0 by 0. No ratio, no clip, no importance weight and no KL on teacher rows: each of these is
+an expectation under the policy's own samples. Entropy is a property of the state and counts on every row.
 
 agg is ONE aggregation over both kinds of rows (`Aggregation`). With the global normalisers given, loss and gradient do
 not depend on how the batch is cut into micro-batches, on row order, or on padding.
@@ -75,7 +75,7 @@ def policy_loss(
     verl may divide 0 by 0, gives 0.
     """
     check_tokens(policy_logp_BT, behaviour_logp_BT, advantage, mask_BT, teacher, importance_weight_BT, kl, entropy)
-    if use_triton(impl, policy_logp_BT):
+    if use_triton(impl, policy_logp_BT, behaviour_logp_BT, mask_BT):
         from hapo_kernels.policy_loss import kernel  # not before it is needed: Triton may be absent on a CPU
 
         run = kernel.policy_loss
@@ -113,7 +113,8 @@ def check_tokens(
     shape = policy_logp_BT.shape
     if advantage.shape not in (shape, shape[:1]):
         raise ValueError(
-            f"advantage of shape {tuple(advantage.shape)}: one a row or one a token. Use {tuple(shape[:1])} or {tuple(shape)}."
+            f"advantage of shape {tuple(advantage.shape)}: one a row or one a token. "
+            f"Use {tuple(shape[:1])} or {tuple(shape)}."
         )
     per_token = {
         "behaviour_logp_BT": behaviour_logp_BT,
@@ -126,7 +127,8 @@ def check_tokens(
     for name, tensor in per_token.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(
-                f"{name} of shape {tuple(tensor.shape)}: one value a token. Use the shape of policy_logp_BT, {tuple(shape)}."
+                f"{name} of shape {tuple(tensor.shape)}: one value a token. "
+                f"Use the shape of policy_logp_BT, {tuple(shape)}."
             )
     if teacher is not None and (teacher.row_B.shape != shape[:1] or teacher.row_B.dtype != torch.bool):
         raise ValueError(

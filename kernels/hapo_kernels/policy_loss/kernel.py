@@ -29,8 +29,8 @@ from hapo_kernels.policy_loss.terms import (
     Teacher,
 )
 
-# The kernel only streams: 8 tokens a thread are one 128-bit load of bf16 and two of fp32. A warp has 64 lanes on AMD, so
-# there it is 4 tokens; with 8 the predicates spill scalar registers on gfx942.
+# The kernel only streams: 8 tokens a thread are one 128-bit load of bf16 and two of fp32. A warp has 64 lanes on AMD,
+# so there it is 4 tokens; with 8 the predicates spill scalar registers on gfx942.
 BLOCK, WARPS = 1024, 4
 PARTIALS = tl.constexpr(16)  # ten sums, padded to a power of two: one vector store a program
 
@@ -233,7 +233,7 @@ def policy_loss_op(
     entropy_coefficient: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss (0-d fp32), sums in the order of PolicyLossMetrics (fp32), ∂loss/∂policy_logp_BT (empty without gradient)."""
+    """loss (0-d fp32), sums in the order of PolicyLossMetrics (fp32), ∂loss/∂policy_logp_BT (empty if not wanted)."""
     B, T = policy_logp_BT.shape
     gradient_BT = torch.empty_like(policy_logp_BT, memory_format=torch.contiguous_format) if with_gradient else None
     programs = B * triton.cdiv(T, BLOCK)

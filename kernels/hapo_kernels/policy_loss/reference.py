@@ -1,8 +1,8 @@
 """The policy loss in PyTorch, gradient by autograd.
 
 The operations and their order are verl's (`compute_policy_loss_vanilla`, `kl_penalty`, `agg_loss`), so that without
-teacher rows the bits are verl's too. Inputs are replaced by 0 where they do not count before anything is computed: a zero gradient times
-an infinite derivative would be NaN.
+teacher rows the bits are verl's too. Where inputs do not count they are replaced by 0 before anything is computed: a
+zero gradient times an infinite derivative would be NaN.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def shaped(log_q: Tensor, shaping: float) -> Tensor:
 def kl_penalty(policy_logp: Tensor, reference_logp: Tensor, kind: str) -> Tensor:
     """KL(π || π_ref) a token, from a token sampled from π (http://joschu.net/blog/kl-approx.html).
 
-    k1 = log π - log π_ref,    abs = |k1|,    k2 = k1²/2,    k3 = r - 1 - log r with r = π_ref/π, clamped as verl clamps.
+    k1 = log π - log π_ref,    abs = |k1|,    k2 = k1²/2,    k3 = r - 1 - log r,  r = π_ref/π, clamped as verl clamps.
     """
     if kind.endswith("+"):
         value = kl_penalty(policy_logp, reference_logp, kind[:-1]).detach()

@@ -113,8 +113,8 @@ class Aggregation:
             key = "batch_num_tokens" if self.mode == "token-mean" else "global_batch_size"
             if getattr(self, key) is None:
                 raise ValueError(
-                    f"aggregation.{key}=None with dp_size={self.dp_size}: a rank cannot count the tokens or rows of the "
-                    f"others. Pass the global {key}."
+                    f"aggregation.{key}=None with dp_size={self.dp_size}: a rank cannot count the tokens or rows of "
+                    f"the others. Pass the global {key}."
                 )
 
 

@@ -45,7 +45,7 @@ def segment_norm(
         keep_B: rows that count in the statistics, default all. A row outside is normalised by its group's statistics
             and does not change them. With segment_B only.
         offset_S1: instead of segment_B, bounds of contiguous groups: rows offset[s] to offset[s+1] are group s. Groups
-            may be empty. The first is 0, the last B, none smaller than the one before: checked with HAPO_KERNELS_DEBUG=1.
+            may be empty. The first is 0, the last B, none smaller than the one before: HAPO_KERNELS_DEBUG=1 checks.
 
     Returns:
         advantage_B. Equal scores, and a group in which one row counts, give that group's counted rows exactly 0.
@@ -133,5 +133,6 @@ def _check(score_B: Tensor, segment_B: Tensor | None, keep_B: Tensor | None, off
         )
     if debug() and (offset_S1[0] != 0 or offset_S1[-1] != rows[0] or (offset_S1.diff() < 0).any()):
         raise ValueError(
-            f"offset_S1={offset_S1.tolist()}: bounds rise from 0 to the number of rows, {rows[0]}. Use cumsum of the sizes."
+            f"offset_S1={offset_S1.tolist()}: bounds rise from 0 to the number of rows, {rows[0]}. "
+            "Use cumsum of the sizes."
         )

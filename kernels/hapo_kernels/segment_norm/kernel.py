@@ -1,11 +1,11 @@
 """Group statistics and normalisation over segments, contiguous or gathered, in one Triton launch.
 
-A segment is cut into CHUNKs counted from its own start. A chunk gives (n, mean, Σ(x - mean)²), chunks are merged in order
-(Chan, Golub, LeVeque 1979), and all of it runs on x - x₀, x₀ the segment's first score: an offset of 1e6 costs no
+A segment is cut into CHUNKs counted from its own start. A chunk gives (n, mean, Σ(x - mean)²), chunks are merged in
+order (Chan, Golub, LeVeque 1979), and all of it runs on x - x₀, x₀ the segment's first score: an offset of 1e6 costs no
 digits. So a segment's bits depend on its own scores in their order, not on its neighbours.
 
-One program a segment does statistics and output (`segment_kernel`). Where segments are long and few, the same arithmetic
-runs as three launches, chunks in parallel (`chunk_kernel`, `merge_kernel`, `write_kernel`), with the same bits. No
+One program a segment does statistics and output (`segment_kernel`). Where segments are long and few, the same
+arithmetic runs as three launches, chunks in parallel (`chunk_kernel`, `merge_kernel`, `write_kernel`), with the same bits. No
 atomics in either.
 """
 
@@ -61,7 +61,8 @@ def finish(n, mean, square, differ):
 
 @triton.jit
 def write_chunk(
-    score_ptr, row_ptr, out_ptr, first, mean, std, eps, i, end, GATHER: tl.constexpr, BY_STD: tl.constexpr, CHUNK: tl.constexpr
+    score_ptr, row_ptr, out_ptr, first, mean, std, eps, i, end,
+    GATHER: tl.constexpr, BY_STD: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     o = i + tl.arange(0, CHUNK)
     m = o < end
@@ -231,6 +232,42 @@ def segments_of(segment_N: Tensor | None, keep_N: Tensor | None, offset_S1: Tens
     return Segments(None, offset_S1.to(torch.int64), offset_S1.diff().to(torch.int64), None)
 
 
+@torch.library.custom_op("hapo_kernels::segment_norm", mutates_args=())
+def segment_norm_op(
+    score_N: Tensor,
+    segment_N: Tensor | None,
+    keep_N: Tensor | None,
+    offset_S1: Tensor | None,
+    scale_by_std: bool,
+    eps: float,
+) -> Tensor:
+    segments = segments_of(segment_N, keep_N, offset_S1)
+    return run(score_N, segments, scale_by_std=scale_by_std, eps=eps)[0]
+
+
+@segment_norm_op.register_fake
+def _(score_N, *args):
+    return score_N.new_empty(score_N.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("hapo_kernels::segment_stats", mutates_args=())
+def segment_stats_op(
+    score_N: Tensor, segment_N: Tensor | None, keep_N: Tensor | None, offset_S1: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    segments = segments_of(segment_N, keep_N, offset_S1)
+    _, mean_S, std_S, constant_S = run(score_N, segments, scale_by_std=False, eps=0.0)
+    of_N = segments.segment_N
+    if of_N is None:
+        of_N = torch.repeat_interleave(segments.offset_S1.diff(), output_size=score_N.shape[0])
+    return mean_S[of_N], std_S[of_N], segments.kept_S[of_N], constant_S[of_N]
+
+
+@segment_stats_op.register_fake
+def _(score_N, *args):
+    dtypes = (torch.float32, torch.float32, torch.int64, torch.bool)
+    return tuple(score_N.new_empty(score_N.shape, dtype=dtype) for dtype in dtypes)
+
+
 def segment_norm(
     score_N: Tensor,
     segment_N: Tensor | None,
@@ -241,17 +278,11 @@ def segment_norm(
     eps: float,
 ) -> Tensor:
     """See `hapo_kernels.segment_norm.segment_norm`."""
-    segments = segments_of(segment_N, keep_N, offset_S1)
-    return run(score_N.detach(), segments, scale_by_std=scale_by_std, eps=eps)[0]
+    return torch.ops.hapo_kernels.segment_norm(score_N.detach(), segment_N, keep_N, offset_S1, scale_by_std, eps)
 
 
 def segment_stats(
     score_N: Tensor, segment_N: Tensor | None, keep_N: Tensor | None, offset_S1: Tensor | None
 ) -> SegmentStats:
     """See `hapo_kernels.segment_norm.segment_stats`."""
-    segments = segments_of(segment_N, keep_N, offset_S1)
-    _, mean_S, std_S, constant_S = run(score_N.detach(), segments, scale_by_std=False, eps=0.0)
-    of_N = segments.segment_N
-    if of_N is None:
-        of_N = torch.repeat_interleave(segments.offset_S1.diff(), output_size=score_N.shape[0])
-    return SegmentStats(mean_S[of_N], std_S[of_N], segments.kept_S[of_N], constant_S[of_N])
+    return SegmentStats(*torch.ops.hapo_kernels.segment_stats(score_N.detach(), segment_N, keep_N, offset_S1))

@@ -1,0 +1,125 @@
+"""What does the group advantage cost on verl's driver, a CPU process, and how much of it is the (B, T) tensor?
+
+    python bench/advantage.py [--smoke]
+
+Every way runs in a process of its own, on the same scores; peak memory is what the process reaches above its inputs.
+The inputs of verl's estimators are (B, T): rewards in fp32, and a bool mask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from harness import REPOSITORY, machine
+
+WAYS = {
+    "verl grpo": "verl's interface: rewards (B, T) in, advantages (B, T) out",
+    "verl grpo_vectorized": "the same, verl's own vectorised version",
+    "segment_norm, (B, T) product": "ours inside the same interface: one sum over T, one product with the mask",
+    "segment_norm, (B, T) view": "ours, returning a view of one number a row; verl's interface still has (B, T) read",
+    "segment_norm, (B,)": "ours from one score a row to one advantage a row: what policy_loss takes",
+}
+
+
+def measure(way: str, B: int, T: int, repeats: int) -> dict[str, float]:
+    import numpy
+    import torch
+
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    group_B = torch.arange(B) // 8
+    score_B = (torch.rand(B, generator=generator) < 0.5).float()
+    uid_B = numpy.array([f"{number:032x}" for number in group_B.tolist()], dtype=object)
+    length_B = torch.randint(1, T + 1, (B,), generator=generator)
+    mask_BT = torch.arange(T) < length_B[:, None]
+    reward_BT = torch.zeros(B, T).fill_(0.0)
+    reward_BT[torch.arange(B), length_B - 1] = score_B
+
+    from verl.trainer.ppo.core_algos import (
+        compute_grpo_outcome_advantage,
+        compute_grpo_vectorized_outcome_advantage,
+    )
+
+    from hapo_kernels.segment_norm import segment_ids, segment_norm
+
+    def ours(score_B):
+        return segment_norm(score_B, segment_ids(uid_B), scale_by_std=True)
+
+    call = {
+        "verl grpo": lambda: compute_grpo_outcome_advantage(reward_BT, mask_BT, uid_B)[0],
+        "verl grpo_vectorized": lambda: compute_grpo_vectorized_outcome_advantage(reward_BT, mask_BT, uid_B)[0],
+        "segment_norm, (B, T) product": lambda: ours(reward_BT.sum(-1))[:, None] * mask_BT,
+        "segment_norm, (B, T) view": lambda: ours(reward_BT.sum(-1))[:, None].expand(B, T),
+        "segment_norm, (B,)": lambda: ours(score_B),
+    }[way]
+    Path("/proc/self/clear_refs").write_text("5")  # peak := now
+    before = peak_kib()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        advantage = call()
+        seconds.append(time.perf_counter() - start)
+        peak = peak_kib() - before
+        column = advantage if advantage.ndim == 1 else advantage[:, 0]
+        digest = column.double().abs().sum().item()
+        del advantage, column
+    return {"seconds": statistics.median(seconds), "all_seconds": seconds, "peak_mib": peak / 1024, "abs_sum": digest}
+
+
+def peak_kib() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="64 x 128; no claim")
+    parser.add_argument("--rows", type=int, default=65_536, help="B")
+    parser.add_argument("--tokens", type=int, default=8_192, help="T")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "bench/results")
+    parser.add_argument("--way", choices=WAYS, help="measure one way in this process and print it as JSON")
+    arguments = parser.parse_args()
+    B, T = (64, 128) if arguments.smoke else (arguments.rows, arguments.tokens)
+    if arguments.way:
+        print(json.dumps(measure(arguments.way, B, T, arguments.repeats)))
+        sys.exit()
+
+    found = {}
+    content = {"machine": machine(), "smoke": arguments.smoke, "B": B, "T": T, "threads": 1, "ways": found}
+    print(" · ".join(f"{key} {value}" for key, value in content["machine"].items()))
+    print(f"B = {B}, T = {T}, groups of 8, one thread, median of {arguments.repeats}; a process a way")
+    print(f"{'':32} {'seconds':>9} {'x grpo':>8} {'peak MiB above inputs':>22}")
+    for way in WAYS:
+        command = [
+            sys.executable,
+            __file__,
+            "--way",
+            way,
+            "--rows",
+            str(B),
+            "--tokens",
+            str(T),
+            "--repeats",
+            str(arguments.repeats),
+        ]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[way] = json.loads(run.stdout.splitlines()[-1]) | {"what": WAYS[way]}
+        row, grpo = found[way], found["verl grpo"]
+        print(
+            f"{way:32} {row['seconds']:9.4f} {grpo['seconds'] / row['seconds']:8.1f} {row['peak_mib']:22.1f}",
+            flush=True,
+        )
+        assert abs(row["abs_sum"] - grpo["abs_sum"]) <= 1e-2 * grpo["abs_sum"], f"{way} computes something else"
+        path = arguments.out / f"advantage{'-smoke' if arguments.smoke else ''}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1))

@@ -1,0 +1,293 @@
+"""What every bench shares: the machine line, interleaved timing, ceilings of the same run, one table, one JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def options(question: str) -> argparse.Namespace:
+    """The options of a bench. Read before torch and Triton are imported: `--smoke` turns the interpreter on."""
+    parser = argparse.ArgumentParser(description=question)
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny shapes on whatever is there, seconds; no speed is claimed"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=REPOSITORY / "bench/results", help="folder for the table and the JSON"
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="stop before a case that would start after this")
+    arguments = parser.parse_args()
+    arguments.deadline = time.monotonic() + 60 * arguments.minutes
+    import torch
+
+    if not torch.cuda.is_available():
+        if not arguments.smoke:
+            parser.error("no GPU: a kernel's speed is measured on one. Use --smoke to see that the bench runs.")
+        os.environ["TRITON_INTERPRET"] = "1"
+    return arguments
+
+
+def machine() -> dict[str, str]:
+    import torch
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", REPOSITORY, *command], capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    device = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    if torch.cuda.is_available():
+        driver = (
+            subprocess.run(
+                ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"],
+                capture_output=True,
+                text=True,
+                check=False,
+            ).stdout.strip()
+            if not torch.version.hip
+            else f"ROCm {torch.version.hip}"
+        )
+        device = f"{torch.cuda.get_device_name()} ({driver})"
+    return {
+        "device": device,
+        "commit": git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else ""),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "date": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "python": platform.python_version(),
+        **{
+            name: version(name)
+            for name in ("torch", "triton", "verl", "liger-kernel", "cut-cross-entropy", "flash-attn", "quack-kernels")
+        },
+    }
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@dataclass
+class Contender:
+    """`prepare` imports what it needs and returns the call to time; what stops it is reported in its row."""
+
+    name: str
+    prepare: Callable[[], Callable[[], dict]]
+    ours: bool = False
+
+
+@dataclass
+class Measured:
+    """One row of the table."""
+
+    name: str
+    note: str = ""  # why there is no time
+    milliseconds: list[float] = field(default_factory=list)
+    first_call_s: float = float("nan")
+    peak_mib: float = float("nan")
+    error: dict[str, float] = field(default_factory=dict)
+
+    def at(self, percentile: int) -> float:
+        if len(self.milliseconds) < 2:
+            return self.milliseconds[0] if self.milliseconds else float("nan")
+        return statistics.quantiles(self.milliseconds, n=100, method="inclusive")[percentile - 1]
+
+
+def synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    import torch
+
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def peak_mib_above_inputs(call: Callable[[], object]) -> float:
+    import torch
+
+    if not torch.cuda.is_available():
+        return float("nan")
+    synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def one_line(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"not installed: {error.name}"
+    name = type(error).__name__
+    if "OutOfMemory" in name:
+        return "out of memory"
+    return f"{name}: {str(error).splitlines()[0][:90] if str(error) else ''}"
+
+
+def compare(
+    contenders: list[Contender],
+    *,
+    exact: Callable[[], dict],
+    baseline: str,
+    repeats: int,
+    budget_s: float,
+) -> list[Measured]:
+    """Time the contenders interleaved, after each has shown its error against fp64.
+
+    One of ours that is less exact than the bound (twice the baseline's error + 1e-6 of the scale) gets no time. The
+    order is shuffled in every round, so that clocks and temperature favour nobody; between calls the L2 cache is
+    overwritten.
+    """
+    import torch
+
+    truth = exact()
+    rows, ready = [], []
+    for contender in contenders:
+        row = Measured(contender.name)
+        rows.append(row)
+        try:
+            start = time.perf_counter()
+            call = contender.prepare()
+            outputs = call()
+            synchronize()
+            row.first_call_s = time.perf_counter() - start
+            for name in truth.keys() & outputs.keys():
+                scale = truth[name].abs().max().item() or 1.0
+                row.error[name] = (outputs[name].detach().double() - truth[name]).abs().max().item() / scale
+            del outputs
+            ready.append((contender, row, call))
+        except Exception as error:  # a peer that cannot run here is reported, not fatal
+            if contender.ours:
+                raise
+            row.note = one_line(error)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    allowed = next((row.error for row in rows if row.name == baseline), {})
+    for contender, row, _ in ready:
+        wrong = [name for name, error in row.error.items() if not error <= 2 * allowed.get(name, float("inf")) + 1e-6]
+        if contender.ours and wrong:
+            row.note = f"WRONG: {', '.join(wrong)} less exact than the bound, so not timed"
+    ready = [item for item in ready if not item[1].note]
+
+    flush = torch.empty(2**26, dtype=torch.float32, device="cuda") if torch.cuda.is_available() else None
+    for _, row, call in ready:
+        row.peak_mib = peak_mib_above_inputs(call)
+    random.seed(0)
+    stop = time.monotonic() + budget_s
+    for repeat in range(repeats):
+        for _, row, call in random.sample(ready, len(ready)):
+            if flush is not None:
+                flush.zero_()
+            row.milliseconds.append(milliseconds(call))
+        if repeat >= 4 and time.monotonic() > stop:
+            break
+    return rows
+
+
+def ceilings() -> dict[str, float]:
+    """Copy bandwidth (GB/s, read + write) and bf16 GEMM rate (TFLOP/s), measured here and now."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    device, elements, side = ("cuda", 2**28, 8192) if cuda else ("cpu", 2**22, 256)
+    source = torch.zeros(elements, device=device)
+    target = torch.empty_like(source)
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+    out = torch.empty_like(a)
+    copies, products = [], []
+    for _ in range(20):
+        copies.append(milliseconds(lambda: target.copy_(source)))
+        products.append(milliseconds(lambda: torch.mm(a, a, out=out)))
+    return {
+        "copy_GB_s": 2 * source.nbytes / statistics.median(copies) / 1e6,
+        "gemm_TFLOP_s": 2 * side**3 / statistics.median(products) / 1e9,
+    }
+
+
+class Report:
+    """Prints a table a case and rewrites the JSON after each, so that a run cut short keeps what it has."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace):
+        self.smoke = arguments.smoke
+        self.path = arguments.out / f"{name}{'-smoke' if arguments.smoke else ''}.json"
+        self.content = {"machine": machine(), "smoke": arguments.smoke, "ceilings": ceilings(), "cases": []}
+        machine_line = " · ".join(f"{key} {value}" for key, value in self.content["machine"].items())
+        print(machine_line)
+        print(
+            "ceilings of this run: "
+            + ", ".join(f"{key} {value:,.0f}" for key, value in self.content["ceilings"].items())
+        )
+        if arguments.smoke:
+            print("SMOKE: tiny shapes; the times below say that the bench runs and nothing else")
+
+    def case(self, title: str, rows: list[Measured], *, work: float, unit: str, baseline: str) -> None:
+        """`work` in flops or bytes of the task itself, the same for every contender; unit TFLOP/s or GB/s."""
+        ceiling = self.content["ceilings"]["gemm_TFLOP_s" if unit == "TFLOP/s" else "copy_GB_s"]
+        base = next((row.at(50) for row in rows if row.name == baseline), float("nan"))
+        scale = 1e-9 if unit == "TFLOP/s" else 1e-6
+        print(f"\n{title}")
+        print(
+            f"{'':34} {'ms p10':>9} {'p50':>9} {'p90':>9} {unit:>8} {'% ceil':>6} {'peak MiB':>9} {'first s':>8} "
+            f"{'x base':>6}  max error / scale"
+        )
+        for row in rows:
+            if row.note:
+                print(f"{row.name:34} {row.note}")
+                continue
+            rate = work * scale / row.at(50)
+            errors = " ".join(f"{name} {error:.1e}" for name, error in sorted(row.error.items()))
+            print(
+                f"{row.name:34} {row.at(10):9.3f} {row.at(50):9.3f} {row.at(90):9.3f} "
+                f"{rate:8.1f} {100 * rate / ceiling:6.1f} "
+                f"{row.peak_mib:9.0f} {row.first_call_s:8.2f} {base / row.at(50):6.2f}  {errors}"
+            )
+        self.content["cases"].append(
+            {
+                "case": title,
+                "unit": unit,
+                "work": work,
+                "rows": [
+                    {
+                        "name": row.name,
+                        "note": row.note,
+                        "ms": {f"p{percentile}": row.at(percentile) for percentile in (10, 50, 90)},
+                        "calls": len(row.milliseconds),
+                        "peak_mib": row.peak_mib,
+                        "first_call_s": row.first_call_s,
+                        "error": row.error,
+                    }
+                    for row in rows
+                ],
+            }
+        )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.content, indent=1))
+        sys.stdout.flush()

@@ -1,0 +1,280 @@
+"""What does the policy loss cost from hidden states, against every head that can be installed?
+
+    python bench/head.py [--smoke] [--out DIR] [--minutes 9]
+
+Work is 6 T' H V flops (4 T' H V with a frozen weight, 2 T' H V for log-probabilities alone), T' the tokens that train:
+the same for every contender, whatever it does. All take bf16 hidden states and weight, and the same loss.
+The error is of ∂hidden, on a sample of tokens, against fp64; the first table compares every gradient in full.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import harness
+
+arguments = harness.options(__doc__)
+
+import torch  # noqa: E402  # after `options`, which chooses the interpreter
+
+from hapo_kernels.linear_logprob import linear_logprob  # noqa: E402
+from hapo_kernels.policy_head import policy_head  # noqa: E402
+from hapo_kernels.policy_loss import Aggregation, Clip, policy_loss  # noqa: E402
+from harness import Contender, Report, compare  # noqa: E402
+
+CLIP = Clip(0.2, 0.28, float("inf"))  # no dual clip: not every peer has one
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+ROWS = 8  # sequences
+SAMPLE = 64  # tokens whose gradient is checked in a timed case
+FLOPS = {"train": 6, "frozen weight": 4, "log-probabilities": 2}
+
+
+@dataclass(frozen=True)
+class Case:
+    T: int
+    H: int
+    V: int
+    share: float = 1.0  # of tokens that train
+    task: str = "train"
+
+    def __str__(self) -> str:
+        return f"{self.task}: T = {self.T}, H = {self.H}, V = {self.V}, {self.share:.0%} of tokens train, {DTYPE}"
+
+
+GATE = Case(512, 512, 8192) if CUDA else Case(16, 24, 300)
+HEADLINES = [
+    Case(8192, 4096, 151936),
+    Case(8192, 4096, 151936, 0.6),
+    Case(8192, 4096, 151936, 0.3),
+    Case(8192, 4096, 151936, 1.0, "log-probabilities"),
+    Case(8192, 4096, 151936, 1.0, "frozen weight"),
+    Case(4096, 2048, 151936),
+    Case(16384, 3584, 152064),
+    Case(16384, 4096, 128256),
+    Case(65536, 5120, 152064),
+]
+GRID = itertools.product(
+    (4096, 8192, 16384, 65536), (2048, 3584, 4096, 5120), (128256, 151936, 152064), (1.0, 0.6, 0.3)
+)
+
+
+def cases() -> list[Case]:
+    if arguments.smoke:
+        return [Case(16, 24, 300, 0.6), Case(16, 24, 300, 1.0, "log-probabilities")]
+    return list(dict.fromkeys([*HEADLINES, *(Case(*point) for point in GRID)]))
+
+
+class Batch:
+    def __init__(self, case: Case):
+        random = {"generator": torch.Generator(DEVICE).manual_seed(0), "device": DEVICE}
+        shape = (ROWS, case.T // ROWS)
+        self.case = case
+        self.hidden = torch.randn(*shape, case.H, **random).to(DTYPE)
+        self.weight = (torch.randn(case.V, case.H, **random) / case.H**0.5).to(DTYPE)
+        self.label = torch.randint(0, case.V, shape, **random)
+        self.mask = torch.rand(shape, **random) <= case.share
+        self.advantage = torch.randn(ROWS, **random)
+        with torch.no_grad():
+            logp = linear_logprob(
+                self.hidden.flatten(0, 1), self.weight, self.label.flatten(), impl="triton" if CUDA else "reference"
+            ).logp_N.view(shape)
+        self.behaviour = logp + 0.2 * torch.randn(shape, **random)
+        self.how = Aggregation("token-mean", batch_num_tokens=int(self.mask.sum()))
+        active = self.mask.flatten().nonzero()[:, 0]
+        self.sample = (
+            active if case == GATE else active[torch.linspace(0, len(active) - 1, SAMPLE, device=DEVICE).long()]
+        )
+
+    def leaves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        train = self.case.task != "log-probabilities"
+        weight = self.weight.detach().requires_grad_(train and self.case.task != "frozen weight")
+        return self.hidden.detach().requires_grad_(train), weight
+
+    def loss(self, logp_BT: torch.Tensor) -> torch.Tensor:
+        return policy_loss(
+            logp_BT, self.behaviour, self.advantage, self.mask, clip=CLIP, aggregation=self.how, impl="reference"
+        ).loss
+
+    def outputs(self, loss_or_logp: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> dict:
+        """The timed call ends here: with the backward pass, or with the log-probabilities."""
+        if self.case.task == "log-probabilities":
+            return {"logp": loss_or_logp.flatten()[self.sample]}
+        wanted = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
+        gradients = torch.autograd.grad(loss_or_logp, wanted)
+        found = {"dhidden": gradients[0].flatten(0, 1)[self.sample]}
+        if self.case == GATE:
+            found["dweight"] = gradients[1]
+        return found
+
+    def exact(self) -> dict:
+        """fp64, over the sampled tokens, the vocabulary in slices."""
+        hidden = self.hidden.flatten(0, 1)[self.sample].double()
+        slices = [slice(start, start + 16384) for start in range(0, self.case.V, 16384)]
+        logits = torch.cat([hidden @ self.weight[piece].double().T for piece in slices], 1)
+        row, label = self.sample // self.mask.shape[1], self.label.flatten()[self.sample]
+        logp_NV = logits.log_softmax(1)
+        logp = logp_NV.gather(1, label[:, None]).requires_grad_()
+        if self.case.task == "log-probabilities":
+            return {"logp": logp.detach()[:, 0]}
+        behaviour = self.behaviour.flatten()[self.sample, None].double()
+        advantage, one = self.advantage[row].double(), torch.ones_like(label, dtype=torch.bool)[:, None]
+        loss = policy_loss(logp, behaviour, advantage, one, clip=CLIP, aggregation=self.how, impl="reference").loss
+        (slope,) = torch.autograd.grad(loss, logp)
+        dlogits = -slope * logp_NV.exp()
+        dlogits.scatter_add_(1, label[:, None], slope)
+        found = {"dhidden": sum(dlogits[:, piece] @ self.weight[piece].double() for piece in slices)}
+        if self.case == GATE:
+            found["dweight"] = dlogits.T @ hidden
+        return found
+
+
+def from_logp(batch: Batch, head):
+    """A contender that gives log-probabilities, with the loss on top. `head(hidden_NH, weight, label_N) -> logp_N`"""
+
+    def call() -> dict:
+        hidden, weight = batch.leaves()
+        with torch.set_grad_enabled(batch.case.task != "log-probabilities"):
+            logp_BT = head(hidden.flatten(0, 1), weight, batch.label.flatten()).view(batch.mask.shape)
+            if batch.case.task == "log-probabilities":
+                return batch.outputs(logp_BT, hidden, weight)
+            return batch.outputs(batch.loss(logp_BT), hidden, weight)
+
+    return call
+
+
+def hapo_head(batch: Batch):
+    def call() -> dict:
+        hidden, weight = batch.leaves()
+        arguments = (hidden, weight, batch.label, batch.behaviour, batch.advantage, batch.mask)
+        result = policy_head(*arguments, clip=CLIP, aggregation=batch.how, impl="triton")
+        logp_only = batch.case.task == "log-probabilities"
+        return batch.outputs(result.logp_BT if logp_only else result.loss, hidden, weight)
+
+    return call
+
+
+def hapo_logprob(batch: Batch):
+    keep = batch.mask.flatten()
+    return from_logp(batch, lambda h, w, y: linear_logprob(h, w, y, keep_N=keep, impl="triton").logp_N)
+
+
+def eager_head(hidden, weight, label):
+    logits = (hidden @ weight.T).float()
+    return logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(1)
+
+
+def compiled(batch: Batch):
+    return from_logp(batch, torch.compile(eager_head, backend="inductor" if CUDA else "aot_eager"))
+
+
+def torch_linear_cross_entropy(batch: Batch):
+    from torch.nn.functional import linear_cross_entropy
+    from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+
+    chunked = LinearCrossEntropyOptions()  # without it this is the eager head
+    return from_logp(batch, lambda h, w, y: -linear_cross_entropy(h, w, y, reduction="none", options=chunked))
+
+
+def verl_torch(batch: Batch):
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO
+
+    fused = FusedLinearForPPO()
+    return from_logp(batch, lambda h, w, y: fused(h, w, y)[0])
+
+
+def verl_triton(batch: Batch):
+    if not CUDA:
+        raise RuntimeError("needs a GPU")
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    return from_logp(batch, lambda h, w, y: linear_cross_entropy(h, w, y, 1.0, "none", None)[0])
+
+
+def liger_grpo(batch: Batch):
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    if batch.case.task != "train":
+        raise RuntimeError("computes loss and both gradients, or nothing")
+    oracle = LigerFusedLinearGRPOLoss(
+        beta=0.0, compiled=CUDA, use_ref_model=False, epsilon_low=CLIP.low, epsilon_high=CLIP.high, loss_type="bnpo"
+    )
+
+    def call() -> dict:
+        hidden, weight = batch.leaves()
+        tokens = (batch.label, batch.mask.float(), batch.advantage)
+        loss = oracle(hidden, weight, *tokens, old_per_token_logps=batch.behaviour)[0]
+        return batch.outputs(loss, hidden, weight)
+
+    return call
+
+
+def liger_scaled_cross_entropy(batch: Batch):
+    if not CUDA:
+        raise RuntimeError("needs a GPU")
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
+        LigerFusedLinearScaledCrossEntropyFunction as Function,
+    )
+
+    return from_logp(batch, lambda h, w, y: -Function.apply(h, w, y, 1.0, -100, 1, True)[0])
+
+
+def apple_cce(batch: Batch):
+    if not CUDA:
+        raise RuntimeError("needs a GPU")
+    from cut_cross_entropy import linear_cross_entropy
+
+    ignored = torch.where(batch.mask.flatten(), batch.label.flatten(), -100)
+    return from_logp(batch, lambda h, w, y: -linear_cross_entropy(h, w, ignored, reduction="none"))
+
+
+def flash_attention(batch: Batch):
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+    return from_logp(batch, lambda h, w, y: -cross_entropy_loss(h @ w.T, y)[0])
+
+
+def quack(batch: Batch):
+    from quack.linear_cross_entropy import linear_cross_entropy_func
+
+    return from_logp(batch, lambda h, w, y: -linear_cross_entropy_func(h, w, y, reduction="none"))
+
+
+EAGER = "torch eager"
+
+
+def contenders(batch: Batch) -> list[Contender]:
+    return [
+        Contender("hapo policy_head", lambda: hapo_head(batch), ours=True),
+        Contender("hapo linear_logprob + loss", lambda: hapo_logprob(batch), ours=True),
+        Contender(EAGER, lambda: from_logp(batch, eager_head)),
+        Contender("torch.compile", lambda: compiled(batch)),
+        Contender("torch F.linear_cross_entropy", lambda: torch_linear_cross_entropy(batch)),
+        Contender("verl FusedLinearForPPO (torch)", lambda: verl_torch(batch)),
+        Contender("verl linear_cross_entropy (triton)", lambda: verl_triton(batch)),
+        Contender("Liger FusedLinearGRPOLoss", lambda: liger_grpo(batch)),
+        Contender("Liger scaled cross entropy", lambda: liger_scaled_cross_entropy(batch)),
+        Contender("Apple CCE", lambda: apple_cce(batch)),
+        Contender("flash-attn cross entropy", lambda: flash_attention(batch)),
+        Contender("QuACK linear cross entropy", lambda: quack(batch)),
+    ]
+
+
+report = Report("head", arguments)
+for case in [GATE, *cases()]:
+    if harness.time.monotonic() > arguments.deadline:
+        print(f"\n{case} and later: not measured, the time is up")
+        break
+    batch = Batch(case)
+    rows = compare(
+        contenders(batch),
+        exact=batch.exact,
+        baseline=EAGER,
+        repeats=3 if arguments.smoke or case == GATE else 30,
+        budget_s=10,
+    )
+    if any("WRONG" in row.note for row in rows):
+        report.case(f"GATE {case}" if case == GATE else str(case), rows, work=0.0, unit="TFLOP/s", baseline=EAGER)
+        raise SystemExit("a kernel of ours is wrong: nothing else is timed")
+    work = FLOPS[case.task] * float(batch.mask.sum()) * case.H * case.V
+    report.case(f"GATE {case}" if case == GATE else str(case), rows, work=work, unit="TFLOP/s", baseline=EAGER)
+    del batch, rows

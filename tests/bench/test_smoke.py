@@ -1,0 +1,42 @@
+"""Every bench still runs, on a CPU with tiny shapes: no time is claimed, a row for every contender is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def smoke(bench, folder):
+    path = os.pathsep.join(filter(None, [str(REPOSITORY / "kernels"), *sys.path]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, REPOSITORY / "bench" / f"{bench}.py", "--smoke", "--out", folder]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads((folder / f"{bench}-smoke.json").read_text())
+
+
+@pytest.mark.parametrize("bench", ["head", "policy_loss", "group_norm"])
+def test_a_kernel_bench_times_ours_and_names_every_peer(bench, tmp_path):
+    content = smoke(bench, tmp_path)
+    assert content["smoke"]
+    assert content["machine"]["commit"]
+    assert content["cases"]
+    for case in content["cases"]:
+        for row in case["rows"]:
+            assert row["note"] or row["calls"] >= 2, row
+            if row["name"].startswith("hapo"):
+                assert not row["note"], row
+                assert all(error < 1e-5 for error in row["error"].values()), row
+                assert row["error"], row
+
+
+def test_the_advantage_bench_measures_every_way(tmp_path):
+    pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed")
+    content = smoke("advantage", tmp_path)
+    assert len(content["ways"]) == 5
+    assert all(way["seconds"] > 0 for way in content["ways"].values())
