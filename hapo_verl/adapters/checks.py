@@ -121,38 +121,39 @@ def _check_reward_model(config: DictConfig) -> None:
 
 
 def check_cluster() -> None:
-    """Raise `ConfigError` where a Ray node has no hapo-verl, or another version than this process.
+    """Raise `ConfigError` where a Ray node lacks this version of hapo-verl or does not load it with verl.
 
     Actors and agent loops import this package on their own nodes.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def installed() -> str | None:
+    def plugin() -> str:
         # A nested function travels by value, so it also runs where the package is missing.
+        import sys
         from importlib import metadata
 
         try:
             import verl  # noqa: F401
 
-            loaded = {point.value for point in metadata.entry_points(group="verl.plugins")}
-            return metadata.version("hapo-verl") if "hapo_verl.plugin" in loaded else None
+            version = metadata.version("hapo-verl")
         except (ImportError, metadata.PackageNotFoundError):
-            return None
+            return "is not installed"
+        return version if "hapo_verl.plugin" in sys.modules else "is not loaded by `import verl`"
 
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
-    probe = ray.remote(num_cpus=0)(installed)
+    probe = ray.remote(num_cpus=0)(plugin)
     answers = ray.get(
         [
             probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
             for node in nodes
         ]
     )
-    for node, version in zip(nodes, answers, strict=True):
-        if version != hapo_verl.__version__:
+    for node, answer in zip(nodes, answers, strict=True):
+        if answer != hapo_verl.__version__:
             raise ConfigError(
-                f"Ray node {node['NodeManagerAddress']}: hapo-verl {version or 'is not installed'}, the driver has "
-                f"{hapo_verl.__version__}. pip install hapo-verl=={hapo_verl.__version__} in that node's environment."
+                f"Ray node {node['NodeManagerAddress']}: hapo-verl {answer}, the driver has {hapo_verl.__version__}. "
+                f"pip install hapo-verl=={hapo_verl.__version__} there and leave VERL_USE_EXTERNAL_PLUGINS unset."
             )
 
 
