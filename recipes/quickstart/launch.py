@@ -176,4 +176,6 @@ def cpu_environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         # Ray gives its workers niceness 15: on a laptop everything else would come first.
         "RAY_worker_niceness": "0",
+        # Ray gives up after 30 s by default, which a busy laptop needs.
+        "RAY_raylet_start_wait_time_s": "300",
     }
