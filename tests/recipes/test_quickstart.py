@@ -1,0 +1,158 @@
+"""The quickstart around the trainer: task, tokenizer, progress, and an end for everything that was started."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from transformers import AutoTokenizer
+
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
+sys.path.insert(0, str(QUICKSTART))
+import digits  # noqa: E402
+import quickstart  # noqa: E402
+import tiny_model  # noqa: E402
+from launch import Launch, TrainingError  # noqa: E402
+
+QUESTION = [{"role": "user", "content": "9012"}]
+
+
+def test_held_out_problems_are_never_trained_on():
+    train, heldout = digits.problems(digits=2, train=1000, heldout=20, seed=0)
+    assert len(set(heldout)) == 20
+    assert set(train).isdisjoint(heldout)
+    assert set(train) | set(heldout) == {f"{number:02d}" for number in range(100)}
+
+
+def test_holding_out_everything_is_refused():
+    with pytest.raises(ValueError, match="of 10\\^2 strings some must be left to train on"):
+        digits.problems(digits=2, train=1, heldout=100, seed=0)
+
+
+def test_only_the_exact_answer_is_rewarded():
+    row = digits.row("0123", 0, "train")
+    assert row["demonstration"] == "3210"
+    for answer, score in [("3210", 1.0), ("3210 ", 0.0), ("321", 0.0), ("", 0.0)]:
+        assert digits.compute_score(row["data_source"], answer, "3210") == {"score": score, "acc": score}
+
+
+@pytest.mark.parametrize("alphabet", ["0123456789", None])
+def test_the_tokenizer_is_what_verls_prompt_builder_needs_also_after_a_reload(tmp_path, alphabet):
+    from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+
+    tiny_model.make_tokenizer(alphabet).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer.encode("\n", add_special_tokens=False)) == 1
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    answer = [*tokenizer.encode("2109", add_special_tokens=False), tokenizer.eos_token_id]
+    assert len(answer) == 5
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "2109"
+
+    built = create_continuous_token_builder(tokenizer, hf_model_type="qwen2").build_initial_tokens(QUESTION)
+    rendered = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
+    assert built == tokenizer.encode(rendered, add_special_tokens=False)
+    assert tokenizer.decode(built) == rendered
+
+
+def a_launch(tmp_path, body, **settings):
+    (tmp_path / "fake_trainer.py").write_text(body)
+    return Launch(
+        overrides=["a=b"],
+        folder=tmp_path / "run",
+        time_limit=settings.pop("time_limit", 30),
+        environment={"PYTHONPATH": str(tmp_path)},
+        module="fake_trainer",
+    )
+
+
+METRICS = """
+import json, os, sys, time
+def log(step, **data):
+    with open(os.environ["VERL_FILE_LOGGER_PATH"], "a") as file:
+        file.write(json.dumps({"step": step, "data": data}) + "\\n")
+"""
+
+
+def test_phases_and_steps_arrive_in_order_and_the_output_is_in_the_log(tmp_path):
+    launch = a_launch(
+        tmp_path, METRICS + "print('Started a local Ray instance', sys.argv, flush=True)\nlog(1, a=1.0)\nlog(2, a=2.0)\n"
+    )
+    events = list(launch.run())
+    assert events[0] == ("phase", "Ray is up")
+    assert [value for kind, value in events if kind == "step"] == [
+        {"step": 1, "data": {"a": 1.0}},
+        {"step": 2, "data": {"a": 2.0}},
+    ]
+    assert "a=b" in launch.log.read_text()
+
+
+def test_half_a_line_waits_for_its_other_half(tmp_path):
+    body = METRICS + (
+        "path = os.environ['VERL_FILE_LOGGER_PATH']\n"
+        "open(path, 'a').write('{\"step\": 1, ')\ntime.sleep(1.5)\nopen(path, 'a').write('\"data\": {}}\\n')\n"
+    )
+    assert list(a_launch(tmp_path, body).run()) == [("step", {"step": 1, "data": {}})]
+
+
+def test_a_trainer_that_fails_is_one_line_with_the_log(tmp_path):
+    launch = a_launch(tmp_path, "raise SystemExit(3)")
+    with pytest.raises(TrainingError) as error:
+        list(launch.run())
+    assert str(error.value) == f"the trainer ended with exit code 3; the log is {launch.log}"
+
+
+def test_the_time_limit_ends_the_trainer_and_everything_it_started(tmp_path):
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    body = METRICS + (
+        f"import subprocess\nchild = subprocess.Popen([sys.executable, '-c', {stubborn!r}], start_new_session=True)\n"
+        "log(child.pid)\ntime.sleep(600)\n"
+    )
+    launch = a_launch(tmp_path, body, time_limit=8)
+    pids = []
+    with pytest.raises(TrainingError, match="stopped after 8 s without an end; the log is"):
+        pids += [value["step"] for _, value in launch.run()]
+        pids.append(0)
+    (pid,) = [json.loads(line)["step"] for line in launch.metrics.read_text().splitlines()]
+    deadline = time.monotonic() + 15
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+RECORDS = [
+    {"step": 0, "data": {"val-core/reverse_digits/acc/mean@1": 0.0}},
+    {"step": 1, "data": {"hapo/on_policy_success": 0.25, "critic/score/mean": 0.5, "hapo/gate/firing_rate": 1.0}},
+    {"step": 2, "data": {"hapo/on_policy_success": 0.75, "val-core/reverse_digits/acc/mean@1": 0.9}},
+]
+
+
+def test_curves_take_on_policy_success_from_hapo_and_from_the_score_where_there_is_no_hapo():
+    assert quickstart.curves(RECORDS, "reverse_digits") == {
+        "held-out success": [(0, 0.0), (2, 0.9)],
+        "on-policy success": [(1, 0.25), (2, 0.75)],
+        "gate firing rate": [(1, 1.0)],
+    }
+    grpo = [{"step": 1, "data": {"critic/score/mean": 0.5}}]
+    assert quickstart.curves(grpo, "reverse_digits") == {"on-policy success": [(1, 0.5)]}
+
+
+def test_the_table_shows_first_and_last():
+    lines = quickstart.table(quickstart.curves(RECORDS, "reverse_digits")).splitlines()
+    assert lines[1].split() == ["held-out", "success", "0.000", "0.900"]
+
+
+def test_both_presets_differ_only_in_what_the_preset_names(tmp_path):
+    common = {"steps": 5, "seed": 1, "response_length": 5, "reward": None}
+    paper, grpo = (quickstart.overrides(preset, tmp_path, **common) for preset in ("paper", "grpo"))
+    only_paper = set(paper) - set(grpo) - {"trainer.experiment_name=paper"}
+    only_grpo = set(grpo) - set(paper) - {"trainer.experiment_name=grpo"}
+    assert only_paper == set(quickstart.PRESETS["paper"])
+    assert only_grpo == set(quickstart.PRESETS["grpo"])
+
+
+def test_the_picture_is_drawn(tmp_path):
+    quickstart.draw(quickstart.curves(RECORDS, "reverse_digits"), "title", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"

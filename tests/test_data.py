@@ -1,0 +1,91 @@
+"""Data sets with demonstrations: what is kept, what is left out and why, and one line for what cannot be read."""
+
+import json
+
+import pandas
+import pytest
+
+from hapo_verl.adapters.reward import default_score
+from hapo_verl.data import DataError, Problem, gsm8k_problem, main, read_jsonl, verified_rows, write_parquet
+
+EGGS = {"question": "Two eggs and 1,232 more?", "answer": "2 + 1232 = <<2+1232=1234>>1,234 eggs.\n#### 1,234"}
+
+
+def test_the_demonstration_is_the_human_solution_without_the_calculators_notes():
+    assert gsm8k_problem(EGGS) == Problem(
+        question="Two eggs and 1,232 more?", demonstration="2 + 1232 = 1,234 eggs.\n#### 1,234", answer="1234"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"question": " "}, "no question"),
+        ({"question": None}, "no question"),
+        ({"answer": ""}, "no answer"),
+        ({"answer": "it is 4"}, "no #### line"),
+    ],
+)
+def test_a_record_without_question_or_answer_is_left_out_with_its_reason(change, reason):
+    assert gsm8k_problem(EGGS | change) == reason
+
+
+def test_a_row_is_kept_only_if_verls_own_reward_calls_its_demonstration_a_success():
+    wrong = EGGS | {"answer": "no idea\n#### twelve"}
+    rows, left_out = verified_rows([EGGS, wrong, {"question": "?"}], default_score, split="train")
+    assert left_out == {"demonstration is no success": 1, "no answer": 1}
+    assert [row["extra_info"] for row in rows] == [{"index": 0, "split": "train"}]
+    assert rows[0]["reward_model"] == {"style": "rule", "ground_truth": "1234"}
+    assert rows[0]["prompt"][0]["content"].startswith("Two eggs")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}\n{", "line 2: not JSON (Expecting property name enclosed in double quotes). One object a line."),
+        ("[1]\n", "line 1: not a JSON object. One object a line."),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_named_by_its_number(tmp_path, text, message):
+    path = tmp_path / "in.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError) as error:
+        list(read_jsonl(path))
+    assert str(error.value) == f"--input {path}, {message}"
+
+
+def test_a_missing_file_is_one_line_and_exit_code_one(tmp_path, capsys):
+    assert main(["gsm8k", "--input", str(tmp_path / "no.jsonl"), "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"hapo_verl.data: --input {tmp_path / 'no.jsonl'}: no such file. "
+        "Give GSM8K as JSON lines with `question` and `answer`."
+    )
+
+
+def test_the_command_writes_verls_parquet_with_the_demonstration_and_says_what_it_kept(tmp_path, capsys):
+    source = tmp_path / "train.jsonl"
+    source.write_text(json.dumps(EGGS) + "\n\n" + json.dumps({"question": "?", "answer": "4"}) + "\n")
+    assert main(["gsm8k", "--input", str(source), "--output", str(tmp_path / "out")]) == 0
+    rows = pandas.read_parquet(tmp_path / "out" / "train.parquet")
+    assert rows["demonstration"].tolist() == ["2 + 1232 = 1,234 eggs.\n#### 1,234"]
+    assert rows["data_source"].tolist() == ["openai/gsm8k"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [
+        "left out        1  no #### line",
+        f"kept            1  of 2, written to {tmp_path / 'out' / 'train.parquet'}",
+    ]
+
+
+def test_nothing_to_write_is_an_error_and_leaves_no_file(tmp_path):
+    with pytest.raises(DataError, match="no row is left to write"):
+        write_parquet([], tmp_path / "train.parquet")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_half_of_a_new_one(tmp_path):
+    path = tmp_path / "train.parquet"
+    write_parquet([{"a": 1}], path)
+    with pytest.raises(Exception, match="object"):
+        write_parquet([{"a": object()}], path)
+    assert [file.name for file in tmp_path.iterdir()] == ["train.parquet"]
+    assert pandas.read_parquet(path)["a"].tolist() == [1]

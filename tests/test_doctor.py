@@ -1,0 +1,50 @@
+"""The doctor: a line for each thing, the fix where one is wrong, and an exit code to build on."""
+
+import os
+import subprocess
+import sys
+
+from hapo_verl.adapters import diagnosis
+from hapo_verl.adapters.diagnosis import Finding, findings
+from hapo_verl.config import ConfigError
+
+
+def doctor(*arguments, **environment):
+    command = [sys.executable, "-W", "ignore", "-m", "hapo_verl.doctor", "--no-ray", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+    return run.returncode, run.stdout.splitlines()
+
+
+def test_a_working_installation_ends_with_zero_and_only_ok_lines():
+    code, lines = doctor(VERL_PLATFORM="cpu")
+    checks = [line for line in lines if line.startswith(("ok  ", "FAIL"))]
+    assert code == 0
+    assert len(checks) == 13
+    assert all(line.startswith("ok  ") for line in checks)
+
+
+def test_a_plugin_that_verl_does_not_load_and_a_wrong_launch_are_named_with_the_fix():
+    code, lines = doctor("actor_rollout_ref.rollout.n=8", VERL_PLATFORM="cpu", VERL_USE_EXTERNAL_PLUGINS="none")
+    assert code == 1
+    assert "FAIL  plugin in this process: `import verl` does not load it. Unset VERL_USE_EXTERNAL_PLUGINS=none." in lines
+    assert any(line.startswith("FAIL  trainers: ValueError: Unknown trainer 'hapo_sync'") for line in lines)
+    assert "FAIL  launch: hapo=None: the block of HAPO's keys is missing. Launch with +hapo=paper." in lines
+
+
+def test_a_check_that_fails_does_not_hide_the_next(monkeypatch):
+    def broken():
+        raise ConfigError("one line. And the fix.")
+
+    monkeypatch.setattr(diagnosis, "_verl", broken)
+    monkeypatch.setattr(diagnosis, "_kernels", lambda: 1 / 0)
+    found = {finding.name: finding for finding in findings([], ray=False)}
+    assert found["verl"] == Finding("verl", False, "one line. And the fix.")
+    assert found["kernels"] == Finding("kernels", False, "ZeroDivisionError: division by zero")
+    assert found["ray"].right
+
+
+def test_missing_training_data_is_named(launch):
+    found = {finding.name: finding for finding in findings(["+hapo=paper", "data.train_files=/no/such.parquet"], ray=False)}
+    assert found["demonstrations"].detail == (
+        "data.train_files=/no/such.parquet: no such file on this machine. Name local parquet files."
+    )
