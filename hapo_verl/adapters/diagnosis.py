@@ -53,7 +53,7 @@ def findings(overrides: Sequence[str], *, ray: bool) -> Iterator[Finding]:
         ("plugin in this process", _plugin),
         ("estimator hapo", _estimator),
         ("trainers", _trainers),
-        ("preset +hapo=paper", partial(_compose, ["+hapo=paper"])),
+        ("preset +hapo=paper", _preset),
         ("kernels", _kernels),
     ]
     if ray:
@@ -129,8 +129,10 @@ def _trainers() -> str:
     return ", ".join(f"{mode} ({get_trainer_cls(mode).__name__})" for mode in _MODES)
 
 
-def _compose(overrides: Sequence[str]) -> str:
-    config = _composed(overrides)
+def _preset() -> str:
+    config = _composed(["+hapo=paper"])
+    if isinstance(config.hapo, str):
+        raise ConfigError("is taken for a plain string, and verl would train GRPO. Make `import verl` load the plugin.")
     return f"sets trainer.v1.trainer_mode={config.trainer.v1.trainer_mode}"
 
 

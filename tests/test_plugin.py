@@ -1,0 +1,74 @@
+"""What importing verl does to a process, with the plugin and without it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def python(code, **environment):
+    """The last line that `code` prints in a fresh interpreter."""
+    env = {name: value for name, value in os.environ.items() if name != "VERL_PLATFORM"} | environment
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()[-1]
+
+
+def test_importing_verl_loads_the_plugin_and_no_trainer():
+    code = (
+        "import sys, verl; print('hapo_verl.plugin' in sys.modules, 'verl.trainer.ppo.v1' in sys.modules, "
+        "'hapo_verl.adapters.trainer' in sys.modules, 'hapo_verl.adapters.cpu_platform' in sys.modules)"
+    )
+    assert python(code) == "True False False False"
+
+
+def test_without_the_plugin_the_launch_line_of_the_readme_fails_and_does_not_train_grpo():
+    code = (
+        "import verl\n"
+        "from hydra import compose, initialize_config_module\n"
+        "from verl.trainer.ppo.v1 import get_trainer_cls\n"
+        "with initialize_config_module('verl.trainer.config', version_base=None):\n"
+        "    config = compose('ppo_trainer', overrides=['+hapo=paper', 'trainer.v1.trainer_mode=hapo_sync'])\n"
+        "try:\n    get_trainer_cls(config.trainer.v1.trainer_mode)\n"
+        "except ValueError as error:\n    print(config.hapo, error)\n"
+    )
+    printed = python(code, VERL_USE_EXTERNAL_PLUGINS="none")
+    assert printed.startswith("paper Unknown trainer 'hapo_sync'.")
+
+
+def test_the_cpu_platform_is_patched_in_only_where_it_is_asked_for():
+    code = (
+        "import verl, torch\nfrom importlib import metadata\n"
+        "from torch.distributed.fsdp import CPUOffloadPolicy\n"
+        "try:\n    version = metadata.version('vllm')\nexcept metadata.PackageNotFoundError:\n    version = 'none'\n"
+        "print(version.endswith('+cpu'), CPUOffloadPolicy().pin_memory)"
+    )
+    assert python(code) == "False True"
+    assert python(code, VERL_PLATFORM="cpu") == "True False"
+
+
+def test_vllms_linear_layers_are_left_alone_without_the_cpu_platform(monkeypatch):
+    from hapo_verl.adapters import vllm_cpu
+
+    monkeypatch.delenv("VERL_PLATFORM", raising=False)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", None)  # importing it would raise
+    vllm_cpu.keep_plain_linear_weights()
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    with pytest.raises(ImportError):
+        vllm_cpu.keep_plain_linear_weights()
+
+
+def test_single_keys_of_both_presets_stay_overridable(launch):
+    config = launch("+hapo_platform=cpu", "hapo.gate.threshold=0.7", "actor_rollout_ref.rollout.dtype=bfloat16")
+    assert config.hapo.gate.threshold == 0.7
+    assert config.hapo.gate.prior_success == 1.0
+    assert config.algorithm.adv_estimator == "hapo"
+    assert config.trainer.device == "cpu"
+    assert config.actor_rollout_ref.rollout.dtype == "bfloat16"
+
+
+def test_the_cpu_platform_without_hapo_is_verls_own_trainer(launch):
+    config = launch("+hapo_platform=cpu", preset=[])
+    assert config.trainer.v1.trainer_mode == "sync"
+    assert "hapo" not in config
