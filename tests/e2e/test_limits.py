@@ -2,13 +2,17 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.e2e.conftest import PROMPTS, QUICKSTART
 
 pytestmark = pytest.mark.e2e
 
+# Plain SGD: Adam would divide a difference in the last bits by another one.
 SCRIPTED = [
     "actor_rollout_ref.rollout.agent.default_agent_loop=scripted",
+    "actor_rollout_ref.actor.optim.optimizer=SGD",
+    "actor_rollout_ref.actor.optim.lr=0.1",
     "trainer.save_freq=3",
     "trainer.test_freq=-1",
 ]
@@ -27,18 +31,20 @@ def parameters(run):
     }
 
 
-def test_with_no_row_injected_three_steps_end_at_the_parameters_of_verls_grpo(trainer):
+def test_with_no_row_injected_three_steps_end_at_the_parameters_of_verls_grpo(trainer, model):
     hapo = trainer("hapo_never", *HAPO, "trainer.v1.trainer_mode=hapo_sync", "hapo.gate.threshold=0.0", *SCRIPTED)
     grpo = trainer("verl_grpo", *GRPO, *SCRIPTED)
     assert not any(row["hapo_demonstration"] for row in hapo.loss_rows)
-    assert [s["actor/grad_norm"] for s in hapo.steps] == pytest.approx(
-        [s["actor/grad_norm"] for s in grpo.steps], rel=1e-6
-    )
-    assert hapo.steps[0]["actor/grad_norm"] > 0
+
     ours, verls = parameters(hapo), parameters(grpo)
+    start = AutoModelForCausalLM.from_pretrained(model).state_dict()
     assert ours.keys() == verls.keys()
+    moved = max((ours[name] - start[name]).abs().max().item() for name in ours)
     difference = max((ours[name] - verls[name]).abs().max().item() for name in ours)
-    assert difference == 0.0
+    # verl's worker puts row by row and ours group by group, so a gradient adds its rows up in another order: the
+    # difference is one of the last bits of fp32, not of what is computed.
+    assert moved > 1e-2
+    assert difference < 1e-6 * max(1, moved)
 
 
 def test_the_colocated_asynchronous_trainer_injects_and_filters(trainer):
