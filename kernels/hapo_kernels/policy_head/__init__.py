@@ -6,9 +6,9 @@ global batch are known before the forward pass. So as soon as a row's softmax st
     ∂loss/∂x_v = (w/τ) [ ℓ' (1{v=y} - p_v) + c_H p_v (log p_v + H) ],    ℓ' = ∂ℓ/∂log π of the token, w its row's weight
 
 while the chunk's logits x are still at hand: 3 GEMMs, 6NHV flops (4NHV with a frozen weight), where a head that
-computes the logits again in the backward pass does 8NHV. N counts active tokens only. Tokens whose gradient is exactly 0
-(advantage 0, no KL, no entropy term) take part in the forward GEMM alone, 2HV each. The backward pass multiplies by the
-upstream scalar.
+computes the logits again in the backward pass does 8NHV. N counts active tokens only. Tokens whose gradient is exactly
+0 (advantage 0, no KL, no entropy term) take part in the forward GEMM alone, 2HV each. The backward pass multiplies by
+the upstream scalar.
 
 A loss that is not per token, such as a ratio of whole sequences, cannot know its gradient row by row: take
 `linear_logprob`, whose backward pass computes the logits again, and any loss on its log-probabilities.
