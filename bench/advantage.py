@@ -28,7 +28,7 @@ WAYS = {
 }
 
 
-def measure(way: str, B: int, T: int, repeats: int) -> dict[str, float]:
+def measure(way: str, B: int, T: int, repeats: int) -> dict:
     import numpy
     import torch
 
@@ -61,7 +61,7 @@ def measure(way: str, B: int, T: int, repeats: int) -> dict[str, float]:
     }[way]
     Path("/proc/self/clear_refs").write_text("5")  # peak := now
     before = peak_kib()
-    seconds = []
+    seconds, peak, digest = [], 0, 0.0
     for _ in range(repeats):
         start = time.perf_counter()
         advantage = call()

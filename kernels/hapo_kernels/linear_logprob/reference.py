@@ -88,7 +88,7 @@ class _VocabularyParallel(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, slope_N, entropy_slope_N):
+    def backward(ctx, slope_N, entropy_slope_N):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_NH, weight_VH, label, here, temperature_N, bias_V, max_N, log_sum_N, entropy_N = ctx.saved_tensors
         logp_NV = (logits(hidden_NH, weight_VH, bias_V) - max_N[:, None]) / temperature_N[:, None] - log_sum_N[:, None]
         p_NV = logp_NV.exp()
