@@ -20,7 +20,7 @@ def smoke(bench, folder):
     return json.loads((folder / f"{bench}-smoke.json").read_text())
 
 
-@pytest.mark.parametrize("bench", ["head", "policy_loss", "group_norm"])
+@pytest.mark.parametrize("bench", ["head", "logits", "policy_loss", "group_norm"])
 def test_a_kernel_bench_times_ours_and_names_every_peer(bench, tmp_path):
     content = smoke(bench, tmp_path)
     assert content["smoke"]

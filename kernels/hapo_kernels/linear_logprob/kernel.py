@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # pyright
 from hapo_kernels.dispatch import refuse_double_backward
 from hapo_kernels.linear_logprob import reference
 
-# (elements a program takes at once, warps) by backend and bytes of a logit. Not yet tuned on a GPU.
+# (elements a program takes at once, warps) by backend. Chosen from the compiler's registers; not yet tuned on a GPU.
 ROW_SETTINGS = {"cuda": (2048, 8), "hip": (2048, 8)}
 MOST_LOGITS = 2**28  # fp32 elements held at once, 1 GiB
 MOST_ROWS = 4096  # rows after which a GEMM gains nothing from more
