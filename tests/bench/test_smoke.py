@@ -39,4 +39,4 @@ def test_the_advantage_bench_measures_every_way(tmp_path):
     pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed")
     content = smoke("advantage", tmp_path)
     assert len(content["ways"]) == 5
-    assert all(way["seconds"] > 0 for way in content["ways"].values())
+    assert all(min(way["cpu_s"]) > 0 for way in content["ways"].values())
