@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -28,7 +29,7 @@ WAYS = {
 }
 
 
-def measure(way: str, B: int, T: int, repeats: int) -> dict[str, float]:
+def measure(way: str, B: int, T: int, repeats: int) -> dict:
     import numpy
     import torch
 
@@ -61,16 +62,25 @@ def measure(way: str, B: int, T: int, repeats: int) -> dict[str, float]:
     }[way]
     Path("/proc/self/clear_refs").write_text("5")  # peak := now
     before = peak_kib()
-    seconds = []
+    seconds, cpu_seconds, peak, digest = [], [], 0, 0.0
     for _ in range(repeats):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         advantage = call()
         seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
         peak = peak_kib() - before
         column = advantage if advantage.ndim == 1 else advantage[:, 0]
         digest = column.double().abs().sum().item()
         del advantage, column
-    return {"seconds": statistics.median(seconds), "all_seconds": seconds, "peak_mib": peak / 1024, "abs_sum": digest}
+    return {"wall_s": seconds, "cpu_s": cpu_seconds, "peak_mib": peak / 1024, "abs_sum": digest}
+
+
+def cpu(row: dict) -> float:
+    return statistics.median(row["cpu_s"])
+
+
+def wall(row: dict) -> float:
+    return statistics.median(row["wall_s"])
 
 
 def peak_kib() -> int:
@@ -95,10 +105,22 @@ if __name__ == "__main__":
         sys.exit()
 
     found = {}
-    content = {"machine": machine(), "smoke": arguments.smoke, "B": B, "T": T, "threads": 1, "ways": found}
+    content = {
+        "machine": machine(),
+        "smoke": arguments.smoke,
+        "B": B,
+        "T": T,
+        "threads": 1,
+        "load": os.getloadavg()[0],
+        "ways": found,
+    }
     print(" · ".join(f"{key} {value}" for key, value in content["machine"].items()))
     print(f"B = {B}, T = {T}, groups of 8, one thread, median of {arguments.repeats}; a process a way")
-    print(f"{'':32} {'seconds':>9} {'x grpo':>8} {'peak MiB above inputs':>22}")
+    print(
+        f"load of the machine at the start: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; "
+        "where it is busy, believe the CPU seconds"
+    )
+    print(f"{'':32} {'CPU s':>9} {'x grpo':>8} {'wall s':>9} {'peak MiB above inputs':>22}")
     for way in WAYS:
         command = [
             sys.executable,
@@ -116,7 +138,7 @@ if __name__ == "__main__":
         found[way] = json.loads(run.stdout.splitlines()[-1]) | {"what": WAYS[way]}
         row, grpo = found[way], found["verl grpo"]
         print(
-            f"{way:32} {row['seconds']:9.4f} {grpo['seconds'] / row['seconds']:8.1f} {row['peak_mib']:22.1f}",
+            f"{way:32} {cpu(row):9.4f} {cpu(grpo) / cpu(row):8.1f} {wall(row):9.4f} {row['peak_mib']:22.1f}",
             flush=True,
         )
         assert abs(row["abs_sum"] - grpo["abs_sum"]) <= 1e-2 * grpo["abs_sum"], f"{way} computes something else"

@@ -8,7 +8,7 @@ a rollout batch (groups of 8), token-level groups of mixed size, and one group t
 
 import harness
 
-arguments = harness.options(__doc__)
+arguments = harness.options(__doc__ or "")
 
 import torch  # noqa: E402  # after `options`, which chooses the interpreter
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import harness
 
-arguments = harness.options(__doc__)
+arguments = harness.options(__doc__ or "")
 
 import torch  # noqa: E402  # after `options`, which chooses the interpreter
 
@@ -122,7 +122,10 @@ class Batch:
         (slope,) = torch.autograd.grad(loss, logp)
         dlogits = -slope * logp_NV.exp()
         dlogits.scatter_add_(1, label[:, None], slope)
-        found = {"dhidden": sum(dlogits[:, piece] @ self.weight[piece].double() for piece in slices)}
+        dhidden = torch.zeros_like(hidden)
+        for piece in slices:
+            dhidden += dlogits[:, piece] @ self.weight[piece].double()
+        found = {"dhidden": dhidden}
         if self.case == GATE:
             found["dweight"] = dlogits.T @ hidden
         return found

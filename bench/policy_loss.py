@@ -7,10 +7,11 @@ Work is the least traffic of the task: 4 B policy + 4 B behaviour + 1 B mask + 4
 
 import harness
 
-arguments = harness.options(__doc__)
+arguments = harness.options(__doc__ or "")
 
 import torch  # noqa: E402  # after `options`, which chooses the interpreter
 
+from hapo_kernels.dispatch import Impl  # noqa: E402
 from hapo_kernels.policy_loss import Aggregation, Clip, Teacher, policy_loss  # noqa: E402
 from harness import Contender, Report, compare  # noqa: E402
 
@@ -37,7 +38,7 @@ def result(loss: torch.Tensor, policy: torch.Tensor) -> dict:
     return {"gradient": torch.autograd.grad(loss, policy)[0], "loss": loss.detach()}
 
 
-def ours(batch: dict, impl: str, aggregation: Aggregation, with_teacher: bool = True):
+def ours(batch: dict, impl: Impl, aggregation: Aggregation, with_teacher: bool = True):
     policy = batch["policy"].clone().requires_grad_()
     teacher = Teacher(batch["teacher"], 0.1) if with_teacher else None
 
@@ -71,7 +72,7 @@ def verl_vanilla(batch: dict, aggregation: Aggregation):
     advantage_BT = batch["advantage"][:, None] * batch["mask"]  # the (B, T) tensor that verl ships
 
     def call() -> dict:
-        loss, _ = compute_policy_loss_vanilla(
+        loss, _ = compute_policy_loss_vanilla(  # pyright: ignore[reportCallIssue]
             batch["behaviour"], policy, advantage_BT, batch["mask"], "token-mean", config
         )
         return result(loss, policy)

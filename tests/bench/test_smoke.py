@@ -20,7 +20,7 @@ def smoke(bench, folder):
     return json.loads((folder / f"{bench}-smoke.json").read_text())
 
 
-@pytest.mark.parametrize("bench", ["head", "policy_loss", "group_norm"])
+@pytest.mark.parametrize("bench", ["head", "logits", "policy_loss", "group_norm"])
 def test_a_kernel_bench_times_ours_and_names_every_peer(bench, tmp_path):
     content = smoke(bench, tmp_path)
     assert content["smoke"]
@@ -39,4 +39,4 @@ def test_the_advantage_bench_measures_every_way(tmp_path):
     pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed")
     content = smoke("advantage", tmp_path)
     assert len(content["ways"]) == 5
-    assert all(way["seconds"] > 0 for way in content["ways"].values())
+    assert all(min(way["cpu_s"]) > 0 for way in content["ways"].values())

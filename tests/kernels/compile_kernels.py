@@ -91,9 +91,11 @@ def cases():
     for entropy in (False, True):
         name = f"dlogits_row_kernel, {'with' if entropy else 'no'} entropy"
         yield name, linear_logprob.dlogits_row_kernel, ("out_ptr",), {"HAS_ENTROPY": entropy, "BLOCK": block}, warps
-    for name, flags in (("every term", full | {"HAS_ENTROPY": True}), ("surrogate only", plain)):
+    for name, flags in (("every term", full), ("surrogate only", plain)):
         flags = {key: value for key, value in flags.items() if key in policy_head.head_row_kernel.arg_names}
-        yield f"head_row_kernel, {name}", policy_head.head_row_kernel, ("out_ptr",), flags | {"BLOCK": block}, warps
+        for whole, storage in ((False, ("out_ptr",)), (True, ("logits_ptr", "out_ptr"))):
+            title = f"head_row_kernel, {'logits, ' if whole else ''}{name}"
+            yield title, policy_head.head_row_kernel, storage, flags | {"WHOLE": whole, "BLOCK": block}, warps
 
 
 def build(kernel, storage_pointers, flags, num_warps, dtype, target):

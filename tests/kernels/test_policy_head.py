@@ -9,7 +9,7 @@ from exactness import DEVICE, STORAGE, assert_no_less_exact
 from hapo_kernels.linear_logprob import kernel as head_kernel
 from hapo_kernels.linear_logprob import linear_logprob
 from hapo_kernels.policy_head import kernel as policy_head_kernel
-from hapo_kernels.policy_head import policy_head
+from hapo_kernels.policy_head import policy_head, policy_loss_from_logits
 from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, Teacher, policy_loss
 from hapo_kernels.policy_loss.terms import AGGREGATION_MODES
 
@@ -260,13 +260,16 @@ def test_the_op_is_registered_so_that_compile_and_fake_tensors_work():
     hidden, weight, bias = leaves_of(fields)
     flat = [fields[name].flatten() for name in ("label", "mask", "behaviour")]
     ones = torch.ones(10, device=DEVICE)
+    loss_arguments = (
+        flat[0], ones, flat[1], flat[2], ones, ones, torch.zeros_like(flat[1]), None, None, None,
+        0.2, 0.28, 3.0, 0.1, "", 0.0, 0.0,
+    )  # fmt: skip
     torch.library.opcheck(
         policy_head_kernel.policy_head_op,
-        (
-            hidden.detach().flatten(0, 1).requires_grad_(), weight, bias, flat[0], ones, flat[1], flat[2], ones, ones,
-            torch.zeros_like(flat[1]), None, None, None, 0.2, 0.28, 3.0, 0.1, "", 0.0, 0.0, 4, [True, True, True],
-        ),
-    )  # fmt: skip
+        (hidden.detach().flatten(0, 1).requires_grad_(), weight, bias, 4, [True, True, True], *loss_arguments),
+    )
+    logits = (hidden.detach().flatten(0, 1) @ weight.detach().T).requires_grad_()
+    torch.library.opcheck(policy_head_kernel.from_logits_op, (logits, True, *loss_arguments))
 
     def loss(hidden):
         tokens = (fields[name] for name in ("label", "behaviour", "advantage", "mask"))
@@ -284,3 +287,46 @@ def test_a_second_derivative_is_refused():
     result = policy_head(hidden, weight, *tokens, impl="triton", chunk_rows=4, **settings_of(fields))
     with pytest.raises(RuntimeError, match="policy_head: create_graph=True: the kernel has a first derivative only"):
         torch.autograd.grad(result.loss, hidden, create_graph=True)
+
+
+def from_logits(fields, impl, dtype=None, **given):
+    """The loss from logits, of which the inactive ones are NaN."""
+    if dtype:
+        fields = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in fields.items()}
+    logits = torch.nn.functional.linear(fields["hidden"], fields["weight"], fields["bias"]).requires_grad_()
+    tokens = (fields[name] for name in ("label", "behaviour", "advantage", "mask"))
+    result = policy_loss_from_logits(logits, *tokens, impl=impl, **settings_of(fields, **given))
+    found = {"loss": result.loss.detach(), "dlogits": torch.autograd.grad(result.loss, logits)[0]}
+    return found | {"logp": result.logp_BT, "entropy": result.entropy_BT} | result.metrics._asdict()
+
+
+@pytest.mark.parametrize("V", [1, 37, 2049])
+def test_the_loss_from_logits(V):
+    for given in ({}, {"kl": None, "entropy_coefficient": 0.0}):
+        fields = batch(V=V)
+        fields["advantage"][2] = 0.0  # a row without a gradient where neither KL nor entropy is on
+        found, same_dtype = from_logits(fields, "triton", **given), from_logits(fields, "reference", **given)
+        # The fp64 truth of the same fp32 logits: rounding of the GEMM is not this function's.
+        fields["hidden"] = torch.nn.functional.linear(fields["hidden"], fields["weight"], fields["bias"])
+        fields["weight"], fields["bias"] = torch.eye(V, device=DEVICE), torch.zeros(V, device=DEVICE)
+        exact = from_logits(fields, "reference", torch.float64, **given)
+        inactive = ~fields["mask"]
+        for name in exact:
+            assert_no_less_exact(found[name], same_dtype[name], exact[name], name)
+        assert (found["dlogits"][inactive] == 0).all()
+        assert (found["logp"][inactive] == 0).all()
+
+
+def test_the_loss_from_logits_scales_with_the_upstream_gradient_and_refuses_the_wrong():
+    fields = batch()
+    logits = torch.nn.functional.linear(fields["hidden"], fields["weight"]).requires_grad_()
+    tokens = [fields[name] for name in ("label", "behaviour", "advantage", "mask")]
+    result = policy_loss_from_logits(logits, *tokens, impl="triton", **settings_of(fields))
+    (once,) = torch.autograd.grad(result.loss, logits, retain_graph=True)
+    (scaled,) = torch.autograd.grad(-4 * result.loss, logits, retain_graph=True)
+    assert once.abs().max() > 0
+    assert torch.equal(scaled, -4 * once)
+    with pytest.raises(RuntimeError, match="policy_loss_from_logits: create_graph=True"):
+        torch.autograd.grad(result.loss, logits, create_graph=True)
+    with pytest.raises(ValueError, match=r"logits_BTV of shape \(20, 37\): \(B, T, V\) for labels"):
+        policy_loss_from_logits(logits.flatten(0, 1), *tokens, **settings_of(fields))

@@ -6,6 +6,9 @@ row's offset is int64 (N·V passes 2³¹ at 16k tokens), nothing length-like is 
 A row kernel reads fp32 logits, 4 B an element, and its backward reads 4 B and writes the storage dtype.
 """
 
+# Triton passes ints and bools for constexpr parameters and adds num_warps to every launch; pyright knows neither.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import torch
@@ -14,10 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# A custom op takes the name of a process group.
+from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
+
 from hapo_kernels.dispatch import refuse_double_backward
 from hapo_kernels.linear_logprob import reference
 
-# (elements a program takes at once, warps) by backend and bytes of a logit. Not yet tuned on a GPU.
+# (elements a program takes at once, warps) by backend. Chosen from the compiler's registers; not yet tuned on a GPU.
 ROW_SETTINGS = {"cuda": (2048, 8), "hip": (2048, 8)}
 MOST_LOGITS = 2**28  # fp32 elements held at once, 1 GiB
 MOST_ROWS = 4096  # rows after which a GEMM gains nothing from more
@@ -183,7 +189,7 @@ def dlogits_buffer(logits: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def group_of(name: str):
-    return dist.distributed_c10d._resolve_process_group(name) if name else None
+    return _resolve_process_group(name) if name else None
 
 
 def empty_or(value: Tensor | None, like: Tensor) -> Tensor:
@@ -225,7 +231,7 @@ def linear_logprob_op(
             row_max, total, weighted, label_logit, temperature, process_group
         )
     log_sum = total.log()
-    shards = process_group.size() if group else 1
+    shards = process_group.size() if process_group else 1
     inside = reference.clamped(label_N[row], V * shards)[1]
     logp = torch.where(inside, (label_logit - row_max) / temperature - log_sum, torch.nan)
     zero_N = torch.zeros(N, dtype=torch.float32, device=hidden_NH.device)

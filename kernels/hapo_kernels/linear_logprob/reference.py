@@ -18,15 +18,22 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor]:
     """See `hapo_kernels.linear_logprob.linear_logprob`."""
     row = keep_N.nonzero()[:, 0]
-    logp_NV = torch.log_softmax(logits(hidden_NH[row], weight_VH, bias_V) / temperature_N[row, None], dim=-1)
-    label, inside = clamped(label_N[row], logp_NV.shape[1])
-    logp = torch.where(inside, logp_NV.gather(1, label[:, None])[:, 0], torch.nan)
-    zero_N = logp_NV.new_zeros(len(keep_N))
+    return from_logits(logits(hidden_NH[row], weight_VH, bias_V), label_N, temperature_N, row, with_entropy)
+
+
+def from_logits(
+    logits_RV: Tensor, label_N: Tensor, temperature_N: Tensor, row: Tensor, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """logp_N and entropy_N from the logits of the rows `row`; 0 on the others."""
+    logp_RV = torch.log_softmax(logits_RV / temperature_N[row, None], dim=-1)
+    label, inside = clamped(label_N[row], logp_RV.shape[1])
+    logp = torch.where(inside, logp_RV.gather(1, label[:, None])[:, 0], torch.nan)
+    zero_N = logp_RV.new_zeros(len(label_N))
     if not with_entropy:
         return zero_N.index_put((row,), logp), zero_N
     # p log p is 0 where p is; log p = -inf would make it NaN.
-    finite_NV = logp_NV.masked_fill(logp_NV == -torch.inf, 0.0)
-    return zero_N.index_put((row,), logp), zero_N.index_put((row,), -(logp_NV.exp() * finite_NV).sum(1))
+    finite_RV = logp_RV.masked_fill(logp_RV == -torch.inf, 0.0)
+    return zero_N.index_put((row,), logp), zero_N.index_put((row,), -(logp_RV.exp() * finite_RV).sum(1))
 
 
 def logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -81,7 +88,7 @@ class _VocabularyParallel(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, slope_N, entropy_slope_N):
+    def backward(ctx, slope_N, entropy_slope_N):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_NH, weight_VH, label, here, temperature_N, bias_V, max_N, log_sum_N, entropy_N = ctx.saved_tensors
         logp_NV = (logits(hidden_NH, weight_VH, bias_V) - max_N[:, None]) / temperature_N[:, None] - log_sum_N[:, None]
         p_NV = logp_NV.exp()

@@ -6,9 +6,9 @@ global batch are known before the forward pass. So as soon as a row's softmax st
     ∂loss/∂x_v = (w/τ) [ ℓ' (1{v=y} - p_v) + c_H p_v (log p_v + H) ],    ℓ' = ∂ℓ/∂log π of the token, w its row's weight
 
 while the chunk's logits x are still at hand: 3 GEMMs, 6NHV flops (4NHV with a frozen weight), where a head that
-computes the logits again in the backward pass does 8NHV. N counts active tokens only; tokens whose gradient is exactly 0
-(advantage 0, no KL, no entropy term) take part in the forward GEMM alone, 2HV each. The backward pass multiplies by the
-upstream scalar.
+computes the logits again in the backward pass does 8NHV. N counts active tokens only. Tokens whose gradient is exactly
+0 (advantage 0, no KL, no entropy term) take part in the forward GEMM alone, 2HV each. The backward pass multiplies by
+the upstream scalar.
 
 A loss that is not per token, such as a ratio of whole sequences, cannot know its gradient row by row: take
 `linear_logprob`, whose backward pass computes the logits again, and any loss on its log-probabilities.
@@ -25,11 +25,11 @@ from hapo_kernels.linear_logprob import check_head, temperature_of
 from hapo_kernels.policy_head import reference
 from hapo_kernels.policy_loss import Aggregation, Clip, KLPenalty, PolicyLossMetrics, Teacher, check_tokens
 
-__all__ = ["PolicyHead", "policy_head"]
+__all__ = ["PolicyHead", "policy_head", "policy_loss_from_logits"]
 
 
 class PolicyHead(NamedTuple):
-    loss: Tensor  # 0-d, differentiable with respect to hidden, weight and bias
+    loss: Tensor  # 0-d, differentiable with respect to hidden, weight and bias, or to the logits
     metrics: PolicyLossMetrics
     logp_BT: Tensor  # nats, no gradient; 0 where mask_BT is 0
     entropy_BT: Tensor  # nats, no gradient; 0 where mask_BT is 0
@@ -93,5 +93,64 @@ def policy_head(
             bias_V=bias_V,
             temperature_N=temperature_of(flat_temperature, flat_hidden),
             chunk_rows=chunk_rows,
+        )
+    )
+
+
+def policy_loss_from_logits(
+    logits_BTV: Tensor,
+    label_BT: Tensor,
+    behaviour_logp_BT: Tensor,
+    advantage: Tensor,
+    mask_BT: Tensor,
+    *,
+    clip: Clip,
+    aggregation: Aggregation,
+    teacher: Teacher | None = None,
+    importance_weight_BT: Tensor | None = None,
+    kl: KLPenalty | None = None,
+    entropy_coefficient: float = 0.0,
+    temperature: float | Tensor = 1.0,
+    impl: Impl = "auto",
+) -> PolicyHead:
+    """The same loss from logits that somebody else has made: two sweeps a row, no GEMM.
+
+    Args:
+        logits_BTV: the gradient flows here and is as large; inactive positions are not read and get 0.
+        label_BT ... temperature: as for `policy_head`.
+    """
+    shape = logits_BTV.shape[:-1]
+    active_BT = mask_BT.bool()
+    flat_temperature = temperature.flatten() if isinstance(temperature, Tensor) else temperature
+    flat_logits = logits_BTV.flatten(0, -2)
+    # The checks of a head whose weight has one row for each logit.
+    one_by_one = flat_logits.new_empty(1, 1)
+    check_head(flat_logits[:, :1], one_by_one, label_BT.flatten(), None, flat_temperature, active_BT.flatten())
+    check_tokens(behaviour_logp_BT, behaviour_logp_BT, advantage, mask_BT, teacher, importance_weight_BT, kl, None)
+    if label_BT.shape != shape or mask_BT.shape != shape:
+        raise ValueError(
+            f"logits_BTV of shape {tuple(logits_BTV.shape)}: (B, T, V) for labels and mask of shape (B, T). "
+            f"Use the logits of the {tuple(mask_BT.shape)} tokens."
+        )
+    if use_triton(impl, logits_BTV, behaviour_logp_BT):
+        from hapo_kernels.policy_head import kernel
+
+        run = kernel.policy_loss_from_logits
+    else:
+        run = reference.policy_loss_from_logits
+    return PolicyHead(
+        *run(
+            logits_BTV,
+            label_BT.long(),
+            behaviour_logp_BT,
+            advantage,
+            active_BT,
+            clip=clip,
+            aggregation=aggregation,
+            teacher=teacher,
+            importance_weight_BT=importance_weight_BT,
+            kl=kl,
+            entropy_coefficient=entropy_coefficient,
+            temperature_N=temperature_of(flat_temperature, flat_logits),
         )
     )

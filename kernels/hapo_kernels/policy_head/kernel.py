@@ -3,9 +3,13 @@
 The mathematics is imported: `sweep` and `write_dlogits` from the head, `token_loss` from the loss.
 """
 
+# Triton passes ints and bools for constexpr parameters and adds num_warps to every launch; pyright knows neither.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,14 +35,19 @@ from hapo_kernels.policy_loss.terms import Aggregation, Clip, KLPenalty, PolicyL
 
 @triton.jit
 def head_row_kernel(
-    logits_ptr, out_ptr, label_ptr, temperature_ptr, behaviour_ptr, advantage_ptr, row_weight_ptr, is_teacher_ptr,
-    teacher_ptr, weight_ptr, reference_ptr, logp_ptr, entropy_ptr, partial_ptr, V,
+    row_ptr, logits_ptr, out_ptr, label_ptr, temperature_ptr, behaviour_ptr, advantage_ptr, row_weight_ptr,
+    is_teacher_ptr, teacher_ptr, weight_ptr, reference_ptr, logp_ptr, entropy_ptr, partial_ptr, V,
     low_edge, high_edge, dual, log_shaping, kl_coefficient, entropy_coefficient,
-    HAS_TEACHER_LOGP: tl.constexpr, HAS_WEIGHT: tl.constexpr, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, HAS_TEACHER_LOGP: tl.constexpr, HAS_WEIGHT: tl.constexpr, KL: tl.constexpr,
+    STRAIGHT_THROUGH: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i_row = tl.program_id(0).to(tl.int64)
-    p_row = logits_ptr + i_row * V
+    """One row: the token row_ptr[program]. Its logits stand at that row of all logits (WHOLE), or of a chunk's at the
+    program's own place.
+    """
+    i_program = tl.program_id(0).to(tl.int64)
+    i_row = tl.load(row_ptr + i_program)
+    i_logits = i_row if WHOLE else i_program
+    p_row = logits_ptr + i_logits * V
     inverse_temperature = 1.0 / tl.load(temperature_ptr + i_row)
     label = tl.load(label_ptr + i_row)
     inside = (label >= 0) & (label < V)
@@ -69,7 +78,7 @@ def head_row_kernel(
     tl.store(logp_ptr + i_row, logp)
     tl.store(entropy_ptr + i_row, entropy)
     # The order of PolicyLossMetrics.
-    p_partial = partial_ptr + i_row * PARTIALS + tl.arange(0, 1)
+    p_partial = partial_ptr + i_program * PARTIALS + tl.arange(0, 1)
     tl.store(p_partial, tl.where(on, row_weight * loss, 0.0))
     tl.store(p_partial + 1, tl.where(on, 0.0, row_weight * loss))
     tl.store(p_partial + 2, tl.where(on, row_weight * kl, 0.0))
@@ -85,9 +94,85 @@ def head_row_kernel(
         if KL > 0:
             slope += tl.where(on, kl_coefficient * kl_slope, 0.0)
         write_dlogits(
-            p_row, out_ptr + i_row * V, label, V, inverse_temperature, row_max, log_sum, entropy,
+            p_row, out_ptr + i_logits * V, label, V, inverse_temperature, row_max, log_sum, entropy,
             tl.sum(row_weight * slope), tl.sum(-entropy_coefficient * row_weight), HAS_ENTROPY, BLOCK,
         )  # fmt: skip
+
+
+class RowLoss(NamedTuple):
+    """What a row's loss needs besides its logits: a number a token, and the settings. Both ops' arguments end so."""
+
+    label_N: Tensor
+    temperature_N: Tensor
+    active_N: Tensor
+    behaviour_logp_N: Tensor
+    advantage_N: Tensor
+    row_weight_N: Tensor
+    teacher_N: Tensor
+    teacher_logp_N: Tensor | None
+    importance_weight_N: Tensor | None
+    reference_logp_N: Tensor | None
+    clip_low: float
+    clip_high: float
+    clip_dual: float
+    shaping: float
+    kl_kind: str
+    kl_coefficient: float
+    entropy_coefficient: float
+
+    def rows(self, with_gradient: bool) -> tuple[Tensor, Tensor]:
+        """Tokens with a gradient, and active tokens without one."""
+        trains_N = self.active_N
+        if not self.kl_kind and self.entropy_coefficient == 0:
+            trains_N = self.active_N & (self.advantage_N != 0)
+        if not with_gradient:
+            trains_N = torch.zeros_like(self.active_N)
+        return trains_N.nonzero()[:, 0], (self.active_N & ~trains_N).nonzero()[:, 0]
+
+    def launch(
+        self, row: Tensor, logits: Tensor, dlogits: Tensor | None, logp_N: Tensor, entropy_N: Tensor, *, whole: bool
+    ) -> Tensor:
+        """Fills dlogits, logp_N and entropy_N of the tokens `row`; their sums, in the order of PolicyLossMetrics."""
+        partial = torch.zeros(len(row), PARTIALS.value, dtype=torch.float32, device=row.device)
+        if len(row):
+            # A pointer that its flag switches off is never read; temperature_N stands in for it.
+            absent = self.temperature_N
+            head_row_kernel[(len(row),)](
+                row,
+                logits,
+                logits if dlogits is None else dlogits,
+                self.label_N,
+                self.temperature_N,
+                self.behaviour_logp_N,
+                self.advantage_N,
+                self.row_weight_N,
+                self.teacher_N.view(torch.uint8),
+                absent if self.teacher_logp_N is None else self.teacher_logp_N,
+                absent if self.importance_weight_N is None else self.importance_weight_N,
+                absent if self.reference_logp_N is None else self.reference_logp_N,
+                logp_N,
+                entropy_N,
+                partial,
+                logits.shape[1],
+                1.0 - self.clip_low,
+                1.0 + self.clip_high,
+                self.clip_dual,
+                math.log(self.shaping),
+                self.kl_coefficient,
+                self.entropy_coefficient,
+                WHOLE=whole,
+                HAS_TEACHER_LOGP=self.teacher_logp_N is not None,
+                HAS_WEIGHT=self.importance_weight_N is not None,
+                KL=KL_CODE[self.kl_kind.removesuffix("+")],
+                STRAIGHT_THROUGH=self.kl_kind.endswith("+"),
+                HAS_ENTROPY=self.entropy_coefficient != 0,
+                HAS_GRADIENT=dlogits is not None,
+                **row_settings(),
+            )
+        return partial.double().sum(0)[: len(PolicyLossMetrics._fields)]
+
+    def total(self, sums: Tensor) -> Tensor:
+        return sums[0] + sums[1] + self.kl_coefficient * sums[2] - self.entropy_coefficient * sums[3]
 
 
 @torch.library.custom_op("hapo_kernels::policy_head", mutates_args=())
@@ -95,6 +180,8 @@ def policy_head_op(
     hidden_NH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
+    chunk_rows: int,
+    wanted: list[bool],
     label_N: Tensor,
     temperature_N: Tensor,
     active_N: Tensor,
@@ -112,72 +199,28 @@ def policy_head_op(
     kl_kind: str,
     kl_coefficient: float,
     entropy_coefficient: float,
-    chunk_rows: int,
-    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, sums in the order of PolicyLossMetrics, logp_N, entropy_N, ∂hidden, ∂weight (fp32), ∂bias (fp32)."""
-    N, V = hidden_NH.shape[0], weight_VH.shape[0]
-    fp32 = {"dtype": torch.float32, "device": hidden_NH.device}
-    trains_N = active_N
-    if not kl_kind and entropy_coefficient == 0:
-        trains_N = active_N & (advantage_N != 0)
-    if not any(wanted):
-        trains_N = torch.zeros_like(active_N)
+    loss = RowLoss(
+        label_N, temperature_N, active_N, behaviour_logp_N, advantage_N, row_weight_N, teacher_N, teacher_logp_N,
+        importance_weight_N, reference_logp_N, clip_low, clip_high, clip_dual, shaping, kl_kind, kl_coefficient,
+        entropy_coefficient,
+    )  # fmt: skip
     gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted)
-    logp_N, entropy_N = torch.zeros(N, **fp32), torch.zeros(N, **fp32)
-    sums = torch.zeros(PARTIALS.value, dtype=torch.float64, device=hidden_NH.device)
-    for with_gradient, row in ((True, trains_N.nonzero()[:, 0]), (False, (active_N & ~trains_N).nonzero()[:, 0])):
+    logp_N, entropy_N = torch.zeros_like(temperature_N), torch.zeros_like(temperature_N)
+    sums = torch.zeros(len(PolicyLossMetrics._fields), dtype=torch.float64, device=hidden_NH.device)
+    for row, with_gradient in zip(loss.rows(any(wanted)), (True, False), strict=True):
         chunks = Chunks(row, chunk_rows)
         for piece in chunks:
-
-            def take(value_N: Tensor | None, piece: Tensor = piece) -> Tensor:
-                # A pointer that its flag switches off is never read; temperature_N stands in for it.
-                return temperature_N if value_N is None else value_N[piece]
-
             hidden = chunks.gather(hidden_NH, piece)
             logits = logits_of(hidden, weight_VH, bias_V)
-            dlogits = dlogits_buffer(logits, len(piece), hidden_NH.dtype) if with_gradient else logits
-            logp, entropy = torch.empty(len(piece), **fp32), torch.empty(len(piece), **fp32)
-            partial = torch.zeros(len(piece), PARTIALS.value, **fp32)
-            head_row_kernel[(len(piece),)](
-                logits,
-                dlogits,
-                take(label_N),
-                take(temperature_N),
-                take(behaviour_logp_N),
-                take(advantage_N),
-                take(row_weight_N),
-                take(teacher_N).view(torch.uint8),
-                take(teacher_logp_N),
-                take(importance_weight_N),
-                take(reference_logp_N),
-                logp,
-                entropy,
-                partial,
-                V,
-                1.0 - clip_low,
-                1.0 + clip_high,
-                clip_dual,
-                math.log(shaping),
-                kl_coefficient,
-                entropy_coefficient,
-                HAS_TEACHER_LOGP=teacher_logp_N is not None,
-                HAS_WEIGHT=importance_weight_N is not None,
-                KL=KL_CODE[kl_kind.removesuffix("+")],
-                STRAIGHT_THROUGH=kl_kind.endswith("+"),
-                HAS_ENTROPY=entropy_coefficient != 0,
-                HAS_GRADIENT=with_gradient,
-                **row_settings(),
-            )
-            logp_N[piece], entropy_N[piece] = logp, entropy
-            sums += partial.double().sum(0)
-            if with_gradient:
+            dlogits = dlogits_buffer(logits, len(piece), hidden_NH.dtype) if with_gradient else None
+            sums += loss.launch(piece, logits, dlogits, logp_N, entropy_N, whole=False)
+            if dlogits is not None:
                 gradients.add(piece, hidden, dlogits)
     dhidden_NH, dweight_VH, dbias_V = gradients.result()
-    sums = sums[: len(PolicyLossMetrics._fields)]
-    loss = sums[0] + sums[1] + kl_coefficient * sums[2] - entropy_coefficient * sums[3]
     return (
-        loss.float(),
+        loss.total(sums).float(),
         sums.float(),
         logp_N,
         entropy_N,
@@ -187,23 +230,71 @@ def policy_head_op(
     )
 
 
+def fake_values(temperature_N: Tensor) -> tuple[Tensor, ...]:
+    """loss, sums, logp_N, entropy_N"""
+    shapes = ((), (len(PolicyLossMetrics._fields),), temperature_N.shape, temperature_N.shape)
+    return tuple(temperature_N.new_empty(shape) for shape in shapes)
+
+
 @policy_head_op.register_fake
-def _(hidden_NH, weight_VH, bias_V, *args):
-    wanted = args[-1]
-    fp32 = {"dtype": torch.float32}
-    N, fields = hidden_NH.shape[0], len(PolicyLossMetrics._fields)
-    vectors = (hidden_NH.new_empty(shape, **fp32) for shape in ((), (fields,), (N,), (N,)))
-    dense = {"memory_format": torch.contiguous_format}
+def _(hidden_NH, weight_VH, bias_V, chunk_rows, wanted, label_N, temperature_N, *args):
+    dense, fp32 = {"memory_format": torch.contiguous_format}, {"dtype": torch.float32}
     return (
-        *vectors,
+        *fake_values(temperature_N),
         torch.empty_like(hidden_NH, **dense) if wanted[0] else hidden_NH.new_empty(0),
-        torch.empty_like(weight_VH, **fp32, **dense) if wanted[1] else hidden_NH.new_empty(0, **fp32),
-        torch.empty_like(bias_V, **fp32, **dense) if wanted[2] else hidden_NH.new_empty(0, **fp32),
+        torch.empty_like(weight_VH, **fp32, **dense) if wanted[1] else temperature_N.new_empty(0),
+        torch.empty_like(bias_V, **fp32, **dense) if wanted[2] else temperature_N.new_empty(0),
     )
+
+
+@torch.library.custom_op("hapo_kernels::policy_loss_from_logits", mutates_args=())
+def from_logits_op(
+    logits_NV: Tensor,
+    with_gradient: bool,
+    label_N: Tensor,
+    temperature_N: Tensor,
+    active_N: Tensor,
+    behaviour_logp_N: Tensor,
+    advantage_N: Tensor,
+    row_weight_N: Tensor,
+    teacher_N: Tensor,
+    teacher_logp_N: Tensor | None,
+    importance_weight_N: Tensor | None,
+    reference_logp_N: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    clip_dual: float,
+    shaping: float,
+    kl_kind: str,
+    kl_coefficient: float,
+    entropy_coefficient: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, sums in the order of PolicyLossMetrics, logp_N, entropy_N, ∂logits (empty without gradient)."""
+    loss = RowLoss(
+        label_N, temperature_N, active_N, behaviour_logp_N, advantage_N, row_weight_N, teacher_N, teacher_logp_N,
+        importance_weight_N, reference_logp_N, clip_low, clip_high, clip_dual, shaping, kl_kind, kl_coefficient,
+        entropy_coefficient,
+    )  # fmt: skip
+    logits_NV = logits_NV.contiguous()
+    logp_N, entropy_N = torch.zeros_like(temperature_N), torch.zeros_like(temperature_N)
+    trains, rest = loss.rows(with_gradient)
+    dlogits_NV = logits_NV.new_empty(logits_NV.shape if with_gradient else 0)
+    sums = loss.launch(rest, logits_NV, None, logp_N, entropy_N, whole=True)
+    if with_gradient:
+        sums += loss.launch(trains, logits_NV, dlogits_NV, logp_N, entropy_N, whole=True)
+        flat_N = torch.ones_like(active_N).index_fill_(0, trains, False)
+        dlogits_NV.index_fill_(0, flat_N.nonzero()[:, 0], 0.0)
+    return loss.total(sums).float(), sums.float(), logp_N, entropy_N, dlogits_NV
+
+
+@from_logits_op.register_fake
+def _(logits_NV, with_gradient, label_N, temperature_N, *args):
+    return *fake_values(temperature_N), logits_NV.new_empty(logits_NV.shape if with_gradient else 0)
 
 
 def _save(ctx, inputs, output):
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
+    ctx.inputs = len(inputs)
     ctx.save_for_backward(*output[4:])
 
 
@@ -213,15 +304,25 @@ def _backward(ctx, upstream, *_):
         (gradient * upstream).to(dtype) if needed else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
     ]
-    return (*gradients, *[None] * 19)
+    return (*gradients, *[None] * (ctx.inputs - len(gradients)))
+
+
+def _save_logits(ctx, inputs, output):
+    ctx.inputs = len(inputs)
+    ctx.save_for_backward(output[4])
+
+
+def _backward_logits(ctx, upstream, *_):
+    refuse_double_backward("policy_loss_from_logits")
+    (dlogits_NV,) = ctx.saved_tensors
+    return ((dlogits_NV * upstream).to(dlogits_NV.dtype), *[None] * (ctx.inputs - 1))
 
 
 policy_head_op.register_autograd(_backward, setup_context=_save)
+from_logits_op.register_autograd(_backward_logits, setup_context=_save_logits)
 
 
-def policy_head(
-    hidden_BTH: Tensor,
-    weight_VH: Tensor,
+def row_loss(
     label_BT: Tensor,
     behaviour_logp_BT: Tensor,
     advantage: Tensor,
@@ -233,21 +334,15 @@ def policy_head(
     importance_weight_BT: Tensor | None,
     kl: KLPenalty | None,
     entropy_coefficient: float,
-    bias_V: Tensor | None,
     temperature_N: Tensor,
-    chunk_rows: int | None,
-) -> tuple[Tensor, PolicyLossMetrics, Tensor, Tensor]:
-    """See `hapo_kernels.policy_head.policy_head`."""
+) -> RowLoss:
+    """The terms of the public functions, a number a token each."""
 
     def per_token(value: Tensor) -> Tensor:
         value = value if value.ndim == 2 else value[:, None]
         return value.detach().expand_as(active_BT).flatten()
 
-    graph = torch.is_grad_enabled()
-    loss, sums, logp_N, entropy_N, *_ = torch.ops.hapo_kernels.policy_head(
-        hidden_BTH.flatten(0, -2),
-        weight_VH,
-        bias_V,
+    return RowLoss(
         label_BT.flatten(),
         temperature_N,
         active_BT.flatten(),
@@ -265,8 +360,38 @@ def policy_head(
         kl.kind if kl else "",
         kl.coefficient if kl else 0.0,
         entropy_coefficient,
-        chunk_rows or rows_a_chunk(weight_VH.shape[0]),
-        [graph and tensor is not None and tensor.requires_grad for tensor in (hidden_BTH, weight_VH, bias_V)],
     )
+
+
+def result_of(
+    loss: Tensor, sums: Tensor, logp_N: Tensor, entropy_N: Tensor, shape: torch.Size
+) -> tuple[Tensor, PolicyLossMetrics, Tensor, Tensor]:
     metrics = PolicyLossMetrics(*sums.detach().unbind())
-    return loss, metrics, logp_N.detach().view(active_BT.shape), entropy_N.detach().view(active_BT.shape)
+    return loss, metrics, logp_N.detach().view(shape), entropy_N.detach().view(shape)
+
+
+def policy_head(
+    hidden_BTH: Tensor, weight_VH: Tensor, *tokens: Tensor, bias_V: Tensor | None, chunk_rows: int | None, **terms
+) -> tuple[Tensor, PolicyLossMetrics, Tensor, Tensor]:
+    """See `hapo_kernels.policy_head.policy_head`; tokens and terms are those of `row_loss`."""
+    loss = row_loss(*tokens, **terms)
+    leaves = (hidden_BTH, weight_VH, bias_V)
+    values = torch.ops.hapo_kernels.policy_head(
+        hidden_BTH.flatten(0, -2),
+        weight_VH,
+        bias_V,
+        chunk_rows or rows_a_chunk(weight_VH.shape[0]),
+        [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in leaves],
+        *loss,
+    )
+    return result_of(*values[:4], hidden_BTH.shape[:-1])
+
+
+def policy_loss_from_logits(
+    logits_BTV: Tensor, *tokens: Tensor, **terms
+) -> tuple[Tensor, PolicyLossMetrics, Tensor, Tensor]:
+    """See `hapo_kernels.policy_head.policy_loss_from_logits`; tokens and terms are those of `row_loss`."""
+    loss = row_loss(*tokens, **terms)
+    with_gradient = torch.is_grad_enabled() and logits_BTV.requires_grad
+    values = torch.ops.hapo_kernels.policy_loss_from_logits(logits_BTV.flatten(0, -2), with_gradient, *loss)
+    return result_of(*values[:4], logits_BTV.shape[:-1])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hapo_kernels.linear_logprob import reference as head
 from hapo_kernels.policy_loss import reference as loss
-from hapo_kernels.policy_loss.terms import Aggregation, Clip, EntropyBonus, KLPenalty, PolicyLossMetrics, Teacher
+from hapo_kernels.policy_loss.terms import EntropyBonus, PolicyLossMetrics
 
 
 def policy_head(
@@ -17,31 +18,48 @@ def policy_head(
     advantage: Tensor,
     active_BT: Tensor,
     *,
-    clip: Clip,
-    aggregation: Aggregation,
-    teacher: Teacher | None,
-    importance_weight_BT: Tensor | None,
-    kl: KLPenalty | None,
-    entropy_coefficient: float,
     bias_V: Tensor | None,
-    temperature_N: Tensor,
     chunk_rows: int | None,
+    temperature_N: Tensor,
+    **terms,
 ) -> tuple[Tensor, PolicyLossMetrics, Tensor, Tensor]:
-    """See `hapo_kernels.policy_head.policy_head`; the whole logits are made, so there is nothing to cut into chunks."""
+    """See `hapo_kernels.policy_head.policy_head`; the logits are made at once: there are no chunks."""
     logp_N, entropy_N = head.linear_logprob(
         hidden_BTH.flatten(0, -2), weight_VH, label_BT.flatten(), temperature_N, bias_V, active_BT.flatten(), True
     )
-    logp_BT, entropy_BT = logp_N.view_as(label_BT), entropy_N.view_as(label_BT)
-    result = loss.policy_loss(
-        logp_BT,
-        behaviour_logp_BT,
-        advantage,
-        active_BT,
-        clip=clip,
-        aggregation=aggregation,
-        teacher=teacher,
-        importance_weight_BT=importance_weight_BT,
-        kl=kl,
-        entropy=EntropyBonus(entropy_BT, entropy_coefficient),
-    )
+    return _loss(logp_N, entropy_N, behaviour_logp_BT, advantage, active_BT, **terms)
+
+
+def policy_loss_from_logits(
+    logits_BTV: Tensor,
+    label_BT: Tensor,
+    behaviour_logp_BT: Tensor,
+    advantage: Tensor,
+    active_BT: Tensor,
+    *,
+    temperature_N: Tensor,
+    **terms,
+) -> tuple[Tensor, PolicyLossMetrics, Tensor, Tensor]:
+    """See `hapo_kernels.policy_head.policy_loss_from_logits`."""
+    row = active_BT.flatten().nonzero()[:, 0]
+    logits_NV = logits_BTV.flatten(0, -2)[row]
+    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    logp_N, entropy_N = head.from_logits(logits_NV, label_BT.flatten(), temperature_N, row, True)
+    return _loss(logp_N, entropy_N, behaviour_logp_BT, advantage, active_BT, **terms)
+
+
+def _loss(
+    logp_N: Tensor,
+    entropy_N: Tensor,
+    behaviour_logp_BT: Tensor,
+    advantage: Tensor,
+    active_BT: Tensor,
+    *,
+    entropy_coefficient: float,
+    **terms,
+) -> tuple[Tensor, PolicyLossMetrics, Tensor, Tensor]:
+    """The policy loss of the log-probabilities; terms are those of `policy_loss`."""
+    logp_BT, entropy_BT = logp_N.view(active_BT.shape), entropy_N.view(active_BT.shape)
+    entropy = EntropyBonus(entropy_BT, entropy_coefficient)
+    result = loss.policy_loss(logp_BT, behaviour_logp_BT, advantage, active_BT, entropy=entropy, **terms)
     return result.loss, result.metrics, logp_BT.detach(), entropy_BT.detach()

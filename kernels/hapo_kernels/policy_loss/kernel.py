@@ -8,6 +8,9 @@ Traffic a token with fp32 log-probabilities: 4 B policy, 4 B behaviour, 1 B mask
 teacher, importance weight, reference and entropy that is given.
 """
 
+# Triton passes ints and bools for constexpr parameters and adds num_warps to every launch; pyright knows neither.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import math

@@ -5,9 +5,12 @@ order (Chan, Golub, LeVeque 1979), and all of it runs on x - x₀, x₀ the segm
 digits. So a segment's bits depend on its own scores in their order, not on its neighbours.
 
 One program a segment does statistics and output (`segment_kernel`). Where segments are long and few, the same
-arithmetic runs as three launches, chunks in parallel (`chunk_kernel`, `merge_kernel`, `write_kernel`), with the same bits. No
-atomics in either.
+arithmetic runs as three launches, chunks in parallel (`chunk_kernel`, `merge_kernel`, `write_kernel`), with the same
+bits. No atomics in either.
 """
+
+# Triton passes ints and bools for constexpr parameters and adds num_warps to every launch; pyright knows neither.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
