@@ -1,7 +1,7 @@
 """Checks an installation and, if its overrides are given, a launch: a line each, exit code 1 if one is wrong.
 
-    python -m hapo_verl.doctor
-    python -m hapo_verl.doctor +hapo=paper data.train_files=train.parquet actor_rollout_ref.model.path=...
+python -m hapo_verl.doctor
+python -m hapo_verl.doctor +hapo=paper data.train_files=train.parquet actor_rollout_ref.model.path=...
 """
 
 from __future__ import annotations

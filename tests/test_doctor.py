@@ -26,7 +26,9 @@ def test_a_working_installation_ends_with_zero_and_only_ok_lines():
 def test_a_plugin_that_verl_does_not_load_and_a_wrong_launch_are_named_with_the_fix():
     code, lines = doctor("actor_rollout_ref.rollout.n=8", VERL_PLATFORM="cpu", VERL_USE_EXTERNAL_PLUGINS="none")
     assert code == 1
-    assert "FAIL  plugin in this process: `import verl` does not load it. Unset VERL_USE_EXTERNAL_PLUGINS=none." in lines
+    assert (
+        "FAIL  plugin in this process: `import verl` does not load it. Unset VERL_USE_EXTERNAL_PLUGINS=none." in lines
+    )
     assert (
         "FAIL  preset +hapo=paper: is taken for a plain string, and verl would train GRPO. "
         "Make `import verl` load the plugin."
@@ -47,7 +49,9 @@ def test_a_check_that_fails_does_not_hide_the_next(monkeypatch):
 
 
 def test_missing_training_data_is_named(launch):
-    found = {finding.name: finding for finding in findings(["+hapo=paper", "data.train_files=/no/such.parquet"], ray=False)}
+    found = {
+        finding.name: finding for finding in findings(["+hapo=paper", "data.train_files=/no/such.parquet"], ray=False)
+    }
     assert found["demonstrations"].detail == (
         "data.train_files=/no/such.parquet: no such file on this machine. Name local parquet files."
     )

@@ -10,7 +10,9 @@ import pytest
 def python(code, **environment):
     """The last line that `code` prints in a fresh interpreter."""
     env = {name: value for name, value in os.environ.items() if name != "VERL_PLATFORM"} | environment
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=env, check=False)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=env, check=False
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()[-1]
 

@@ -64,8 +64,9 @@ def findings(overrides: Sequence[str], *, ray: bool) -> Iterator[Finding]:
         try:
             yield Finding(name, True, check())
         except Exception as error:
-            lines = str(error).splitlines() or [type(error).__name__]
-            yield Finding(name, False, lines[0] if isinstance(error, ConfigError) else f"{type(error).__name__}: {lines[0]}")
+            first_line = next(iter(str(error).splitlines()), "")
+            kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+            yield Finding(name, False, kind + first_line)
 
 
 def _version(distribution: str) -> str:

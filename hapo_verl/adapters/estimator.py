@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hapo_kernels.segment_norm import segment_ids
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
+from hapo_kernels.segment_norm import segment_ids
 from hapo_verl.algo.advantage import group_advantage
 from hapo_verl.config import ConfigError
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import transfer_queue as tq
-from hapo_kernels.segment_norm import segment_ids
 from tensordict import TensorDict
 from torch import Tensor
 from verl import DataProto
@@ -31,6 +30,7 @@ from verl.trainer.ppo.v1 import (
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug.metrics import calculate_debug_metrics
 
+from hapo_kernels.segment_norm import segment_ids
 from hapo_verl.adapters import checks, jagged
 from hapo_verl.adapters.loss import hapo_loss, token_means
 from hapo_verl.adapters.metrics import group_metrics

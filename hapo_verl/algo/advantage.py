@@ -9,8 +9,9 @@ A group of one row, or with equal scores, gets exactly 0. With no injected row t
 from __future__ import annotations
 
 import torch
-from hapo_kernels.segment_norm import segment_norm
 from torch import Tensor
+
+from hapo_kernels.segment_norm import segment_norm
 
 
 def group_advantage(score_B: Tensor, group_B: Tensor, *, scale_by_std: bool) -> Tensor:

@@ -12,8 +12,9 @@ that the policy knows already and for tokens it could not have written. Both kin
 
 from __future__ import annotations
 
-from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, PolicyLoss, Teacher, policy_loss
 from torch import Tensor
+
+from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, PolicyLoss, Teacher, policy_loss
 
 __all__ = ["Aggregation", "Clip", "EntropyBonus", "KLPenalty", "PolicyLoss", "hapo_policy_loss"]
 

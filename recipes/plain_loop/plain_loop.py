@@ -17,7 +17,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 import digits as task
 import tiny_model
-
 from hapo_verl.algo.advantage import group_advantage
 from hapo_verl.algo.demonstration import demonstration_tokens
 from hapo_verl.algo.gate import injection_bound

@@ -209,7 +209,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         title = f"reverse {args.digits} digits, {args.preset}, seed {args.seed}"
     else:
         import gsm8k
-
         from hapo_verl.data import GSM8K
 
         steps, data_source, reward = args.steps or 3, GSM8K, None

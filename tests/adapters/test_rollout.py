@@ -19,7 +19,7 @@ from hapo_verl.adapters.rows import plain_values
 from hapo_verl.config import HapoConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "quickstart"))
-import tiny_model  # noqa: E402
+import tiny_model
 
 ANSWER = "321"
 
