@@ -33,6 +33,7 @@ e2e: env
 	$(BIN)/python -m pytest -q -m e2e --durations=0
 
 bench-smoke: env
+	for bench in head logits policy_loss group_norm advantage; do $(BIN)/python bench/$$bench.py --smoke || exit 1; done
 
 env: $(VENV)/.complete
 

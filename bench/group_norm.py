@@ -11,9 +11,9 @@ import harness
 arguments = harness.options(__doc__ or "")
 
 import torch  # noqa: E402  # after `options`, which chooses the interpreter
-from harness import Contender, Report, compare  # noqa: E402
 
 from hapo_kernels.segment_norm import segment_norm  # noqa: E402
+from harness import Contender, Report, compare  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REPEATS = 3 if arguments.smoke else 60

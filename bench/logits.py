@@ -11,10 +11,10 @@ import harness
 arguments = harness.options(__doc__ or "")
 
 import torch  # noqa: E402  # after `options`, which chooses the interpreter
-from harness import Contender, Report, compare  # noqa: E402
 
 from hapo_kernels.policy_head import policy_loss_from_logits  # noqa: E402
 from hapo_kernels.policy_loss import Aggregation, Clip, policy_loss  # noqa: E402
+from harness import Contender, Report, compare  # noqa: E402
 
 CLIP = Clip(0.2, 0.28, float("inf"))  # no dual clip: not every peer has one
 CUDA = torch.cuda.is_available()

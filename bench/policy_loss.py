@@ -10,10 +10,10 @@ import harness
 arguments = harness.options(__doc__ or "")
 
 import torch  # noqa: E402  # after `options`, which chooses the interpreter
-from harness import Contender, Report, compare  # noqa: E402
 
 from hapo_kernels.dispatch import Impl  # noqa: E402
 from hapo_kernels.policy_loss import Aggregation, Clip, Teacher, policy_loss  # noqa: E402
+from harness import Contender, Report, compare  # noqa: E402
 
 CLIP = Clip(0.2, 0.28, 3.0)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

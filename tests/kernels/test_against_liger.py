@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from exactness import DEVICE
 
+from exactness import DEVICE
 from hapo_kernels.policy_head import policy_head
 from hapo_kernels.policy_loss import Aggregation, Clip, KLPenalty
 

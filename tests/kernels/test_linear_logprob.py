@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from exactness import DEVICE
 
+from exactness import DEVICE
 from hapo_kernels.linear_logprob import linear_logprob
 
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from exactness import DEVICE, STORAGE, assert_no_less_exact
 
+from exactness import DEVICE, STORAGE, assert_no_less_exact
 from hapo_kernels.linear_logprob import kernel as head_kernel
 from hapo_kernels.linear_logprob import linear_logprob
 from hapo_kernels.policy_head import kernel as policy_head_kernel

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.distributed.tensor
-from exactness import DEVICE, STORAGE, assert_no_less_exact
 
+from exactness import DEVICE, STORAGE, assert_no_less_exact
 from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, Teacher, kernel, policy_loss
 from hapo_kernels.policy_loss.reference import aggregate, row_weight
 from hapo_kernels.policy_loss.terms import AGGREGATION_MODES, KL_KINDS

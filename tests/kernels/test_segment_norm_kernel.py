@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from exactness import DEVICE, STORAGE, assert_no_less_exact
 
+from exactness import DEVICE, STORAGE, assert_no_less_exact
 from hapo_kernels.segment_norm import kernel, segment_norm, segment_stats
 
 
