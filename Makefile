@@ -11,7 +11,7 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 # The CPU build of torch: from a folder of wheels where pip has one, else from where uv knows it to be.
 TORCH := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend=cpu)
 
-.PHONY: quickstart quickstart-gsm8k test lint unit e2e bench-smoke env clean
+.PHONY: quickstart quickstart-gsm8k test lint unit e2e env clean
 
 quickstart: env
 	$(BIN)/python recipes/quickstart/quickstart.py --preset $(PRESET) --seed $(SEED) $(if $(STEPS),--steps $(STEPS))
@@ -19,7 +19,7 @@ quickstart: env
 quickstart-gsm8k: env
 	$(BIN)/python recipes/quickstart/quickstart.py --task gsm8k --preset $(PRESET) --seed $(SEED) $(if $(GSM8K),--gsm8k $(GSM8K))
 
-test: lint unit bench-smoke e2e
+test: lint unit e2e
 
 lint: env
 	$(BIN)/ruff check .
@@ -31,9 +31,6 @@ unit: env
 
 e2e: env
 	$(BIN)/python -m pytest -q -m e2e --durations=0
-
-bench-smoke: env
-	for bench in head logits policy_loss group_norm advantage; do $(BIN)/python bench/$$bench.py --smoke || exit 1; done
 
 env: $(VENV)/.complete
 
