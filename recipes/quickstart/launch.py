@@ -7,10 +7,13 @@ child with everything that it started.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +79,10 @@ class Launch:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics.unlink(missing_ok=True)
+        with _alone_on_this_machine():
+            yield from self._run()
+
+    def _run(self) -> Iterator[tuple[str, Any]]:
         started = time.monotonic()
         with self.log.open("w") as log:
             child = psutil.Popen(
@@ -113,6 +120,19 @@ class Launch:
                 raise TrainingError(f"the trainer ended with exit code {code}; the log is {self.log}")
         finally:
             _end(list(family.values()))
+
+
+@contextlib.contextmanager
+def _alone_on_this_machine() -> Iterator[None]:
+    """Two trainers with Ray clusters of their own would share verl's socket for new weights, and both would hang."""
+    with (Path(tempfile.gettempdir()) / "hapo-verl-launch.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(
+                "another run goes on on this machine, and verl's trainers share a socket there. Wait for its end."
+            ) from None
+        yield
 
 
 class _Lines:

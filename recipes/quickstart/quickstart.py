@@ -179,7 +179,6 @@ def report(launch: Launch, points: dict[str, list[tuple[int, float]]], title: st
         "peak_memory_gib": round(launch.peak_bytes / GIB, 2),
         "machine": machine(),
         "commit": commit(),
-        "command": " ".join(["python", "-m", launch.module, *launch.overrides]),
     }
     (launch.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"\n{title}\n\n{table(points)}\n")
@@ -236,7 +235,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nquickstart: stopped; the log is {launch.log}", file=sys.stderr)
         return 130
-    settings = {"task": args.task, "preset": args.preset, "seed": args.seed, "steps": steps}
+    target = "quickstart" if args.task == "digits" else "quickstart-gsm8k"
+    settings = {
+        "task": args.task,
+        "preset": args.preset,
+        "seed": args.seed,
+        "steps": steps,
+        "command": f"make {target} PRESET={args.preset} SEED={args.seed} STEPS={steps}",
+    }
     report(launch, points, title, settings)
     return 0
 
