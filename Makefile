@@ -24,7 +24,7 @@ test: lint unit e2e
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --project . --pythonpath $(BIN)/python
 
 unit: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not e2e"
