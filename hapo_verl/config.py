@@ -30,25 +30,132 @@ def _positive(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
-@dataclass(frozen=True)
-class GateConfig:
-    """When a group is injected: the posterior mean of its success rate lies below `threshold`."""
+_PRIOR = "a Beta prior needs a positive count. Use 1.0 for the uniform prior."
 
-    name: str = _checked("paper", lambda v: v in GATES, "not a gate. Use one of: paper, never.")
-    threshold: float = _checked(
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _threshold() -> Any:
+    return _checked(
         0.8,
         lambda v: _is_number(v) and 0 <= v <= 1,
         "a success rate lies in [0, 1]. Use 0.0 to switch injection off.",
     )
-    prior_success: float = _checked(
-        1.0, _positive, "a Beta prior needs a positive count. Use 1.0 for the uniform prior."
-    )
-    prior_failure: float = _checked(
-        1.0, _positive, "a Beta prior needs a positive count. Use 1.0 for the uniform prior."
+
+
+def _memory() -> Any:
+    return _checked(
+        0.9,
+        lambda v: _is_number(v) and 0 <= v < 1,
+        "the share of a running mean that a step keeps lies in [0, 1). Use 0.9, about ten steps.",
     )
 
 
-GATES = ("paper", "never")
+def _horizon() -> Any:
+    return _checked(
+        None,
+        lambda v: v is None or _whole(v),
+        "a number of steps is a positive integer. Use null for all steps of the run.",
+    )
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """A gate without keys: `never` (GRPO), `always` (LUFFY), `zero` (only groups in which no rollout succeeded)."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class PaperGate(GateConfig):
+    """Injects while the posterior mean of the group's success rate lies below `threshold`."""
+
+    name: str = "paper"
+    threshold: float = _threshold()
+    prior_success: float = _checked(1.0, _positive, _PRIOR)
+    prior_failure: float = _checked(1.0, _positive, _PRIOR)
+
+
+@dataclass(frozen=True)
+class AnnealedGate(PaperGate):
+    """`paper` with a threshold that falls to 0 at step `horizon`: threshold * (1 - step / horizon) ** power."""
+
+    name: str = "annealed"
+    horizon: int | None = _horizon()
+    power: float = _checked(1.0, _positive, "the schedule's exponent must be positive. Use 1.0 for a straight line.")
+
+
+@dataclass(frozen=True)
+class AdaptiveGate(PaperGate):
+    """`paper` with a threshold that falls as the running on-policy success rises."""
+
+    name: str = "adaptive"
+    memory: float = _memory()
+
+
+@dataclass(frozen=True)
+class PosteriorGate(GateConfig):
+    """`paper` with a prior of the prompt's own: what its earlier visits and its data source say."""
+
+    name: str = "posterior"
+    threshold: float = _threshold()
+    strength: float = _checked(2.0, _positive, "the pooled prior needs a positive count. Use 2.0, as Beta(1, 1) has.")
+    discount: float = _checked(
+        0.5,
+        lambda v: _is_number(v) and 0 <= v <= 1,
+        "the share of earlier visits that counts lies in [0, 1]. Use 0.5.",
+    )
+    memory: float = _memory()
+
+
+@dataclass(frozen=True)
+class ThompsonGate(PosteriorGate):
+    """Injects when a draw from the posterior of `posterior` lies below `threshold`."""
+
+    name: str = "thompson"
+
+
+GATES: dict[str, GateConfig] = {
+    gate.name: gate
+    for gate in (
+        PaperGate(),
+        AnnealedGate(),
+        AdaptiveGate(),
+        PosteriorGate(),
+        ThompsonGate(),
+        GateConfig("zero"),
+        GateConfig("never"),
+        GateConfig("always"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """At most this share of a step's groups is injected, whatever the gate says."""
+
+    share: float = _checked(
+        1.0, lambda v: _is_number(v) and 0 <= v <= 1, "a share of groups lies in [0, 1]. Use 1.0 for no limit."
+    )
+    # Steps until the share has fallen to 0 along a straight line; null keeps it.
+    horizon: int | None = _checked(
+        None,
+        lambda v: v is None or _whole(v),
+        "a number of steps is a positive integer. Use null for a constant share.",
+    )
+
+
+MODES = ("replace", "append")
+
+
+@dataclass(frozen=True)
+class InjectionConfig:
+    """What becomes of the group's worst rollout."""
+
+    # replace: the demonstration takes its place. append: it stays, the demonstration is one row more.
+    mode: str = _checked("replace", lambda v: v in MODES, "no such mode. Use one of: replace, append.")
 
 
 @dataclass(frozen=True)
@@ -64,7 +171,9 @@ class LossConfig:
 class HapoConfig:
     """Every key of the `hapo:` block."""
 
-    gate: GateConfig = field(default_factory=GateConfig)
+    gate: GateConfig = field(default_factory=PaperGate)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    injection: InjectionConfig = field(default_factory=InjectionConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     # A rollout is a success when its `acc` (its score, where the reward function returns no `acc`) is at least this.
     success_threshold: float = _checked(1.0, _is_number, "the least score of a success is a number. Use 1.0.")
@@ -110,15 +219,42 @@ def _parse(cls: type, block: Any, path: str) -> Any:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
             raise ConfigError(f"{path}.{key}: no such key. Did you mean {path}.{near[0]}?")
         spec = fields[key]
-        if dataclasses.is_dataclass(spec.default_factory):
+        if key == "gate":
+            values[key] = value if isinstance(value, GateConfig) else _parse_gate(value, f"{path}.gate")
+        elif dataclasses.is_dataclass(spec.default_factory):
             values[key] = _parse(spec.default_factory, value, f"{path}.{key}")  # type: ignore[arg-type]
-            continue
-        if not spec.metadata["ok"](value):
+        elif "ok" in spec.metadata and not spec.metadata["ok"](value):
             raise ConfigError(f"{path}.{key}={value!r}: {spec.metadata['rule']}")
-        values[key] = value
+        else:
+            values[key] = value
     return cls(**values)
 
 
+def _parse_gate(block: Any, path: str) -> GateConfig:
+    """The gate that `name` names, with its own keys only; null stands for a gate's own default."""
+    if not isinstance(block, Mapping):
+        raise ConfigError(f"{path}={block!r}: a block of keys is needed. Launch with +hapo=paper.")
+    name = block.get("name", "paper")
+    if name not in GATES:
+        raise ConfigError(f"{path}.name={name!r}: not a gate. Use one of: {', '.join(GATES)}.")
+    given = {key: value for key, value in block.items() if value is not None and key != "name"}
+    own = [f.name for f in dataclasses.fields(GATES[name]) if f.name != "name"]
+    for key, value in given.items():
+        if key in own:
+            continue
+        others = [other for other, gate in GATES.items() if key in {f.name for f in dataclasses.fields(gate)}]
+        if others:
+            has = f"which has {', '.join(own)}" if own else "which has no keys"
+            raise ConfigError(
+                f"{path}.{key}={value!r}: not a key of the gate {name}, {has}. "
+                f"Use {path}.name={others[0]} or remove it."
+            )
+        near = difflib.get_close_matches(str(key), own or ["name"], n=1, cutoff=0.0)
+        raise ConfigError(f"{path}.{key}: no such key. Did you mean {path}.{near[0]}?")
+    return _parse(type(GATES[name]), {"name": name, **given}, path)
+
+
 def defaults() -> dict[str, Any]:
-    """Every key with its default, as nested plain dictionaries: what a preset starts from."""
-    return dataclasses.asdict(HapoConfig())
+    """Every key, as nested plain dictionaries: what a preset starts from. A gate's keys are null, its own default."""
+    keys = {f.name for gate in GATES.values() for f in dataclasses.fields(gate)} - {"name"}
+    return dataclasses.asdict(HapoConfig()) | {"gate": {"name": "paper", **dict.fromkeys(sorted(keys))}}

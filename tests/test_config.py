@@ -2,12 +2,24 @@
 
 import pytest
 
-from hapo_verl.config import ConfigError, GateConfig, HapoConfig, defaults
+from hapo_verl.config import (
+    GATES,
+    AnnealedGate,
+    ConfigError,
+    GateConfig,
+    HapoConfig,
+    PaperGate,
+    PosteriorGate,
+    ThompsonGate,
+    defaults,
+)
 
 
 def test_an_empty_block_is_the_paper():
     hapo = HapoConfig.parse({})
-    assert hapo.gate == GateConfig(name="paper", threshold=0.8, prior_success=1.0, prior_failure=1.0)
+    assert hapo.gate == PaperGate(name="paper", threshold=0.8, prior_success=1.0, prior_failure=1.0)
+    assert hapo.injection.mode == "replace"
+    assert hapo.budget.share == 1.0
     assert hapo.loss.shaping == 0.1
 
 
@@ -15,8 +27,21 @@ def test_the_defaults_pass_their_own_checks():
     assert HapoConfig.parse(defaults()) == HapoConfig()
 
 
+@pytest.mark.parametrize("name", GATES)
+def test_every_gate_has_its_own_keys_with_their_defaults(name):
+    assert HapoConfig.parse({"gate": {**defaults()["gate"], "name": name}}).gate == GATES[name]
+
+
+def test_a_gates_keys_are_checked_as_its_own():
+    parsed = HapoConfig.parse({"gate": {"name": "annealed", "horizon": 300, "power": 2, "memory": None}})
+    assert parsed.gate == AnnealedGate(horizon=300, power=2)
+    assert HapoConfig.parse({"gate": {"name": "thompson", "strength": 4}}).gate == ThompsonGate(strength=4)
+    assert HapoConfig.parse({"gate": {"name": "posterior"}}).gate == PosteriorGate()
+    assert HapoConfig.parse({"gate": {"name": "zero"}}).gate == GateConfig("zero")
+
+
 def test_a_key_replaces_its_default_and_no_other():
-    assert HapoConfig.parse({"gate": {"threshold": 0.7}}).gate == GateConfig(threshold=0.7)
+    assert HapoConfig.parse({"gate": {"threshold": 0.7}}).gate == PaperGate(threshold=0.7)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +68,33 @@ def test_a_key_replaces_its_default_and_no_other():
             {"gate": {"prior_failure": -1.0}},
             "hapo.gate.prior_failure=-1.0: a Beta prior needs a positive count. Use 1.0 for the uniform prior.",
         ),
-        ({"gate": {"name": "papper"}}, "hapo.gate.name='papper': not a gate. Use one of: paper, never."),
+        (
+            {"gate": {"name": "papper"}},
+            "hapo.gate.name='papper': not a gate. Use one of: "
+            "paper, annealed, adaptive, posterior, thompson, zero, never, always.",
+        ),
+        (
+            {"gate": {"horizon": 300}},
+            "hapo.gate.horizon=300: not a key of the gate paper, which has threshold, prior_success, prior_failure. "
+            "Use hapo.gate.name=annealed or remove it.",
+        ),
+        (
+            {"gate": {"name": "zero", "threshold": 0.5}},
+            "hapo.gate.threshold=0.5: not a key of the gate zero, which has no keys. Use hapo.gate.name=paper or remove it.",
+        ),
+        (
+            {"gate": {"name": "annealed", "horizon": 0}},
+            "hapo.gate.horizon=0: a number of steps is a positive integer. Use null for all steps of the run.",
+        ),
+        (
+            {"gate": {"name": "posterior", "discount": 1.5}},
+            "hapo.gate.discount=1.5: the share of earlier visits that counts lies in [0, 1]. Use 0.5.",
+        ),
+        ({"injection": {"mode": "add"}}, "hapo.injection.mode='add': no such mode. Use one of: replace, append."),
+        (
+            {"budget": {"share": -0.1}},
+            "hapo.budget.share=-0.1: a share of groups lies in [0, 1]. Use 1.0 for no limit.",
+        ),
         ({"gate": 0.8}, "hapo.gate=0.8: a block of keys is needed. Launch with +hapo=paper."),
         (
             {"loss": {"shaping": 0.0}},

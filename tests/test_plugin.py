@@ -64,7 +64,7 @@ def test_vllms_linear_layers_are_left_alone_without_the_cpu_platform(monkeypatch
 def test_single_keys_of_both_presets_stay_overridable(launch):
     config = launch("+hapo_platform=cpu", "hapo.gate.threshold=0.7", "actor_rollout_ref.rollout.dtype=bfloat16")
     assert config.hapo.gate.threshold == 0.7
-    assert config.hapo.gate.prior_success == 1.0
+    assert config.hapo.gate.prior_success is None
     assert config.algorithm.adv_estimator == "hapo"
     assert config.trainer.device == "cpu"
     assert config.actor_rollout_ref.rollout.dtype == "bfloat16"

@@ -44,6 +44,11 @@ _WORKER_TQ = "verl.trainer.ppo.v1.agent_loop_tq.AgentLoopWorkerTQ"
 OVERRIDES = (
     Override(_TRAINER, "_init_dataloader", ("self",)),
     Override(_TRAINER, "_build_replay_buffer", ("self",)),
+    Override(_TRAINER, "_submit_batch_to_rollout", ("self", "batch")),
+    Override(_TRAINER, "_save_checkpoint", ("self",)),
+    Override(_TRAINER, "_load_checkpoint", ("self",)),
+    Override(_TRAINER, "_balance_batch", ("self", "batch", "metrics", "logging_prefix", "keep_minibatch")),
+    Override(_TRAINER, "_get_required_batch_multiple", ("self", "dp_size")),
     Override(_TRAINER, "_compute_old_log_prob", ("self", "batch", "metrics")),
     Override(_TRAINER, "_compute_advantage", ("self", "batch", "metrics"), REPLACED),
     Override(_TRAINER, "_update_actor", ("self", "batch", "metrics")),

@@ -174,7 +174,8 @@ def _launch(overrides: Sequence[str]) -> str:
     from hapo_verl.adapters.checks import check_launch
 
     hapo = check_launch(_composed(overrides))
-    return f"gate {hapo.gate.name}, threshold {hapo.gate.threshold}"
+    keys = ", ".join(f"{name} {value}" for name, value in vars(hapo.gate).items() if name != "name")
+    return f"gate {hapo.gate.name}{' with ' + keys if keys else ''}; {hapo.injection.mode}"
 
 
 def _demonstrations(overrides: Sequence[str]) -> str:

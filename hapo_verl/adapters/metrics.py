@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from hapo_verl.algo.demonstration import REASONS
-from hapo_verl.algo.gate import firing_probability
+from hapo_verl.algo.gate import expected_firing
 
 
 def group_metrics(
@@ -28,11 +28,11 @@ def group_metrics(
 
     Returns:
         Shares in [0, 1], of groups unless the name says rows or tokens. `gate/firing_rate_expected` is what the groups'
-        own success rates lead one to expect: the mean over groups of P(S ≤ bound), S ~ Binomial(N, S_g / N).
+        own success rates lead one to expect: the mean over groups of Σ_S P(S) P(fire | S), S ~ Binomial(N, S_g / N).
         `gate/firing_rate_at_S` has a key for every success count that occurred.
     """
-    gated = [group for group in groups.values() if group["bound"] is not None]
-    fired = [group for group in gated if sum(group["successes"]) <= group["bound"]]
+    gated = [group for group in groups.values() if group["firing"] is not None]
+    fired = [group for group in gated if group["fired"]]
     outcomes = Counter(group["outcome"] for group in groups.values())
     rollouts = sum(len(group["successes"]) for group in gated)
 
@@ -40,6 +40,8 @@ def group_metrics(
         "hapo/gate/firing_rate": _share(len(fired), len(gated)),
         "hapo/gate/firing_rate_expected": _share(sum(map(_expected_firing, gated)), len(gated)),
         "hapo/gate/confidence": _share(sum(group["confidence"] for group in gated), len(gated)),
+        "hapo/gate/threshold": _share(sum(group["threshold"] for group in gated), len(gated)),
+        "hapo/gate/not_admitted": _share(outcomes["not_admitted"], len(groups)),
         "hapo/gate/not_gated": _share(outcomes["not_gated"], len(groups)),
         "hapo/injected/group_share": _share(outcomes["injected"], len(groups)),
         "hapo/injected/row_share": _share(int(demonstration_B.sum()), demonstration_B.numel()),
@@ -65,8 +67,7 @@ def _share(part: float, whole: int) -> float:
 
 
 def _expected_firing(group: Mapping[str, Any]) -> float:
-    rollouts = len(group["successes"])
-    return firing_probability(sum(group["successes"]) / rollouts, rollouts, group["bound"])
+    return expected_firing(sum(group["successes"]) / len(group["successes"]), group["firing"])
 
 
 def _flat(group: Mapping[str, Any]) -> bool:

@@ -21,10 +21,10 @@ from verl.experimental.agent_loop import AgentLoopOutput, AgentLoopWorker
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from hapo_verl.adapters.rows import DEMONSTRATION, GROUP
+from hapo_verl.adapters.rows import APPENDED, DEMONSTRATION, GROUP, SITUATION
 from hapo_verl.adapters.tokens import ChatFormat
 from hapo_verl.algo.demonstration import Refusal, demonstration_text, demonstration_tokens
-from hapo_verl.algo.gate import confidence, injection_bound
+from hapo_verl.algo.gate import Situation, confidence, fires, firing_probabilities
 from hapo_verl.algo.injection import Rollout, is_success, worst_rollout
 from hapo_verl.config import HapoConfig
 
@@ -53,6 +53,7 @@ class _Group:
 
     expected: int
     demonstration: Any
+    situation: dict[str, Any] = field(default_factory=dict)
     settled: int = 0
     sessions: dict[int, _Session] = field(default_factory=dict)
 
@@ -80,10 +81,11 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
     async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
         # Neither the agent loop nor the reward function nor the trained row gets to see the demonstration's text.
         demonstration = prompt.pop(self._hapo.demonstration_key, None)
+        situation = prompt.pop(SITUATION, {})
         if trajectory["validate"]:
             return await super()._run_prompt(prompt, sampling_params, trajectory, trace)
         expected = prompt.get("__rollout_n__", self.config.actor_rollout_ref.rollout.n)
-        self._groups[prompt["uid"]] = _Group(expected=int(expected), demonstration=demonstration)
+        self._groups[prompt["uid"]] = _Group(int(expected), demonstration, situation)
         try:
             return await super()._run_prompt(prompt, sampling_params, trajectory, trace)
         finally:
@@ -119,7 +121,7 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
         self._groups[kwargs["uid"]].sessions[kwargs["session_id"]] = _Session(outputs, kwargs)
 
     async def _close_group(self, group: _Group) -> None:
-        """Write the group's rows, the worst rollout replaced where the gate fires and the demonstration holds."""
+        """Write the group's rows, with the demonstration where the gate fires and the demonstration holds."""
         if not group.sessions:
             return
         try:
@@ -142,33 +144,48 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
         rollouts = {i: rollout for i, session in group.sessions.items() if (rollout := self._rollout(session))}
         if len(rollouts) < max(2, len(group.sessions)):
             return self._all_rows(group, _describe([], outcome="not_gated"))
-        description = self._gate(list(rollouts.values()))
-        if description["outcome"] == "not_fired":
-            return self._all_rows(group, description)
-
         fields = group.sessions[next(iter(rollouts))].fields
         rng = random.Random(f"{self._hapo.seed}/{fields['global_steps']}/{fields['index']}")
-        replaced = list(rollouts)[worst_rollout(list(rollouts.values()), rng)]
-        demonstration = await self._demonstration(group.demonstration, group.sessions[replaced])
+        description = self._gate(list(rollouts.values()), dict(group.situation), rng)
+        if description["outcome"] != "admitted":
+            return self._all_rows(group, description)
+
+        worst = list(rollouts)[worst_rollout(list(rollouts.values()), rng)]
+        demonstration = await self._demonstration(group.demonstration, group.sessions[worst])
         if isinstance(demonstration, Refusal):
             return self._all_rows(group, description | {"outcome": demonstration.reason})
-        description |= {"outcome": "injected", "replaced": replaced}
-        return self._all_rows(group, description, replaced=replaced, demonstration=demonstration)
+        description |= {"outcome": "injected"}
+        if self._hapo.injection.mode == "append":
+            # A session of its own, behind the last one.
+            extra = group.sessions[worst].fields | {"session_id": group.expected}
+            return self._all_rows(group, description, extra=_Session([demonstration], extra))
+        return self._all_rows(group, description | {"replaced": worst}, replaced=(worst, demonstration))
 
     def _all_rows(
         self,
         group: _Group,
         description: dict[str, Any],
         *,
-        replaced: int | None = None,
-        demonstration: AgentLoopOutput | None = None,
+        replaced: tuple[int, AgentLoopOutput] | None = None,
+        extra: _Session | None = None,
     ) -> list[_Row]:
+        """The group's rows, with a demonstration in one session's place or as an extra one."""
         description = {"index": _plain(next(iter(group.sessions.values())).fields["index"]), **description}
-        rows = []
+
+        def rows_of(session: _Session, outputs: list[AgentLoopOutput], *, demonstration: bool) -> Iterator[_Row]:
+            return self._rows(session, outputs, {DEMONSTRATION: torch.tensor(demonstration), GROUP: description})
+
+        rows: list[_Row] = []
         for session_id, session in group.sessions.items():
-            is_replaced = demonstration is not None and session_id == replaced
-            outputs = [demonstration] if demonstration is not None and is_replaced else session.outputs
-            rows += self._rows(session, outputs, {DEMONSTRATION: torch.tensor(is_replaced), GROUP: description})
+            if replaced is not None and session_id == replaced[0]:
+                rows += rows_of(session, [replaced[1]], demonstration=True)
+            else:
+                rows += rows_of(session, session.outputs, demonstration=False)
+        if extra is not None:
+            rows += (
+                row._replace(tag=row.tag | {APPENDED: True})
+                for row in rows_of(extra, extra.outputs, demonstration=True)
+            )
         return rows
 
     def _rows(self, session: _Session, outputs: list[AgentLoopOutput], extra: dict[str, Any]) -> Iterator[_Row]:
@@ -204,17 +221,25 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
                 },
             )
 
-    def _gate(self, rollouts: list[Rollout]) -> dict[str, Any]:
-        gate = self._hapo.gate
-        prior = {"prior_success": gate.prior_success, "prior_failure": gate.prior_failure}
+    def _gate(self, rollouts: list[Rollout], given: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+        key = given.pop("key", None)
+        situation = Situation(**given)
         successes = sum(rollout.success for rollout in rollouts)
-        threshold = 0.0 if gate.name == "never" else gate.threshold
-        bound = injection_bound(len(rollouts), threshold=threshold, **prior)
+        firing = firing_probabilities(self._hapo.gate.name, len(rollouts), situation)
+        fired = fires(firing, successes, rng)
         return _describe(
             rollouts,
-            outcome="fired" if successes <= bound else "not_fired",
-            bound=bound,
-            confidence=confidence(successes, len(rollouts), **prior),
+            outcome="admitted" if fired and situation.admitted else "not_admitted" if fired else "not_fired",
+            fired=fired,
+            firing=firing,
+            threshold=situation.threshold,
+            confidence=confidence(
+                successes,
+                len(rollouts),
+                prior_success=situation.prior_success,
+                prior_failure=situation.prior_failure,
+            ),
+            key=key,
         )
 
     def _rollout(self, session: _Session) -> Rollout | None:
@@ -255,17 +280,18 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
         return output if score is not None and self._succeeded(output, score) else Refusal("rejected")
 
 
-def _describe(
-    rollouts: list[Rollout], *, outcome: str, bound: int | None = None, confidence: float | None = None
-) -> dict[str, Any]:
-    """What the gate saw and did: `outcome` is not_gated, not_fired, injected or the reason of a refusal."""
+def _describe(rollouts: list[Rollout], *, outcome: str, **gate: Any) -> dict[str, Any]:
+    """What the gate saw and did.
+
+    `outcome` is not_gated (nothing to judge), not_fired, not_admitted (fired, but the budget went elsewhere), injected
+    or the reason of a refusal; `firing` is the probability of firing at each success count.
+    """
     return {
         "outcome": outcome,
         "scores": [rollout.score for rollout in rollouts],
         "successes": [rollout.success for rollout in rollouts],
-        "bound": bound,
-        "confidence": confidence,
-        "replaced": None,
+        **dict.fromkeys(("fired", "firing", "threshold", "confidence", "key", "replaced")),
+        **gate,
     }
 
 

@@ -1,7 +1,9 @@
-"""The two fields that every row of a HAPO run carries from the agent loop to the loss.
+"""The fields by which HAPO's parts know each other's work.
 
-hapo_demonstration   () bool: the row is a demonstration
-hapo_group           what the gate saw and did: the same mapping on every row of a group
+hapo_situation       of a prompt, from the trainer to the agent loop: what the gate is to judge its group by
+hapo_demonstration   of a row, from the agent loop to the loss: () bool, it is a demonstration
+hapo_group           of a row, to the trainer: what the gate saw and did, the same mapping on every row of a group
+hapo_appended        tag of a row, to the trainer: it is one row more than the group has rollouts
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from torch import Tensor
 
 DEMONSTRATION = "hapo_demonstration"
 GROUP = "hapo_group"
+SITUATION = "hapo_situation"
+APPENDED = "hapo_appended"
 
 
 def demonstration_flags(data: TensorDict) -> Tensor:

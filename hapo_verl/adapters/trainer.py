@@ -10,7 +10,9 @@ compares two policies, computes advantages from one score a row, and logs under 
 
 from __future__ import annotations
 
+import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +31,14 @@ from verl.trainer.ppo.v1 import (
 )
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug.metrics import calculate_debug_metrics
+from verl.utils.tensordict_utils import assign_non_tensor_stack
 
 from hapo_kernels.segment_norm import segment_ids
 from hapo_verl.adapters import checks, jagged
+from hapo_verl.adapters.gatekeeper import Gatekeeper
 from hapo_verl.adapters.loss import hapo_loss, token_means
 from hapo_verl.adapters.metrics import group_metrics
-from hapo_verl.adapters.rows import DEMONSTRATION, GROUP, demonstration_flags, plain_values
+from hapo_verl.adapters.rows import APPENDED, DEMONSTRATION, GROUP, SITUATION, demonstration_flags, plain_values
 from hapo_verl.adapters.trace import Trace
 from hapo_verl.algo.advantage import session_advantage
 
@@ -49,6 +53,8 @@ class HapoTrainer(PPOTrainer):
         self.hapo = checks.check_launch(config)
         checks.check_cluster()
         self.trace = Trace(self.hapo.trace_dir)
+        # Of the batch in training: rows, appended ones among them, and what mini-batches they make.
+        self._rows, self._appended, self._prompts_per_mini_batch = 0, 0, None
         super().__init__(config)
 
     @property
@@ -63,6 +69,46 @@ class HapoTrainer(PPOTrainer):
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
         checks.check_demonstrations(self.train_dataset, self.tokenizer, self.config, self.hapo)
+        self.gatekeeper = Gatekeeper(self.hapo, total_steps=self.total_training_steps)
+        self.gatekeeper.know(
+            getattr(self.train_dataset, "dataframe", self.train_dataset), prompt_column=self.config.data.prompt_key
+        )
+
+    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
+        names = {"raw_prompt", "data_source", "extra_info", self.config.data.prompt_key}
+        columns = {name: plain_values(batch[name]) for name in names if name in batch}
+        situations = self.gatekeeper.situations(columns, self.global_steps, prompt_column=self.config.data.prompt_key)
+        assign_non_tensor_stack(batch, SITUATION, situations)
+        return super()._submit_batch_to_rollout(batch)
+
+    def _save_checkpoint(self) -> None:
+        # Before verl's own, whose last act is to declare the checkpoint complete.
+        self.gatekeeper.save(Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}")
+        super()._save_checkpoint()
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        if self.global_steps:
+            trainer = self.config.trainer
+            explicit = trainer.resume_from_path if trainer.resume_mode == "resume_path" else None
+            self.gatekeeper.load(Path(explicit or Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"))
+
+    def _balance_batch(self, batch: Any, metrics: dict, *args: Any, **kwargs: Any) -> Any:
+        self._rows, self._appended = len(batch.keys), sum(bool(tag.get(APPENDED)) for tag in batch.tags)
+        return super()._balance_batch(batch, metrics, *args, **kwargs)
+
+    def _get_required_batch_multiple(self, dp_size: int) -> int:
+        """verl's, and with appended rows the size at which they make no further optimizer step.
+
+        verl pads a batch to whole mini-batches of `ppo_mini_batch_size * n` rows. Appended rows would open another
+        mini-batch, mostly padding, whose few rows weigh as much as all others.
+        """
+        self._prompts_per_mini_batch = None
+        if not self._appended:
+            return super()._get_required_batch_multiple(dp_size)
+        updates, prompts = grown_mini_batch(self.config.actor_rollout_ref, self._rows, self._appended, dp_size)
+        self._prompts_per_mini_batch = prompts
+        return updates * prompts * self.config.actor_rollout_ref.rollout.n
 
     def _build_replay_buffer(self) -> Any:
         buffer = super()._build_replay_buffer()
@@ -117,6 +163,7 @@ class HapoTrainer(PPOTrainer):
             segment_ids(session_of),
             output_B,
             scale_by_std=bool(self.config.algorithm.get("norm_adv_by_std_in_grpo", True)),
+            appended_B=demonstration_B if self.hapo.injection.mode == "append" else None,
         )
         advantages = jagged.spread(advantage_B, mask)
         output.update({"advantages": advantages, "returns": advantages})
@@ -131,6 +178,7 @@ class HapoTrainer(PPOTrainer):
                 tokens_B=jagged.row_sums(data["response_mask"])[torch.from_numpy(real)],
             )
         )
+        self.gatekeeper.observe(groups.values())
         self.trace.groups(self.global_steps, groups)
         return tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(output, batch_size=len(batch))
@@ -160,11 +208,40 @@ class HapoTrainer(PPOTrainer):
         return {name: jagged.cut(value, like=mask) for name, value in corrected.items()}
 
     def _update_actor(self, batch: Any, metrics: dict) -> Any:
-        batch = super()._update_actor(batch, metrics)
+        actor = self.config.actor_rollout_ref.actor
+        configured = actor.ppo_mini_batch_size
+        actor.ppo_mini_batch_size = self._prompts_per_mini_batch or configured
+        try:
+            batch = super()._update_actor(batch, metrics)
+        finally:
+            actor.ppo_mini_batch_size = configured
         metrics.update(token_means(metrics))
         for name in [name for name in metrics if name.startswith("actor/hapo/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         return batch
+
+
+def grown_mini_batch(actor_rollout_ref: Any, rows: int, appended: int, dp_size: int) -> tuple[int, int]:
+    """Mini-batches a step, as many as without the appended rows, and prompts' worth of rows (of n) in each.
+
+    Args:
+        actor_rollout_ref: verl's block of that name.
+        rows: rows of the batch, without padding.
+        appended: those of them that are appended demonstrations.
+        dp_size: data-parallel ranks.
+    """
+    actor, rollout, ref = actor_rollout_ref.actor, actor_rollout_ref.rollout, actor_rollout_ref.ref
+    updates = math.ceil((rows - appended) / (actor.ppo_mini_batch_size * rollout.n))
+    prompts = math.ceil(rows / (updates * rollout.n))
+    # Fixed micro-batches have to divide what a rank gets.
+    of_update = dp_size if actor.use_dynamic_bsz else dp_size * (actor.ppo_micro_batch_size_per_gpu or 1)
+    of_forward = [
+        dp_size if block.log_prob_use_dynamic_bsz else dp_size * (block.log_prob_micro_batch_size_per_gpu or 1)
+        for block in (rollout, ref)
+    ]
+    while prompts * rollout.n % of_update or any(updates * prompts * rollout.n % size for size in of_forward):
+        prompts += 1
+    return updates, prompts
 
 
 def _split_keys(keys: list[str]) -> tuple[list[str], list[str], Tensor]:

@@ -4,6 +4,14 @@
     A_i =  r_i − mean                   without the division (Dr. GRPO, arXiv 2503.20783)
 
 A group of one row, or with equal scores, gets exactly 0. With no injected row this is GRPO (arXiv 2402.03300).
+
+Where the demonstration was appended instead of put in a rollout's place, the policy's own rows are compared with each
+other only, and the demonstration with them:
+
+    A_i = (r_i − mean_on) / (std_on + ε),    A_demonstration = (r − mean_on) / (std_all + ε)
+
+std_all is over all N + 1 rows, since std_on is 0 exactly where the demonstration is needed: after N = 8 failures it is
+1/3 and A = 3, while the failures get exactly 0. This rule is ours.
 """
 
 from __future__ import annotations
@@ -11,7 +19,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hapo_kernels.segment_norm import segment_norm
+from hapo_kernels.segment_norm import segment_norm, segment_stats
+
+EPS = 1e-6
 
 
 def group_advantage(score_B: Tensor, group_B: Tensor, *, scale_by_std: bool) -> Tensor:
@@ -28,10 +38,41 @@ def group_advantage(score_B: Tensor, group_B: Tensor, *, scale_by_std: bool) -> 
     return segment_norm(score_B, group_B, scale_by_std=scale_by_std)
 
 
+def appended_advantage(score_B: Tensor, group_B: Tensor, demonstration_B: Tensor, *, scale_by_std: bool) -> Tensor:
+    """Advantage of every row where demonstrations are rows of their own beside all N rollouts.
+
+    Args:
+        score_B: (B,) rewards.
+        group_B: (B,) int64 id of each row's prompt, in any order.
+        demonstration_B: (B,) bool, True on appended rows; one in a group without rollouts gets exactly 0.
+        scale_by_std: `algorithm.norm_adv_by_std_in_grpo`.
+
+    Returns:
+        (B,) advantages; those of the policy's own rows are `group_advantage` of these rows alone, bit for bit.
+    """
+    on_B = ~demonstration_B
+    advantage_B = torch.empty_like(score_B)
+    advantage_B[on_B] = group_advantage(score_B[on_B], group_B[on_B], scale_by_std=scale_by_std)
+    on = segment_stats(score_B, group_B, keep_B=on_B)
+    gap_B = score_B - on.mean_B
+    if scale_by_std:
+        gap_B = gap_B / (segment_stats(score_B, group_B).std_B + EPS)
+    # Alone, as a padding row is, it has nothing to be compared with.
+    gap_B = torch.where(on.count_B > 0, gap_B, 0.0)
+    advantage_B[demonstration_B] = gap_B[demonstration_B]
+    return advantage_B
+
+
 def session_advantage(
-    score_B: Tensor, group_B: Tensor, session_B: Tensor, output_B: Tensor, *, scale_by_std: bool
+    score_B: Tensor,
+    group_B: Tensor,
+    session_B: Tensor,
+    output_B: Tensor,
+    *,
+    scale_by_std: bool,
+    appended_B: Tensor | None = None,
 ) -> Tensor:
-    """`group_advantage` where a session may have written several outputs: the last one counts, the others inherit.
+    """Advantages where a session may have written several outputs: the last one counts, the others inherit.
 
     Args:
         score_B: (B,) rewards.
@@ -39,6 +80,7 @@ def session_advantage(
         session_B: (B,) int64 id of each row's session, unique over the batch.
         output_B: (B,) int64 position of the row among its session's outputs.
         scale_by_std: `algorithm.norm_adv_by_std_in_grpo`.
+        appended_B: (B,) bool, demonstrations that stand beside all rollouts of their group; None where none does.
 
     Returns:
         (B,) advantages.
@@ -47,6 +89,11 @@ def session_advantage(
     sessions = int(session_B.max()) + 1 if session_B.numel() else 0
     last_S = torch.full((sessions,), -1, dtype=output_B.dtype).scatter_reduce(0, session_B, output_B, "amax")
     final_B = output_B == last_S[session_B]
+    score_F, group_F = score_B[final_B], group_B[final_B]
+    if appended_B is None:
+        advantage_F = group_advantage(score_F, group_F, scale_by_std=scale_by_std)
+    else:
+        advantage_F = appended_advantage(score_F, group_F, appended_B[final_B], scale_by_std=scale_by_std)
     advantage_S = torch.zeros(sessions, dtype=score_B.dtype)
-    advantage_S[session_B[final_B]] = group_advantage(score_B[final_B], group_B[final_B], scale_by_std=scale_by_std)
+    advantage_S[session_B[final_B]] = advantage_F
     return advantage_S[session_B]

@@ -1,40 +1,314 @@
 """HAPO in one file: no verl, no Ray, no vLLM, the functions of `hapo_verl.algo` and a loop around them.
 
-    python recipes/plain_loop/plain_loop.py --digits 4 --threshold 0.8
+    python recipes/plain_loop/plain_loop.py                                    as in the paper
+    python recipes/plain_loop/plain_loop.py --gate annealed --mode append
+    python recipes/plain_loop/plain_loop.py --gate never                       GRPO
 
 The file to read first, and the quick look before a run of the real trainer: the same task, model, gate, injection,
-advantages and loss as `make quickstart`, some 0.15 s a step on one core. Threshold 0 is GRPO.
+advantages and loss as `make quickstart`, some 0.15 s a step on one core.
 """
+
+from __future__ import annotations
 
 import argparse
 import random
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
-import digits as task
+import digits
 import tiny_model
-from hapo_verl.algo.advantage import group_advantage
-from hapo_verl.algo.demonstration import demonstration_tokens
-from hapo_verl.algo.gate import injection_bound
+from hapo_verl.algo.advantage import appended_advantage, group_advantage
+from hapo_verl.algo.demonstration import Refusal, demonstration_tokens
+from hapo_verl.algo.gate import Situation, fires, firing_probabilities
 from hapo_verl.algo.injection import Rollout, worst_rollout
 from hapo_verl.algo.policy_loss import Aggregation, Clip, hapo_policy_loss
+from hapo_verl.algo.posterior import PromptPosterior, prompt_key
+from hapo_verl.algo.schedule import RunningSuccess, adaptive, annealed
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run. The task is named by its number of digits: write them backwards."""
+
+    gate: str = "paper"
+    mode: str = "replace"
+    scale_by_std: bool = True
+    threshold: float = 0.8
+    digits: int = 4
+    prompts: int = 16
+    rollouts: int = 8
+    steps: int = 180
+    lr: float = 2e-3
+    hidden: int = 128
+    shaping: float = 0.1
+    seed: int = 0
+    test_every: int = 10
+
+
+class Rows(NamedTuple):
+    """A batch: what was asked, what was answered, what it was worth."""
+
+    prompt_BS: Tensor
+    response_BT: Tensor
+    mask_BT: Tensor
+    score_B: Tensor
+    group_B: Tensor
+    demonstration_B: Tensor
+
+
+class Demonstration(NamedTuple):
+    """The tokens of a solution, end of sequence included, and the score that verified it."""
+
+    tokens: list[int]
+    score: float
+
+
+# --- HAPO ------------------------------------------------------------
+
+
+def decide(gate: str, situation: Situation, successes: int, rollouts: int, rng: random.Random) -> bool:
+    """Is this group to be injected?"""
+    return fires(firing_probabilities(gate, rollouts, situation), successes, rng) and situation.admitted
+
+
+def inject(rows: Rows, group: Sequence[int], demonstration: Demonstration, mode: str, rng: random.Random) -> Rows:
+    """The batch with a demonstration in the place of the group's worst rollout, or as one row more.
+
+    Args:
+        rows: the batch.
+        group: positions of the group's rollouts in it.
+        demonstration: the prompt's.
+        mode: replace or append.
+        rng: of the last choice among equally bad rollouts.
+    """
+    width = rows.response_BT.size(1)
+    padding = width - len(demonstration.tokens)
+    response_T = torch.tensor(demonstration.tokens + demonstration.tokens[-1:] * padding)
+    mask_T = torch.tensor([1] * len(demonstration.tokens) + [0] * padding)
+    lengths = rows.mask_BT.sum(1).tolist()
+    candidates = [
+        Rollout(
+            score=float(rows.score_B[i]),
+            success=bool(rows.score_B[i] >= 1),
+            truncated=rows.response_BT[i, lengths[i] - 1].item() != demonstration.tokens[-1],
+            length=lengths[i],
+        )
+        for i in group
+    ]
+    worst = group[worst_rollout(candidates, rng)]
+    new = Rows(
+        rows.prompt_BS[worst],
+        response_T,
+        mask_T,
+        torch.tensor(demonstration.score),
+        rows.group_B[worst],
+        torch.tensor(True),
+    )
+    if mode == "append":
+        return Rows(*(torch.cat([old, value.unsqueeze(0)]) for old, value in zip(rows, new, strict=True)))
+    replaced = Rows(*(column.clone() for column in rows))
+    for column, value in zip(replaced, new, strict=True):
+        column[worst] = value
+    return replaced
+
+
+def advantages(rows: Rows, mode: str, *, scale_by_std: bool) -> Tensor:
+    """(B,) advantages of the rows that the injection left."""
+    if mode == "append":
+        return appended_advantage(rows.score_B, rows.group_B, rows.demonstration_B, scale_by_std=scale_by_std)
+    return group_advantage(rows.score_B, rows.group_B, scale_by_std=scale_by_std)
+
+
+def loss_of(model: Any, rows: Rows, advantage_B: Tensor, *, shaping: float) -> Tensor:
+    """The policy loss of one on-policy update: the policy in training is the policy that sampled."""
+    logp_BT = token_logp(model, rows.prompt_BS, rows.response_BT)
+    return hapo_policy_loss(
+        logp_BT,
+        logp_BT.detach(),
+        advantage_B,
+        rows.mask_BT,
+        rows.demonstration_B,
+        shaping=shaping,
+        clip=Clip(low=0.2, high=0.2, dual=3.0),
+        aggregation=Aggregation(mode="token-mean"),
+    ).loss
+
+
+class Retraction:
+    """What the gates know besides the group at hand: the step, the running success, the prompts' earlier visits."""
+
+    def __init__(self, settings: Settings, questions: Sequence[str]) -> None:
+        self._settings = settings
+        self._running = RunningSuccess()
+        distinct = sorted(set(questions))
+        self._posterior = PromptPosterior(map(prompt_key, distinct), ["task"] * len(distinct))
+
+    def situations(self, step: int, questions: Sequence[str]) -> list[Situation]:
+        """Of each prompt of step 0, 1, 2, ..."""
+        gamma = self._settings.threshold
+        if self._settings.gate == "annealed":
+            gamma = annealed(gamma, step, horizon=self._settings.steps)
+        if self._settings.gate == "adaptive":
+            gamma = adaptive(gamma, self._running)
+        if self._settings.gate not in ("posterior", "thompson"):
+            return [Situation(threshold=gamma)] * len(questions)
+        priors = self._posterior.priors([prompt_key(q) for q in questions], strength=2.0, discount=0.5)
+        return [Situation(gamma, a, b) for a, b in zip(*priors, strict=True)]
+
+    def observe(self, questions: Sequence[str], successes: Sequence[int], rollouts: int) -> None:
+        """Learn from a step's on-policy outcomes."""
+        self._running = self._running.after(sum(successes) / (len(successes) * rollouts), memory=0.9)
+        keys = [prompt_key(q) for q in questions]
+        self._posterior.observe(keys, successes, [rollouts] * len(keys), discount=0.5, memory=0.9)
+
+
+# --- the loop ------------------------------------------------------------
+
+
+def train(
+    settings: Settings, report: Callable[[dict[str, float]], None] = lambda record: None
+) -> list[dict[str, float]]:
+    """Train a fresh tiny model.
+
+    Args:
+        settings: of the run.
+        report: called with each step's record.
+
+    Returns:
+        One record a step: on-policy success, firing rate, teacher's share of the rows, relative deviation of the
+        gradient from that of the on-policy rows alone and, now and then, held-out success.
+    """
+    task = Task(settings)
+    tokenizer = task.tokenizer
+    model = tiny_model.make_model(tokenizer, hidden=settings.hidden, layers=2, seed=settings.seed)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps, eta_min=settings.lr / 10)
+    generator, rng = torch.Generator().manual_seed(settings.seed), random.Random(settings.seed)
+    retraction = Retraction(settings, task.questions)
+    per_group = settings.rollouts
+
+    history = []
+    for step in range(settings.steps):
+        questions = task.questions[step * settings.prompts :][: settings.prompts]
+        rows = task.rollouts(model, questions, per_group, generator)
+        successes = (rows.score_B >= 1).view(-1, per_group).sum(1).tolist()
+        situations = retraction.situations(step, questions)
+        sampled = rows
+        fired = [decide(settings.gate, *of, per_group, rng) for of in zip(situations, successes, strict=True)]
+        for prompt, wanted in enumerate(fired):
+            if wanted:
+                group = range(prompt * per_group, (prompt + 1) * per_group)
+                rows = inject(rows, group, task.demonstration(questions[prompt]), settings.mode, rng)
+        retraction.observe(questions, successes, per_group)
+
+        advantage_B = advantages(rows, settings.mode, scale_by_std=settings.scale_by_std)
+        gradient = torch.autograd.grad(loss_of(model, rows, advantage_B, shaping=settings.shaping), parameters)
+        record = {
+            "step": step + 1,
+            "on_policy_success": sum(successes) / len(sampled.score_B),
+            "firing_rate": sum(fired) / len(fired),
+            "teacher_share": rows.demonstration_B.float().mean().item(),
+        }
+        if (step + 1) % settings.test_every == 0:
+            own_B = advantages(sampled, "replace", scale_by_std=settings.scale_by_std)
+            own = torch.autograd.grad(loss_of(model, sampled, own_B, shaping=settings.shaping), parameters)
+            record["gradient_deviation"] = deviation(gradient, own)
+        for parameter, value in zip(parameters, gradient, strict=True):
+            parameter.grad = value
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % settings.test_every == 0:
+            record["heldout_success"] = task.heldout_success(model)
+        report(record)
+        history.append(record)
+    return history
+
+
+def deviation(gradient: Sequence[Tensor], own: Sequence[Tensor]) -> float:
+    """‖g − g_on‖ / ‖g_on‖; infinite where the policy's own rows give no gradient."""
+    norm = torch.cat([g.flatten() for g in own]).norm()
+    difference = torch.cat([(g - o).flatten() for g, o in zip(gradient, own, strict=True)]).norm()
+    return (difference / norm).item() if difference > 0 else 0.0
+
+
+class Task:
+    """Write the digits backwards: prompts, scores, demonstrations and held-out questions of a run."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.tokenizer = tiny_model.make_tokenizer("0123456789")
+        self._end = self.tokenizer.encode("<|im_end|>")[0]
+        self._tokens = settings.digits + 1
+        total = settings.prompts * settings.steps
+        self.questions, self._heldout = digits.problems(settings.digits, total, 100, settings.seed)
+
+    def encode(self, questions: Sequence[str]) -> Tensor:
+        """(B, S) prompts; all have one length."""
+        chats = [[{"role": "user", "content": question}] for question in questions]
+        texts = [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+        return torch.tensor([self.tokenizer.encode(str(text), add_special_tokens=False) for text in texts])
+
+    def answer(self, question: str) -> str:
+        """The right answer."""
+        return question[::-1]
+
+    def demonstration(self, question: str) -> Demonstration:
+        """The right answer as tokens."""
+        tokens = demonstration_tokens(
+            self.answer(question),
+            encode=lambda text: self.tokenizer.encode(text, add_special_tokens=False),
+            generation_prompt="",
+            end_token=self._end,
+            end_tokens=[self._end],
+            max_tokens=self._tokens,
+        )
+        assert not isinstance(tokens, Refusal)
+        return Demonstration(tokens, 1.0)
+
+    def scores(self, questions: Sequence[str], response_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """(B,) 1 for exactly the right answer."""
+        texts = self.tokenizer.batch_decode(
+            torch.where(mask_BT.bool(), response_BT, self._end), skip_special_tokens=True
+        )
+        return torch.tensor([float(text == self.answer(q)) for q, text in zip(questions, texts, strict=True)])
+
+    def rollouts(self, model: Any, questions: Sequence[str], rollouts: int, generator: torch.Generator) -> Rows:
+        """N sampled responses a question."""
+        repeated = [question for question in questions for _ in range(rollouts)]
+        prompt_BS = self.encode(repeated)
+        response_BT, mask_BT = sample(model, prompt_BS, self._tokens, self._end, generator)
+        group_B = torch.arange(len(questions)).repeat_interleave(rollouts)
+        score_B = self.scores(repeated, response_BT, mask_BT)
+        return Rows(prompt_BS, response_BT, mask_BT, score_B, group_B, torch.zeros(len(repeated), dtype=torch.bool))
+
+    def heldout_success(self, model: Any) -> float:
+        """Success of greedy answers to questions that are never trained on."""
+        response_BT, mask_BT = sample(model, self.encode(self._heldout), self._tokens, self._end, None)
+        return self.scores(self._heldout, response_BT, mask_BT).mean().item()
 
 
 @torch.no_grad()
-def sample(model, prompt_BS: Tensor, tokens: int, end: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Responses and their masks, both (B, T); greedy without a generator. All prompts have one length S."""
-    sequence = prompt_BS
+def sample(
+    model: Any, prompt_BS: Tensor, tokens: int, end: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Responses and their masks, both (B, T); greedy without a generator."""
+    sequence, state, inputs = prompt_BS, None, prompt_BS
     for _ in range(tokens):
-        logits_BV = model(sequence).logits[:, -1]
+        output = model(inputs, past_key_values=state, use_cache=True)
+        state, logits_BV = output.past_key_values, output.logits[:, -1]
         if generator is None:
-            token_B = logits_BV.argmax(-1)
+            inputs = logits_BV.argmax(-1, keepdim=True)
         else:
-            token_B = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator).squeeze(1)
-        sequence = torch.cat([sequence, token_B.unsqueeze(1)], dim=1)
+            inputs = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
+        sequence = torch.cat([sequence, inputs], dim=1)
     response_BT = sequence[:, prompt_BS.size(1) :]
     return response_BT, mask_until(response_BT, end)
 
@@ -45,116 +319,28 @@ def mask_until(response_BT: Tensor, end: int) -> Tensor:
     return ((ended_BT == 0) | ((ended_BT == 1) & (response_BT == end))).long()
 
 
-def token_logp(model, prompt_BS: Tensor, response_BT: Tensor) -> Tensor:
+def token_logp(model: Any, prompt_BS: Tensor, response_BT: Tensor) -> Tensor:
     """(B, T) log-probabilities of the response's tokens."""
     logits = model(torch.cat([prompt_BS, response_BT], dim=1)).logits[:, prompt_BS.size(1) - 1 : -1]
     return logits.log_softmax(-1).gather(-1, response_BT.unsqueeze(-1)).squeeze(-1)
 
 
-def train(args: argparse.Namespace) -> list[dict[str, float]]:
-    """Train and return one record a step: on-policy success, firing rate and, now and then, held-out success."""
-    tokenizer = tiny_model.make_tokenizer("0123456789")
-    model = tiny_model.make_model(tokenizer, hidden=args.hidden, layers=2, seed=args.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps, eta_min=args.lr / 10)
-    generator = torch.Generator().manual_seed(args.seed)
-    rng = random.Random(args.seed)
-    end, tokens, rollouts = tokenizer.encode("<|im_end|>")[0], args.digits + 1, args.rollouts
-    bound = injection_bound(rollouts, threshold=args.threshold, prior_success=1.0, prior_failure=1.0)
-    questions, heldout = task.problems(args.digits, args.prompts * args.steps, 100, args.seed)
-
-    def encode(texts: list[str]) -> Tensor:
-        chats = [[{"role": "user", "content": text}] for text in texts]
-        rendered = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
-        return torch.tensor([tokenizer.encode(str(text), add_special_tokens=False) for text in rendered])
-
-    def scores(texts: list[str], response_BT: Tensor) -> list[float]:
-        answers = tokenizer.batch_decode(response_BT, skip_special_tokens=True)
-        return [task.compute_score(None, a, t[::-1])["score"] for t, a in zip(texts, answers, strict=True)]
-
-    history = []
-    for step in range(args.steps):
-        texts = [q for q in questions[step * args.prompts :][: args.prompts] for _ in range(rollouts)]
-        prompt_BS = encode(texts)
-        response_BT, mask_BT = sample(model, prompt_BS, tokens, end, generator)
-        score_B = torch.tensor(scores(texts, torch.where(mask_BT.bool(), response_BT, end)))
-        success_P = score_B.view(-1, rollouts).sum(1)
-
-        # The gate, and Synthetic Success Injection where it fires.
-        demonstration_B = torch.zeros(len(texts), dtype=torch.bool)
-        for prompt in range(args.prompts):
-            rows = range(prompt * rollouts, (prompt + 1) * rollouts)
-            if success_P[prompt] > bound:
-                continue
-            group = [
-                Rollout(
-                    score=score_B[i].item(),
-                    success=bool(score_B[i] == 1),
-                    truncated=end not in response_BT[i].tolist(),
-                    length=int(mask_BT[i].sum()),
-                )
-                for i in rows
-            ]
-            worst = rows[worst_rollout(group, rng)]
-            answer = demonstration_tokens(
-                texts[worst][::-1],
-                encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
-                generation_prompt="",
-                end_token=end,
-                end_tokens=[end],
-                max_tokens=tokens,
-            )
-            response_BT[worst], mask_BT[worst] = torch.tensor(answer), 1
-            score_B[worst], demonstration_B[worst] = 1.0, True
-
-        group_B = torch.arange(args.prompts).repeat_interleave(rollouts)
-        advantage_B = group_advantage(score_B, group_B, scale_by_std=args.scale_by_std)
-        logp_BT = token_logp(model, prompt_BS, response_BT)
-        loss, _ = hapo_policy_loss(
-            logp_BT,
-            logp_BT.detach(),
-            advantage_B,
-            mask_BT,
-            demonstration_B,
-            shaping=0.1,
-            clip=Clip(low=0.2, high=0.2, dual=3.0),
-            aggregation=Aggregation(mode="token-mean"),
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-
-        record = {
-            "step": step + 1,
-            "on_policy_success": success_P.mean().item() / rollouts,
-            "firing_rate": (success_P <= bound).float().mean().item(),
-        }
-        if (step + 1) % args.test_every == 0:
-            response_BT, mask_BT = sample(model, encode(heldout), tokens, end, None)
-            answers = torch.where(mask_BT.bool(), response_BT, end)
-            record["heldout_success"] = sum(scores(heldout, answers)) / len(heldout)
-            print("  ".join(f"{name} {value:.3g}" for name, value in record.items()), flush=True)
-        history.append(record)
-    return history
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+def settings_of(argv: Sequence[str] | None = None) -> Settings:
+    """The command line: every field of `Settings`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--digits", type=int, default=4)
-    parser.add_argument("--threshold", type=float, default=0.8, help="of the gate; 0 is GRPO")
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--rollouts", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=180)
-    parser.add_argument("--lr", type=float, default=2e-3, help="falls to a tenth along a cosine")
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--scale-by-std", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--test-every", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    for name, default in vars(Settings()).items():
+        if isinstance(default, bool):
+            parser.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, default=default)
+        else:
+            parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    return replace(Settings(), **vars(parser.parse_args(argv)))
+
+
+def show(record: dict[str, float]) -> None:
+    """One line for every step with a held-out success."""
+    if "heldout_success" in record:
+        print("  ".join(f"{name} {value:.3g}" for name, value in record.items()), flush=True)
 
 
 if __name__ == "__main__":
-    train(arguments())
+    train(settings_of(), show)

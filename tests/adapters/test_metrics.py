@@ -5,16 +5,21 @@ import torch
 from verl.trainer.ppo.v1.utils import MetricsAggregator
 
 from hapo_verl.adapters.metrics import group_metrics
+from hapo_verl.algo.gate import Situation, firing_probabilities
+
+PAPER = firing_probabilities("paper", 8, Situation())
 
 
-def a_group(successes, outcome, *, bound=6):
+def a_group(successes, outcome):
     """Eight rollouts, the first of them successful."""
     flags = [i < successes for i in range(8)]
     return {
         "outcome": outcome,
         "scores": [float(flag) for flag in flags],
         "successes": flags,
-        "bound": bound,
+        "fired": successes <= 6,
+        "firing": PAPER,
+        "threshold": 0.8,
         "confidence": (1 + successes) / 10,
         "replaced": 7 if outcome == "injected" else None,
     }
@@ -25,7 +30,7 @@ GROUPS = {
     "b": a_group(0, "rejected"),
     "c": a_group(4, "injected"),
     "d": a_group(8, "not_fired"),
-    "e": {"outcome": "not_gated", "scores": [], "successes": [], "bound": None, "confidence": None, "replaced": None},
+    "e": {"outcome": "not_gated", "scores": [], "successes": [], "firing": None},
 }
 
 
@@ -46,6 +51,8 @@ def metrics():
         ("hapo/gate/firing_rate_at_S/8", 0.0),
         # S = 0 always fires, S = 8 never, at p = 1/2 all but S = 7 and S = 8: 1 - 9/256
         ("hapo/gate/firing_rate_expected", (1 + 1 + (1 - 9 / 256) + 0) / 4),
+        ("hapo/gate/threshold", 0.8),
+        ("hapo/gate/not_admitted", 0.0),
         ("hapo/gate/confidence", (0.1 + 0.1 + 0.5 + 0.9) / 4),
         ("hapo/gate/not_gated", 1 / 5),
         ("hapo/injected/group_share", 2 / 5),

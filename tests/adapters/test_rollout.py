@@ -63,15 +63,23 @@ def worker(monkeypatch):
     return worker
 
 
-def close(worker, outcomes, demonstration):
+def close(worker, outcomes, demonstration, situation=()):
     """Close a group whose sessions ended with `outcomes`: a list of outputs, one output, or None for a failed one."""
-    group = rollout._Group(expected=len(outcomes), demonstration=demonstration)
+    group = rollout._Group(len(outcomes), demonstration, dict(situation))
     for session, outputs in enumerate(outcomes):
         if outputs is not None:
             fields = {"uid": "u", "session_id": session, "index": 7, "global_steps": 5, "raw_prompt": "123"}
             outputs = outputs if isinstance(outputs, list) else [outputs]
             group.sessions[session] = rollout._Session(outputs, fields)
     asyncio.run(worker._close_group(group))
+
+
+def situated(worker, outcomes, demonstration, *, mode="replace", gate="paper", **situation):
+    """As `close`, with what the trainer attached to the prompt."""
+    worker._hapo = HapoConfig.parse({"gate": {"name": gate}, "injection": {"mode": mode}})
+    close(worker, outcomes, demonstration, situation={"key": 11, **situation})
+    (put,) = worker.puts
+    return put
 
 
 def outcome(put):
@@ -181,9 +189,68 @@ def test_a_field_that_one_row_lacks_is_written_for_none(worker):
     assert "rollout_log_probs" not in worker.puts[0].fields
 
 
+def test_an_appended_demonstration_is_one_row_more_and_every_rollout_stays(worker):
+    put = situated(worker, failures(worker, 3), ANSWER, mode="append")
+    assert put.keys == ["u_0_0", "u_1_0", "u_2_0", "u_3_0"]
+    assert put.fields["hapo_demonstration"].tolist() == [False, False, False, True]
+    assert [len(row["responses"]) for row in put.fields] == [1, 2, 4, 4]
+    assert [tag.get("hapo_appended", False) for tag in put.tags] == [False, False, False, True]
+    row = put.fields[3]
+    assert row["rm_scores"].tolist() == [0, 0, 0, 1]
+    assert row["session_id"] == 3
+    assert plain_values(put.fields["hapo_group"])[3]["scores"] == [0.0, 0.0, 0.0]
+    assert put.tags[3]["response_len"] == 4
+
+
+def test_an_appended_row_stands_behind_failed_sessions_too(worker):
+    put = situated(worker, [*failures(worker, 2), None], ANSWER, mode="append")
+    assert put.keys == ["u_0_0", "u_1_0", "u_3_0"]
+
+
+@pytest.mark.parametrize(
+    ("successes", "situation", "expected"),
+    [
+        (0, {"threshold": 0.8}, "injected"),
+        (0, {"threshold": 0.2}, "not_fired"),  # (1 + 0) / (2 + 3) is not below 0.2
+        (1, {"threshold": 0.5}, "injected"),  # (1 + 1) / (2 + 3) = 0.4
+        (1, {"threshold": 0.5, "prior_success": 3.0, "prior_failure": 1.0}, "not_fired"),  # 4 / 7
+        (0, {"threshold": 0.8, "admitted": False}, "not_admitted"),
+        (3, {"threshold": 0.2, "admitted": False}, "not_fired"),
+    ],
+)
+def test_a_group_is_judged_by_what_the_trainer_attached_to_its_prompt(worker, successes, situation, expected):
+    outputs = [an_output(worker.tokenizer, ANSWER, score=1.0) for _ in range(successes)]
+    put = situated(worker, [*outputs, *failures(worker, 3 - successes)], ANSWER, **situation)
+    assert outcome(put) == expected
+    assert plain_values(put.fields["hapo_group"])[0]["key"] == 11
+
+
+@pytest.mark.parametrize(
+    ("gate", "successes", "expected"),
+    [
+        ("zero", 0, "injected"),
+        ("zero", 1, "not_fired"),
+        ("never", 0, "not_fired"),
+        ("always", 2, "injected"),
+        ("always", 3, "injected"),
+    ],
+)
+def test_gates_without_a_posterior_go_by_the_count_alone(worker, gate, successes, expected):
+    outputs = [an_output(worker.tokenizer, ANSWER, score=1.0) for _ in range(successes)]
+    assert outcome(situated(worker, [*outputs, *failures(worker, 3 - successes)], ANSWER, gate=gate)) == expected
+
+
+def test_a_thompson_draw_is_the_same_whenever_the_group_is_closed_again(worker):
+    outcomes = set()
+    for _ in range(5):
+        outcomes.add(outcome(situated(worker, failures(worker, 3), ANSWER, gate="thompson", threshold=0.3)))
+        worker.puts.clear()
+    assert len(outcomes) == 1
+
+
 def run_prompt(worker, validate):
     """A prompt through verl's own `_run_prompt`, with sessions that only record what they were given."""
-    seen, prompt = [], {"uid": "u", "demonstration": ANSWER, "raw_prompt": "123"}
+    seen, prompt = [], {"uid": "u", "demonstration": ANSWER, "hapo_situation": {"key": 1}, "raw_prompt": "123"}
 
     async def session(self, sampling_params, trajectory, *, trace, session_id, **fields):
         seen.append(fields)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
-from hapo_verl.algo.advantage import group_advantage, session_advantage
+from hapo_verl.algo.advantage import appended_advantage, group_advantage, session_advantage
 
 
 def test_one_demonstration_among_seven_failures():
@@ -41,6 +41,60 @@ def test_only_the_last_output_of_a_session_counts_and_the_others_inherit():
     session_B, output_B = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 0, 0])
     advantage_B = session_advantage(score_B, torch.zeros(4, dtype=torch.int64), session_B, output_B, scale_by_std=False)
     assert advantage_B.tolist() == pytest.approx([2 / 3, 2 / 3, -1 / 3, -1 / 3])
+
+
+@pytest.mark.parametrize(
+    ("scores", "teacher", "others"),
+    [
+        # 1 / (1/3) after eight failures; the failures say nothing about each other
+        ([0.0] * 8, 1 / (1 / 3), 0.0),
+        # mean_on 1/2; deviation of nine rows, five of them 1
+        ([1.0] * 4 + [0.0] * 4, 0.5 / (20 / 9 / 8) ** 0.5, None),
+        ([1.0] * 8, 0.0, 0.0),
+    ],
+)
+def test_an_appended_demonstration_is_compared_with_the_policys_own_rows(scores, teacher, others):
+    score_B = torch.tensor([*scores, 1.0])
+    demonstration_B = torch.arange(9) == 8
+    group_B = torch.zeros(9, dtype=torch.int64)
+    advantage_B = appended_advantage(score_B, group_B, demonstration_B, scale_by_std=True)
+    assert advantage_B[8].item() == pytest.approx(teacher, rel=1e-5)
+    own = group_advantage(score_B[:8], group_B[:8], scale_by_std=True)
+    assert torch.equal(advantage_B[:8], own)
+    assert others is None or torch.equal(own, torch.full((8,), others))
+    plain = appended_advantage(score_B, group_B, demonstration_B, scale_by_std=False)
+    assert plain[8].item() == pytest.approx(1 - sum(scores) / 8)
+
+
+def test_appended_demonstrations_change_no_row_of_the_policy_whatever_the_order():
+    generator = torch.Generator().manual_seed(2)
+    group_B = torch.cat([torch.arange(20).repeat_interleave(8), torch.arange(0, 20, 2)])
+    score_B = torch.cat([torch.randint(0, 2, (160,), generator=generator).float(), torch.ones(10)])
+    order = torch.randperm(170, generator=generator)
+    demonstration_B = (torch.arange(170) >= 160)[order]
+    score_B, group_B = score_B[order], group_B[order]
+    with_rows = appended_advantage(score_B, group_B, demonstration_B, scale_by_std=True)
+    verls, _ = compute_grpo_outcome_advantage(
+        score_B[~demonstration_B].unsqueeze(-1), torch.ones(160, 1), np.array(group_B[~demonstration_B].tolist())
+    )
+    assert (with_rows[~demonstration_B] - verls.squeeze(-1)).abs().max() < 1e-6
+    assert (with_rows[demonstration_B] > 0).all()
+
+
+def test_a_demonstration_without_a_group_gets_exactly_zero():
+    advantage_B = appended_advantage(
+        torch.tensor([1.0, 0.0, 1.0]), torch.tensor([5, 7, 7]), torch.tensor([True, False, False]), scale_by_std=True
+    )
+    assert advantage_B[0] == 0
+    assert advantage_B.isfinite().all()
+
+
+def test_sessions_take_appended_rows_apart():
+    score_B = torch.tensor([0.0, 0.0, 1.0])
+    group_B, session_B, output_B = torch.zeros(3, dtype=torch.int64), torch.arange(3), torch.zeros(3, dtype=torch.int64)
+    appended_B = torch.tensor([False, False, True])
+    advantage_B = session_advantage(score_B, group_B, session_B, output_B, scale_by_std=False, appended_B=appended_B)
+    assert advantage_B.tolist() == [0.0, 0.0, 1.0]
 
 
 def test_row_order_does_not_matter():
