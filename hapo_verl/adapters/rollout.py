@@ -124,6 +124,8 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
         """Write the group's rows, with the demonstration where the gate fires and the demonstration holds."""
         if not group.sessions:
             return
+        # Sessions end in any order; nothing that follows depends on it.
+        group.sessions = dict(sorted(group.sessions.items()))
         try:
             rows = await self._injected_rows(group)
         except Exception:

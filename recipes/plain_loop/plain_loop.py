@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -35,13 +36,19 @@ from hapo_verl.algo.schedule import RunningSuccess, adaptive, annealed
 
 @dataclass(frozen=True)
 class Settings:
-    """A run. The task is named by its number of digits: write them backwards."""
+    """A run. The task is to write `digits` digits backwards.
+
+    With a `detour` of D the demonstration writes D dots first. Dots earn nothing, and each question has a length limit
+    of its own, 0 to D dots above the answer: the demonstration's way is right where it fits, no dots are right
+    everywhere.
+    """
 
     gate: str = "paper"
     mode: str = "replace"
     scale_by_std: bool = True
     threshold: float = 0.8
     digits: int = 4
+    detour: int = 0
     prompts: int = 16
     rollouts: int = 8
     steps: int = 180
@@ -204,9 +211,10 @@ def train(
         sampled = rows
         fired = [decide(settings.gate, *of, per_group, rng) for of in zip(situations, successes, strict=True)]
         for prompt, wanted in enumerate(fired):
-            if wanted:
+            demonstration = task.demonstration(questions[prompt]) if wanted else None
+            if demonstration is not None:
                 group = range(prompt * per_group, (prompt + 1) * per_group)
-                rows = inject(rows, group, task.demonstration(questions[prompt]), settings.mode, rng)
+                rows = inject(rows, group, demonstration, settings.mode, rng)
         retraction.observe(questions, successes, per_group)
 
         advantage_B = advantages(rows, settings.mode, scale_by_std=settings.scale_by_std)
@@ -241,12 +249,13 @@ def deviation(gradient: Sequence[Tensor], own: Sequence[Tensor]) -> float:
 
 
 class Task:
-    """Write the digits backwards: prompts, scores, demonstrations and held-out questions of a run."""
+    """Prompts, scores, demonstrations and held-out questions of a run."""
 
     def __init__(self, settings: Settings) -> None:
-        self.tokenizer = tiny_model.make_tokenizer("0123456789")
+        self.tokenizer = tiny_model.make_tokenizer("0123456789" + ("." if settings.detour else ""))
         self._end = self.tokenizer.encode("<|im_end|>")[0]
-        self._tokens = settings.digits + 1
+        self._detour = settings.detour
+        self._tokens = settings.digits + settings.detour + 1
         total = settings.prompts * settings.steps
         self.questions, self._heldout = digits.problems(settings.digits, total, 100, settings.seed)
 
@@ -256,29 +265,29 @@ class Task:
         texts = [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
         return torch.tensor([self.tokenizer.encode(str(text), add_special_tokens=False) for text in texts])
 
-    def answer(self, question: str) -> str:
-        """The right answer."""
-        return question[::-1]
+    def is_right(self, question: str, text: str) -> bool:
+        """The reward: the answer, and no more dots before it than this question allows."""
+        dots = len(text) - len(text.lstrip("."))
+        return text[dots:] == question[::-1] and dots <= crc32(question.encode()) % (self._detour + 1)
 
-    def demonstration(self, question: str) -> Demonstration:
-        """The right answer as tokens."""
+    def demonstration(self, question: str) -> Demonstration | None:
+        """The demonstrator's answer as tokens; None where the reward rejects it."""
+        text = "." * self._detour + question[::-1]
         tokens = demonstration_tokens(
-            self.answer(question),
+            text,
             encode=lambda text: self.tokenizer.encode(text, add_special_tokens=False),
             generation_prompt="",
             end_token=self._end,
             end_tokens=[self._end],
             max_tokens=self._tokens,
         )
-        assert not isinstance(tokens, Refusal)
-        return Demonstration(tokens, 1.0)
+        return None if isinstance(tokens, Refusal) or not self.is_right(question, text) else Demonstration(tokens, 1.0)
 
     def scores(self, questions: Sequence[str], response_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """(B,) 1 for exactly the right answer."""
-        texts = self.tokenizer.batch_decode(
-            torch.where(mask_BT.bool(), response_BT, self._end), skip_special_tokens=True
-        )
-        return torch.tensor([float(text == self.answer(q)) for q, text in zip(questions, texts, strict=True)])
+        """(B,) 1 for a right answer, else 0."""
+        ended_BT = torch.where(mask_BT.bool(), response_BT, self._end)
+        texts = self.tokenizer.batch_decode(ended_BT, skip_special_tokens=True)
+        return torch.tensor([float(self.is_right(q, text)) for q, text in zip(questions, texts, strict=True)])
 
     def rollouts(self, model: Any, questions: Sequence[str], rollouts: int, generator: torch.Generator) -> Rows:
         """N sampled responses a question."""

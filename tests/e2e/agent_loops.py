@@ -22,9 +22,7 @@ class ScriptedLoop(AgentLoopBase):
     async def run(self, sampling_params, **kwargs):
         prompt_ids = await self.ct_build_initial_tokens(list(kwargs["raw_prompt"]))
         answer = kwargs["reward_model"]["ground_truth"]
-        session, number = kwargs["session_id"], int(answer)
-        right = (number + session) % 3 == 0
-        text = answer if right else f"{(number * 7 + session * 13) % 1000:03d}"
+        text = scripted_answer(answer, kwargs["session_id"])
         response_ids = [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
         score = float(text == answer)
         return AgentLoopOutput(
@@ -37,3 +35,9 @@ class ScriptedLoop(AgentLoopBase):
             metrics={},
             extra_fields={"reward_extra_info": {"acc": score}, "min_global_steps": 0, "max_global_steps": 0},
         )
+
+
+def scripted_answer(answer: str, session: int) -> str:
+    """What `ScriptedLoop` says in a session: three digits, right in every third one."""
+    number = int(answer)
+    return answer if (number + session) % 3 == 0 else f"{(number * 7 + session * 13) % 1000:03d}"

@@ -67,11 +67,21 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trainer(tmp_path_factory, model):
-    """Runs the trainer: `trainer("name", *overrides, unusable=...)`."""
+    """Runs the trainer: `trainer("name", *overrides, unusable=...)`.
 
-    def run(name: str, *overrides: str, steps: int = 3, unusable: bool = False) -> Run:
+    With `killed_at` the run ends in the middle, at the end of that step; `rows` are those of the training data.
+    """
+
+    def run(
+        name: str,
+        *overrides: str,
+        steps: int = 3,
+        unusable: bool = False,
+        rows: int = PROMPTS * 16,
+        killed_at: int | None = None,
+    ) -> Run:
         folder = tmp_path_factory.mktemp(name)
-        digits.write(folder / "data", digits=DIGITS, train=PROMPTS * 16, heldout=16, seed=0)
+        digits.write(folder / "data", digits=DIGITS, train=rows, heldout=16, seed=0)
         train = pandas.read_parquet(folder / "data" / "train.parquet")
         if unusable:
             indices = [info["index"] for info in train["extra_info"]]
@@ -107,7 +117,9 @@ def trainer(tmp_path_factory, model):
         )
         launch.overrides = [item.replace("{folder}", str(folder)) for item in launch.overrides]
         try:
-            list(launch.run())
+            for kind, value in launch.run():
+                if kind == "step" and value["step"] == killed_at:
+                    break
         except TrainingError as error:
             tail = "\n".join(launch.log.read_text(errors="replace").splitlines()[-40:])
             pytest.fail(f"{name}: {error}\n{tail}", pytrace=False)

@@ -1,10 +1,21 @@
-"""The two ends: a gate that never fires trains exactly as verl's GRPO, and the asynchronous trainer injects as well."""
+"""The ends of the gates: where they let go the run is verl's GRPO, and the plain loop is the trainer in one file.
 
+Scripted sessions, plain SGD: the same rollouts in every run. Step 1 of the annealed run is the paper's HAPO, and its
+threshold is 0 from step 2 on; verl's own GRPO goes on from its first checkpoint.
+"""
+
+import random
+
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
-from tests.e2e.conftest import PROMPTS, QUICKSTART
+from hapo_verl.algo.gate import Situation
+from tests.e2e.agent_loops import scripted_answer
+from tests.e2e.conftest import PROMPTS, QUICKSTART, ROLLOUTS
+from tests.recipes.plain import plain_loop
 
 pytestmark = pytest.mark.e2e
 
@@ -13,7 +24,7 @@ SCRIPTED = [
     "actor_rollout_ref.rollout.agent.default_agent_loop=scripted",
     "actor_rollout_ref.actor.optim.optimizer=SGD",
     "actor_rollout_ref.actor.optim.lr=0.1",
-    "trainer.save_freq=3",
+    "trainer.save_freq=1",
     "trainer.test_freq=-1",
 ]
 GRPO = [
@@ -21,46 +32,132 @@ GRPO = [
     f"trainer.v1.sampler.custom_sampler.path={QUICKSTART / 'eager_replay_buffer.py'}",
     "trainer.v1.sampler.custom_sampler.name=EagerReplayBuffer",
 ]
-HAPO = ["+hapo=paper", "hapo.poll_interval=0.05", "hapo.trace_dir={folder}/trace"]
+ANNEALED = [
+    "+hapo=paper",
+    "trainer.v1.trainer_mode=hapo_sync",
+    "hapo.poll_interval=0.05",
+    "hapo.trace_dir={folder}/trace",
+    "hapo.gate.name=annealed",
+    "hapo.gate.horizon=1",
+]
 
 
-def parameters(run):
-    (path,) = (run.folder / "checkpoints" / "global_step_3" / "actor").glob("model_world_size_1_rank_0.pt")
+@pytest.fixture(scope="module")
+def annealed(trainer):
+    return trainer("annealed", *ANNEALED, *SCRIPTED, steps=4)
+
+
+def parameters(run, step):
+    (path,) = (run.folder / "checkpoints" / f"global_step_{step}" / "actor").glob("model_world_size_1_rank_0.pt")
     return {
         name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in torch.load(path, weights_only=False).items()
     }
 
 
-def test_with_no_row_injected_three_steps_end_at_the_parameters_of_verls_grpo(trainer, model):
-    hapo = trainer("hapo_never", *HAPO, "trainer.v1.trainer_mode=hapo_sync", "hapo.gate.threshold=0.0", *SCRIPTED)
-    grpo = trainer("verl_grpo", *GRPO, *SCRIPTED)
-    assert not any(row["hapo_demonstration"] for row in hapo.loss_rows)
+def largest(ours, theirs):
+    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
 
-    ours, verls = parameters(hapo), parameters(grpo)
-    start = AutoModelForCausalLM.from_pretrained(model).state_dict()
+
+def rows_of(run, groups):
+    uids = {group["uid"] for group in groups}
+    return [row for row in run.loss_rows if row["uid"] in uids]
+
+
+def test_the_threshold_falls_to_zero_and_with_it_every_injection(annealed):
+    first = [group for group in annealed.groups if group["step"] == 1]
+    later = [group for group in annealed.groups if group["step"] > 1]
+    assert {group["outcome"] for group in first} == {"injected"}
+    assert {group["outcome"] for group in later} == {"not_fired"}
+    assert len(later) == 3 * PROMPTS
+    assert [logged["hapo/gate/threshold"] for logged in annealed.steps] == [0.8, 0.0, 0.0, 0.0]
+
+
+def test_after_that_the_rows_and_advantages_are_those_of_verls_grpo_exactly(annealed, model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    later = [group for group in annealed.groups if group["step"] > 1]
+    for group in later:
+        rows = rows_of(annealed, [group])
+        assert not any(row["hapo_demonstration"] for row in rows)
+        scores = torch.tensor([[score] for score in group["scores"]])
+        verls, _ = compute_grpo_outcome_advantage(scores, torch.ones_like(scores), np.zeros(len(scores)))
+        by_response = sorted((row["responses"], row["advantages"]) for row in rows)
+        sessions = [session_tokens(annealed, tokenizer, group["index"], session)[0] for session in range(ROLLOUTS)]
+        expected = [
+            (tokens, [value] * len(tokens)) for tokens, value in zip(sessions, verls[:, 0].tolist(), strict=True)
+        ]
+        assert by_response == sorted(expected)
+
+
+def test_three_steps_without_an_injected_row_end_at_the_parameters_of_verls_grpo(annealed, trainer):
+    resume = f"trainer.resume_from_path={annealed.folder / 'checkpoints' / 'global_step_1'}"
+    grpo = trainer("verl_grpo", *GRPO, *SCRIPTED, "trainer.resume_mode=resume_path", resume, steps=4)
+    start, ours, verls = parameters(annealed, 1), parameters(annealed, 4), parameters(grpo, 4)
     assert ours.keys() == verls.keys()
-    moved = max((ours[name] - start[name]).abs().max().item() for name in ours)
-    difference = max((ours[name] - verls[name]).abs().max().item() for name in ours)
+    moved = largest(ours, start)
     # verl's worker puts row by row and ours group by group, so a gradient adds its rows up in another order: the
     # difference is one of the last bits of fp32, not of what is computed.
     assert moved > 1e-2
-    assert difference < 1e-6 * max(1, moved)
+    assert largest(ours, verls) < 1e-6 * max(1, moved)
 
 
-def test_the_colocated_asynchronous_trainer_injects_and_filters(trainer):
-    run = trainer(
-        "hapo_colocate_async",
-        *HAPO,
-        "trainer.v1.trainer_mode=hapo_colocate_async",
-        "actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent",
-        "algorithm.filter_groups.enable=true",
-        "algorithm.filter_groups.metric=acc",
-        "actor_rollout_ref.model.use_remove_padding=true",
-        unusable=True,
+def session_tokens(run, tokenizer, index, session):
+    """Response and score of a scripted session."""
+    answer = answers(run)[index]
+    text = scripted_answer(answer, session)
+    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id], float(text == answer)
+
+
+def answers(run):
+    return {info["index"]: text for info, text in zip(run.train["extra_info"], run.train["demonstration"], strict=True)}
+
+
+def test_the_plain_loop_makes_the_trainers_rows_advantages_and_gradient(annealed, model):
+    """Same rollouts in: the rows after injection, their advantages, and the first step's gradient."""
+    groups = [group for group in annealed.groups if group["step"] == 1]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    settings = plain_loop.Settings(digits=3)
+    task = plain_loop.Task(settings)
+    questions = [answers(annealed)[group["index"]][::-1] for group in groups]
+    sessions = [
+        session_tokens(annealed, tokenizer, group["index"], session) for group in groups for session in range(ROLLOUTS)
+    ]
+    rows = plain_loop.Rows(
+        prompt_BS=task.encode([question for question in questions for _ in range(ROLLOUTS)]),
+        response_BT=torch.tensor([tokens for tokens, _ in sessions]),
+        mask_BT=torch.ones(len(sessions), 4, dtype=torch.int64),
+        score_B=torch.tensor([score for _, score in sessions]),
+        group_B=torch.arange(PROMPTS).repeat_interleave(ROLLOUTS),
+        demonstration_B=torch.zeros(len(sessions), dtype=torch.bool),
     )
-    trained = [group["outcome"] for group in run.groups]
-    # An all-failed group without a demonstration has no signal and is filtered; one that was rescued is kept.
-    assert trained == ["injected"] * (3 * PROMPTS)
-    assert sum(s.get("training/filter_groups/evicted_samples", 0) for s in run.steps) > 0
-    assert sum(row["hapo_demonstration"] for row in run.loss_rows) == 3 * PROMPTS
-    assert all("training/off_policy/trajectory_staleness/mean" in s for s in run.steps)
+    for number, (group, question) in enumerate(zip(groups, questions, strict=True)):
+        rng = random.Random(f"0/1/{group['index']}")
+        successes = sum(group["successes"])
+        assert plain_loop.decide("paper", Situation(), successes, ROLLOUTS, rng)
+        members = range(number * ROLLOUTS, (number + 1) * ROLLOUTS)
+        rows = plain_loop.inject(rows, members, task.demonstration(question), "replace", rng)
+    advantage_B = plain_loop.advantages(rows, "replace", scale_by_std=True)
+
+    for number, group in enumerate(groups):
+        members = slice(number * ROLLOUTS, (number + 1) * ROLLOUTS)
+        plain = zip(
+            rows.response_BT[members].tolist(),
+            rows.demonstration_B[members].tolist(),
+            advantage_B[members].tolist(),
+            strict=True,
+        )
+        trained = [
+            (row["responses"], row["hapo_demonstration"], row["advantages"][0]) for row in rows_of(annealed, [group])
+        ]
+        assert sorted(plain) == sorted(trained)
+
+    tiny = AutoModelForCausalLM.from_pretrained(model)
+    start = {name: value.clone() for name, value in tiny.state_dict().items()}
+    plain_loop.loss_of(tiny, rows, advantage_B, shaping=0.1).backward()
+    gradient = {name: parameter.grad for name, parameter in tiny.named_parameters()}
+    norm = torch.cat([value.flatten() for value in gradient.values()]).norm().item()
+    assert annealed.steps[0]["actor/grad_norm"] == pytest.approx(norm, rel=1e-5)
+    after = parameters(annealed, 1)
+    moved = {name: start[name] - after[name] for name in gradient}
+    length = torch.cat([value.flatten() for value in moved.values()]).norm().item()
+    for name, value in gradient.items():
+        assert (moved[name] / length - value / norm).abs().max() < 1e-5, name

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -55,6 +56,12 @@ def test_the_tokenizer_is_what_verls_prompt_builder_needs_also_after_a_reload(tm
     rendered = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
     assert built == tokenizer.encode(rendered, add_special_tokens=False)
     assert tokenizer.decode(built) == rendered
+
+
+@pytest.fixture(autouse=True)
+def _a_lock_of_its_own(monkeypatch, tmp_path):
+    """A real trainer that happens to run on this machine holds the other one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 def a_launch(tmp_path, body, **settings):

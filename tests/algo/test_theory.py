@@ -1,0 +1,171 @@
+"""What the gates do to the expected gradient: a policy of three actions, enumerated through the product's own functions.
+
+A is the demonstrator's way, B another right way, C is wrong. One token a rollout, N = 8, advantages without deviation.
+`hapo_verl/algo/THEORY.md` says what the numbers mean.
+"""
+
+import random
+from math import factorial
+
+import numpy as np
+import pytest
+import torch
+
+from hapo_verl.algo.advantage import appended_advantage, group_advantage
+from hapo_verl.algo.gate import Situation, fires, firing_probabilities
+from hapo_verl.algo.injection import Rollout, worst_rollout
+from hapo_verl.algo.policy_loss import Aggregation, Clip, hapo_policy_loss
+from hapo_verl.algo.schedule import annealed, hard_off_step
+
+N, A, B, C = 8, 0, 1, 2
+REWARD = torch.tensor([1.0, 1.0, 0.0])
+
+
+def group_rows(actions, gate, mode, situation, rng):
+    """Actions, demonstration flags of one group after gate and injection."""
+    rollouts = [Rollout(REWARD[a].item(), bool(REWARD[a]), False, 1) for a in actions]
+    successes = sum(rollout.success for rollout in rollouts)
+    if not fires(firing_probabilities(gate, N, situation), successes, rng):
+        return list(actions), [False] * N
+    if mode == "append":
+        return [*actions, A], [False] * N + [True]
+    worst = worst_rollout(rollouts, rng)
+    rows = list(actions)
+    rows[worst] = A
+    return rows, [i == worst for i in range(N)]
+
+
+def gradient(logits, groups, mode, tokens):
+    """Gradient of the summed loss over `tokens`, one tensor of three."""
+    logits = logits.clone().requires_grad_()
+    actions = torch.tensor([action for rows, _ in groups for action in rows])
+    demonstration_B = torch.tensor([flag for _, flags in groups for flag in flags])
+    group_B = torch.tensor([number for number, (rows, _) in enumerate(groups) for _ in rows])
+    score_B = REWARD[actions].to(logits.dtype)
+    if mode == "append":
+        advantage_B = appended_advantage(score_B, group_B, demonstration_B, scale_by_std=False)
+    else:
+        advantage_B = group_advantage(score_B, group_B, scale_by_std=False)
+    logp_BT = logits.log_softmax(-1)[actions].unsqueeze(-1)
+    loss = hapo_policy_loss(
+        logp_BT,
+        logp_BT.detach(),
+        advantage_B,
+        torch.ones_like(logp_BT),
+        demonstration_B,
+        shaping=0.1,
+        clip=Clip(low=0.2, high=0.2, dual=3.0),
+        aggregation=Aggregation(mode="token-mean", batch_num_tokens=tokens),
+    ).loss
+    return torch.autograd.grad(loss, logits)[0]
+
+
+def outcomes(pi):
+    """Every composition of a group, with its probability."""
+    for a in range(N + 1):
+        for b in range(N + 1 - a):
+            c = N - a - b
+            ways = factorial(N) / (factorial(a) * factorial(b) * factorial(c))
+            yield [A] * a + [B] * b + [C] * c, ways * pi[A] ** a * pi[B] ** b * pi[C] ** c
+
+
+def expected_gradient(pi, gate, mode, divide_by_all_rows=False):
+    logits, total = torch.tensor(pi, dtype=torch.float64).log(), torch.zeros(3, dtype=torch.float64)
+    for actions, probability in outcomes(pi):
+        group = group_rows(actions, gate, mode, Situation(), random.Random(0))
+        tokens = len(group[0]) if divide_by_all_rows else N
+        total += probability * gradient(logits, [group], mode, tokens)
+    return total
+
+
+def relative_bias(pi, gate, mode, **settings):
+    on_policy = expected_gradient(pi, "never", "replace")
+    return ((expected_gradient(pi, gate, mode, **settings) - on_policy).norm() / on_policy.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("pi", "gate", "replace", "append"),
+    [
+        ((0.05, 0.05, 0.90), "paper", 0.263, 0.340),
+        ((0.05, 0.45, 0.50), "paper", 0.161, 0.054),
+        ((0.05, 0.85, 0.10), "paper", 0.176, 0.017),
+        ((0.01, 0.98, 0.01), "paper", 0.024, 0.0008),
+        ((0.05, 0.45, 0.50), "zero", 0.0011, 0.0004),
+    ],
+)
+def test_the_papers_gate_keeps_its_bias_and_appending_takes_most_of_it_away(pi, gate, replace, append):
+    digits = 4 if replace < 0.01 or append < 0.01 else 3
+    assert relative_bias(pi, gate, "replace") == pytest.approx(replace, abs=0.6 * 10**-digits + 4e-4)
+    assert relative_bias(pi, gate, "append") == pytest.approx(append, abs=6 * 10 ** -(digits + 1))
+
+
+def test_dividing_by_the_demonstrations_tokens_too_shrinks_every_row_alike():
+    """verl's token-mean counts every token of the batch; at a success rate of .9 that is most of what is left."""
+    pi = (0.05, 0.85, 0.10)
+    assert relative_bias(pi, "paper", "append", divide_by_all_rows=True) == pytest.approx(0.059, abs=6e-4)
+
+
+@pytest.mark.parametrize("mode", ["replace", "append"])
+@pytest.mark.parametrize("gate", ["paper", "thompson", "zero", "always"])
+def test_sampled_groups_agree_with_the_enumeration(gate, mode):
+    pi, batches, groups = (0.05, 0.45, 0.50), 60, 100
+    draws, rng = np.random.default_rng(0), random.Random(0)
+    logits = torch.tensor(pi, dtype=torch.float64).log()
+    means = torch.stack(
+        [
+            gradient(
+                logits,
+                [group_rows(row, gate, mode, Situation(), rng) for row in draws.choice(3, (groups, N), p=pi).tolist()],
+                mode,
+                groups * N,
+            )
+            for _ in range(batches)
+        ]
+    )
+    exact = torch.zeros(3, dtype=torch.float64)
+    for actions, probability in outcomes(pi):
+        firing = firing_probabilities(gate, N, Situation())[int(REWARD[actions].sum())]
+        for name, weight in (("always", firing), ("never", 1 - firing)):
+            if weight:
+                group = group_rows(actions, name, mode, Situation(), random.Random(0))
+                exact += probability * weight * gradient(logits, [group], mode, N)
+    standard_error = means.std(dim=0) / batches**0.5
+    assert ((means.mean(dim=0) - exact).abs() <= 4 * standard_error).all()
+    assert (standard_error < 0.05 * exact.norm()).all()
+
+
+@pytest.mark.parametrize("mode", ["replace", "append"])
+def test_an_annealed_run_is_grpo_from_its_hard_off_step_on_to_the_last_bit(mode):
+    prior = {"prior_success": 1.0, "prior_failure": 1.0}
+    off = hard_off_step(0.8, horizon=200, power=1.0, rollouts=N, **prior)
+    logits = torch.tensor([0.05, 0.45, 0.50]).log()
+    groups = np.random.default_rng(0).choice(3, (50, N), p=(0.05, 0.45, 0.50)).tolist()
+    groups.append([C] * N)
+    for step in range(off, 205):
+        situation = Situation(threshold=annealed(0.8, step, horizon=200))
+        ours = [group_rows(row, "annealed", mode, situation, random.Random(0)) for row in groups]
+        grpo = [group_rows(row, "never", "replace", situation, random.Random(0)) for row in groups]
+        assert ours == grpo
+        if step == off:
+            assert torch.equal(gradient(logits, ours, mode, 408), gradient(logits, grpo, "replace", 408))
+    before = Situation(threshold=annealed(0.8, off - 2, horizon=200))
+    assert any(any(group_rows(row, "annealed", mode, before, random.Random(0))[1]) for row in groups)
+
+
+@pytest.mark.parametrize("gate", ["paper", "always", "zero"])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.3])
+def test_a_budget_bounds_the_bias_of_any_gate_at_any_policy(gate, share):
+    """|bias| <= share * (norm of the demonstration's term + norm of the removed rollout's term)."""
+    for pi in ((0.05, 0.05, 0.90), (0.05, 0.85, 0.10), (0.3, 0.3, 0.4)):
+        logits = torch.tensor(pi, dtype=torch.float64).log()
+        on_policy = expected_gradient(pi, "never", "replace")
+        # A budget admits a group independently of its outcome.
+        mixed = share * expected_gradient(pi, gate, "replace") + (1 - share) * on_policy
+        bound = 0.0
+        for actions, probability in outcomes(pi):
+            own = gradient(logits, [(actions, [False] * N)], "replace", N)
+            injected = gradient(
+                logits, [group_rows(actions, "always", "replace", Situation(), random.Random(0))], "replace", N
+            )
+            bound += probability * (own.norm() + injected.norm()).item()
+        assert (mixed - on_policy).norm().item() <= share * bound + 1e-12
