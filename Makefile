@@ -27,7 +27,7 @@ lint: env
 	$(BIN)/pyright --project . --pythonpath $(BIN)/python
 
 unit: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not e2e"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not e2e"
 
 e2e: env
 	$(BIN)/python -m pytest -q -m e2e --durations=0

@@ -55,10 +55,10 @@ def test_vllms_linear_layers_are_left_alone_without_the_cpu_platform(monkeypatch
 
     monkeypatch.delenv("VERL_PLATFORM", raising=False)
     monkeypatch.setitem(sys.modules, "vllm.platforms", None)  # importing it would raise
-    vllm_cpu.keep_plain_linear_weights()
+    vllm_cpu.adapt_to_cpu()
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
     with pytest.raises(ImportError):
-        vllm_cpu.keep_plain_linear_weights()
+        vllm_cpu.adapt_to_cpu()
 
 
 def test_single_keys_of_both_presets_stay_overridable(launch):

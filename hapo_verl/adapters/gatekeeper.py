@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import sys
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -53,22 +54,23 @@ class Gatekeeper:
         """
         if not isinstance(self._hapo.gate, PosteriorGate):
             return
-        names = row_names(rows, prompt_column)
-        self._posterior = PromptPosterior((key for key, _, _ in names), [source for _, source, _ in names])
-        hashed = sum(not indexed for _, _, indexed in names)
+        count, hashed = len(rows), 0
+        keys, sources = np.empty(count, dtype=np.uint64), [""] * count
+        for number, row in enumerate(rows):
+            keys[number], sources[number], indexed = row_name(row, prompt_column)
+            hashed += not indexed
+        self._posterior = PromptPosterior(keys, sources)
         if hashed:
             logger.warning(
-                "hapo: %d of %d prompts have no extra_info.index and are known by a hash of their text",
-                hashed,
-                len(names),
+                "hapo: %d of %d prompts have no extra_info.index and are known by a hash of their text", hashed, count
             )
-        shared = len(names) - len(self._posterior.key_K)
+        shared = count - len(self._posterior.key_K)
         if shared:
             logger.warning(
                 "hapo: %d of %d rows share data_source and extra_info.index (or their text) with an earlier row, and "
                 "share its posterior; give each prompt an index of its own",
                 shared,
-                len(names),
+                count,
             )
 
     def situations(self, batch: Mapping[str, Sequence[Any]], step: int, *, prompt_column: str) -> list[dict[str, Any]]:
@@ -89,7 +91,7 @@ class Gatekeeper:
         if self._posterior is not None and isinstance(gate, PosteriorGate):
             columns = {name: batch[name] for name in ("data_source", "extra_info", prompt_column) if name in batch}
             rows = [{name: column[i] for name, column in columns.items()} for i in range(prompts)]
-            keys = [key for key, _, _ in row_names(rows, prompt_column)]
+            keys = [row_name(row, prompt_column)[0] for row in rows]
             priors = list(
                 zip(
                     *self._posterior.priors(keys, strength=gate.strength, discount=gate.discount),
@@ -196,15 +198,11 @@ class Gatekeeper:
         return admitted(prompts, share, submitted=submitted, rng=rng)
 
 
-def row_names(rows: Iterable[Mapping[str, Any]], prompt_column: str) -> list[tuple[int, str, bool]]:
-    """Of each row: the prompt's key, its data source, and whether `extra_info.index` names it (else its text does)."""
-    names = []
-    for row in rows:
-        source = str(row.get("data_source") or "unknown")
-        index = (row.get("extra_info") or {}).get("index")
-        if index is not None:
-            names.append((prompt_key(source, str(index)), source, True))
-        else:
-            text = json.dumps([[m.get("role"), m.get("content")] for m in row[prompt_column]], default=str)
-            names.append((prompt_key(source, "text", text), source, False))
-    return names
+def row_name(row: Mapping[str, Any], prompt_column: str) -> tuple[int, str, bool]:
+    """The prompt's key, its data source, and whether `extra_info.index` names it (else its text does)."""
+    source = sys.intern(str(row.get("data_source") or "unknown"))
+    index = (row.get("extra_info") or {}).get("index")
+    if index is not None:
+        return prompt_key(source, str(index)), source, True
+    text = json.dumps([[m.get("role"), m.get("content")] for m in row[prompt_column]], default=str)
+    return prompt_key(source, "text", text), source, False

@@ -1,7 +1,10 @@
-"""vLLM on a CPU keeps its weights writable (entry point group `vllm.general_plugins`; runs in vLLM's own processes).
+"""vLLM on a laptop's CPU, under verl (entry point group `vllm.general_plugins`; runs in vLLM's own processes).
 
 vLLM's CPU build packs each Linear weight into a oneDNN handle and leaves `layer.weight` empty. verl writes new weights
 into `layer.weight` after every step: the worker would die at the first one and the trainer would wait for it forever.
+
+vLLM's processes wait for each other in a loop that gives its core back and takes it again, for a second after every
+message. On two cores that was a fifth of the machine, taken from the trainer; here they sleep until they are called.
 """
 
 from __future__ import annotations
@@ -9,8 +12,8 @@ from __future__ import annotations
 import os
 
 
-def keep_plain_linear_weights() -> None:
-    """Keep the plain Linear where VERL_PLATFORM=cpu; do nothing elsewhere."""
+def adapt_to_cpu() -> None:
+    """Keep the plain Linear and wait asleep where VERL_PLATFORM=cpu; do nothing elsewhere."""
     if os.environ.get("VERL_PLATFORM", "").strip().lower() != "cpu":
         return
     from vllm.platforms import current_platform
@@ -19,8 +22,14 @@ def keep_plain_linear_weights() -> None:
         return
     import torch
     import vllm.model_executor.layers.utils as layers
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
     def plain_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear  # pyright: ignore[reportArgumentType]
 
     layers.dispatch_cpu_unquantized_gemm = plain_linear
+
+    def never_recently(condition: SpinCondition) -> None:
+        """A reader spins while its last read is recent; one that notes no read waits for the writer's call."""
+
+    SpinCondition.record_read = never_recently

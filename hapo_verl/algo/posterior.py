@@ -14,7 +14,7 @@ the order of the groups within a step.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,17 +34,17 @@ def prompt_key(*parts: Any) -> int:
 class PromptPosterior:
     """Beta posteriors of a data set's prompts."""
 
-    def __init__(self, keys: Iterable[int], sources: Sequence[Hashable]) -> None:
+    def __init__(self, keys: Sequence[int] | NDArray[np.uint64], sources: Sequence[str]) -> None:
         """No visits yet.
 
         Args:
             keys: `prompt_key` of each row of the data set; rows with one key share a posterior.
             sources: data source of each row.
         """
-        key_R = np.fromiter(keys, dtype=np.uint64)
-        names = sorted({str(source) for source in sources})
+        key_R = np.asarray(keys, dtype=np.uint64)
+        names = sorted(set(sources))
         number = {name: i for i, name in enumerate(names)}
-        source_R = np.fromiter((number[str(source)] for source in sources), dtype=np.int32, count=len(key_R))
+        source_R = np.fromiter((number[source] for source in sources), dtype=np.int32, count=len(key_R))
         self.key_K, first_K = np.unique(key_R, return_index=True)
         self.source_K: NDArray[np.int32] = source_R[first_K]
         self.source_names = names

@@ -155,7 +155,7 @@ class Retraction:
         self._settings = settings
         self._running = RunningSuccess()
         distinct = sorted(set(questions))
-        self._posterior = PromptPosterior(map(prompt_key, distinct), ["task"] * len(distinct))
+        self._posterior = PromptPosterior([prompt_key(q) for q in distinct], ["task"] * len(distinct))
 
     def situations(self, step: int, questions: Sequence[str]) -> list[Situation]:
         """Of each prompt of step 0, 1, 2, ..."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from hapo_verl.adapters.gatekeeper import STATE_FILE, Gatekeeper, row_names
+from hapo_verl.adapters.gatekeeper import STATE_FILE, Gatekeeper, row_name
 from hapo_verl.adapters.trainer import grown_mini_batch
 from hapo_verl.config import ConfigError, HapoConfig
 
@@ -141,7 +141,7 @@ def test_rows_that_share_an_id_and_rows_without_one_are_said(caplog):
 
 def test_a_prompt_without_an_index_is_known_by_its_text():
     bare = [{"data_source": "math", "prompt": row["prompt"]} for row in ROWS]
-    keys = [key for key, _, _ in row_names(bare, "prompt")]
+    keys = [row_name(row, "prompt")[0] for row in bare]
     assert len(set(keys)) == 8
     keeper = a_gatekeeper("posterior", rows=bare)
     assert [situation["key"] for situation in submit(keeper, rows=bare)] == keys

@@ -50,7 +50,7 @@ def test_the_order_of_a_steps_prompts_does_not_matter():
     states = []
     for _ in range(3):
         rng.shuffle(step)
-        posterior = PromptPosterior(keys_of(*names), [int(name) % 3 for name in names])
+        posterior = PromptPosterior(keys_of(*names), [str(int(name) % 3) for name in names])
         posterior.observe(
             [prompt_key(n) for n, _, _ in step], [s for _, s, _ in step], [n for *_, n in step], **SETTINGS
         )

@@ -40,3 +40,21 @@ def test_the_advantage_bench_measures_every_way(tmp_path):
     content = smoke("advantage", tmp_path)
     assert len(content["ways"]) == 5
     assert all(min(way["cpu_s"]) > 0 for way in content["ways"].values())
+
+
+def test_the_study_trains_reports_and_goes_on_where_it_stopped(tmp_path):
+    command = [sys.executable, REPOSITORY / "bench" / "study.py", "--smoke", "--processes", "1", "--out", tmp_path]
+    for done in ("0 of 2", "2 of 2"):
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr[-2000:]
+        assert run.stdout.startswith(f"{done} runs are done")
+    assert "| paper/append |" in (tmp_path / "study.md").read_text()
+    assert (tmp_path / "study.png").stat().st_size > 10_000
+    assert len((tmp_path / "study.json").read_text().splitlines()) == 2
+
+
+def test_the_memory_of_prompts_is_measured(tmp_path):
+    command = [sys.executable, REPOSITORY / "bench" / "gate_state.py", "--smoke", "--out", tmp_path]
+    assert subprocess.run(command, check=False).returncode == 0
+    (row,) = json.loads((tmp_path / "gate_state.json").read_text())["rows"]
+    assert row["held MiB"] < 1
