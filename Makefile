@@ -1,7 +1,7 @@
 # make quickstart    HAPO through verl's real trainer on a laptop, with a picture
 # make test          every check and every test
 PYTHON ?= python3.11
-PRESET ?= paper
+PRESET ?= plus
 SEED ?= 1
 GSM8K ?= $(wildcard ../shared/data/gsm8k/train.jsonl)
 

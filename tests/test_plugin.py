@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from hapo_verl.adapters.checks import check_launch
+from hapo_verl.config import AnnealedGate
+
 
 def python(code, **environment):
     """The last line that `code` prints in a fresh interpreter."""
@@ -59,6 +62,14 @@ def test_vllms_linear_layers_are_left_alone_without_the_cpu_platform(monkeypatch
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
     with pytest.raises(ImportError):
         vllm_cpu.adapt_to_cpu()
+
+
+def test_plus_is_the_papers_launch_with_a_gate_that_lets_go_and_rows_of_its_own(launch):
+    plus, paper = (launch("actor_rollout_ref.rollout.n=8", preset=[f"+hapo={name}"]) for name in ("plus", "paper"))
+    assert (plus.hapo.gate.name, plus.hapo.injection.mode) == ("annealed", "append")
+    assert check_launch(plus).gate == AnnealedGate()
+    plus.hapo.gate.name, plus.hapo.injection.mode = "paper", "replace"
+    assert plus == paper
 
 
 def test_single_keys_of_both_presets_stay_overridable(launch):

@@ -15,18 +15,16 @@ def write(output: Path, source: Path | None) -> tuple[int, list[str]]:
 
     Args:
         output: folder.
-        source: GSM8K as JSON lines.
+        source: GSM8K as JSON lines; None fetches `openai/gsm8k`.
 
     Returns:
         The response length in bytes (one token each) that the longest demonstration needs with its end of sequence,
         and the overrides that rows of this length need.
 
     Raises:
-        DataError: when the file is missing or holds too few rows.
+        DataError: when the rows cannot be had or are too few.
     """
-    if source is None:
-        raise DataError("--gsm8k: a file is needed. make quickstart-gsm8k GSM8K=train.jsonl")
-    rows, _ = verified_rows(read_jsonl(source), default_score, split="train")
+    rows, _ = verified_rows(read_jsonl(source) if source else fetched(), default_score, split="train")
     if len(rows) < ROWS + HELDOUT:
         raise DataError(f"--gsm8k {source}: {len(rows)} usable rows. At least {ROWS + HELDOUT} are needed.")
     shortest = sorted(rows, key=lambda row: len(row["prompt"][0]["content"] + row["demonstration"]))[: ROWS + HELDOUT]
@@ -37,6 +35,24 @@ def write(output: Path, source: Path | None) -> tuple[int, list[str]]:
     return response, [
         f"data.max_prompt_length={prompt}",
         f"actor_rollout_ref.rollout.max_model_len={prompt + response}",
-        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=32",
+        # A few dozen rows of some hundred bytes at a time.
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=8192",
         "trainer.test_freq=3",
     ]
+
+
+def fetched() -> list[dict]:
+    """GSM8K's training rows from the Hugging Face hub.
+
+    Raises:
+        DataError: without a network.
+    """
+    import datasets
+
+    try:
+        return list(datasets.load_dataset("openai/gsm8k", "main", split="train"))  # pyright: ignore[reportArgumentType]
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"GSM8K: openai/gsm8k could not be fetched ({reason}). make quickstart-gsm8k GSM8K=train.jsonl"
+        ) from None

@@ -1,6 +1,7 @@
 """verl's real trainer on a laptop: a task on which GRPO stays at zero, learned with HAPO.
 
-    make quickstart                      HAPO as in the paper
+    make quickstart                      HAPO as we recommend it: +hapo=plus
+    make quickstart PRESET=paper         as in the paper
     make quickstart PRESET=grpo          verl's own grpo, everything else equal
     make quickstart-gsm8k GSM8K=<jsonl>  the same trainer on real word problems, a few steps
 
@@ -29,8 +30,10 @@ import tiny_model  # noqa: E402
 from launch import GIB, Launch, TrainingError, cpu_environment  # noqa: E402
 
 # What each preset adds to the same configuration.
+HAPO = ["trainer.v1.trainer_mode=hapo_sync", "hapo.poll_interval=0.05"]
 PRESETS = {
-    "paper": ["+hapo=paper", "trainer.v1.trainer_mode=hapo_sync", "hapo.poll_interval=0.05"],
+    "plus": ["+hapo=plus", *HAPO],
+    "paper": ["+hapo=paper", *HAPO],
     "grpo": [
         "algorithm.adv_estimator=grpo",
         f"trainer.v1.sampler.custom_sampler.path={HERE / 'eager_replay_buffer.py'}",
@@ -189,7 +192,7 @@ def report(launch: Launch, points: dict[str, list[tuple[int, float]]], title: st
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0 when the trainer reached its last step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="paper")
+    parser.add_argument("--preset", choices=PRESETS, default="plus")
     parser.add_argument("--task", choices=("digits", "gsm8k"), default="digits")
     parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--gsm8k", type=Path, help="GSM8K as JSON lines with question and answer")
@@ -208,10 +211,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         title = f"reverse {args.digits} digits, {args.preset}, seed {args.seed}"
     else:
         import gsm8k
-        from hapo_verl.data import GSM8K
+        from hapo_verl.data import GSM8K, DataError
 
         steps, data_source, reward = args.steps or 3, GSM8K, None
-        response_length, extra = gsm8k.write(folder / "data", args.gsm8k)
+        try:
+            response_length, extra = gsm8k.write(folder / "data", args.gsm8k)
+        except DataError as error:
+            print(f"quickstart: {error}", file=sys.stderr)
+            return 2
         tiny_model.write(folder / "model", alphabet=None, hidden=128, layers=2, seed=args.seed)
         title = f"GSM8K, {args.preset}, seed {args.seed}, {steps} steps of a random tiny model"
 

@@ -97,6 +97,8 @@ def trainer(tmp_path_factory, model):
             "data.max_response_length": DIGITS + 1,
             "actor_rollout_ref.model.path": model,
             "actor_rollout_ref.actor.ppo_mini_batch_size": PROMPTS,
+            "actor_rollout_ref.actor.use_dynamic_bsz": "false",
+            "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz": "false",
             "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 16,
             "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 16,
             "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": 16,

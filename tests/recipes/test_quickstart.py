@@ -174,3 +174,17 @@ def test_both_presets_differ_only_in_what_the_preset_names(tmp_path):
 def test_the_picture_is_drawn(tmp_path):
     quickstart.draw(quickstart.curves(RECORDS, "reverse_digits"), "title", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_a_file_and_without_a_network_gsm8k_is_one_line(monkeypatch, tmp_path, capsys):
+    import datasets
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the Hub\nmore lines")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    assert quickstart.main(["--task", "gsm8k", "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        "quickstart: GSM8K: openai/gsm8k could not be fetched (Couldn't reach the Hub). "
+        "make quickstart-gsm8k GSM8K=train.jsonl\n"
+    )
