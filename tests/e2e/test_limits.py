@@ -24,6 +24,7 @@ SCRIPTED = [
     "actor_rollout_ref.rollout.agent.default_agent_loop=scripted",
     "actor_rollout_ref.actor.optim.optimizer=SGD",
     "actor_rollout_ref.actor.optim.lr=0.1",
+    "actor_rollout_ref.actor.optim.weight_decay=0",
     "trainer.save_freq=1",
     "trainer.test_freq=-1",
 ]
@@ -69,7 +70,7 @@ def test_the_threshold_falls_to_zero_and_with_it_every_injection(annealed):
     assert {group["outcome"] for group in first} == {"injected"}
     assert {group["outcome"] for group in later} == {"not_fired"}
     assert len(later) == 3 * PROMPTS
-    assert [logged["hapo/gate/threshold"] for logged in annealed.steps] == [0.8, 0.0, 0.0, 0.0]
+    assert [logged["hapo/gate/threshold"] for logged in annealed.steps] == pytest.approx([0.8, 0.0, 0.0, 0.0])
 
 
 def test_after_that_the_rows_and_advantages_are_those_of_verls_grpo_exactly(annealed, model):
@@ -96,7 +97,7 @@ def test_three_steps_without_an_injected_row_end_at_the_parameters_of_verls_grpo
     moved = largest(ours, start)
     # verl's worker puts row by row and ours group by group, so a gradient adds its rows up in another order: the
     # difference is one of the last bits of fp32, not of what is computed.
-    assert moved > 1e-2
+    assert moved > 1e-3
     assert largest(ours, verls) < 1e-6 * max(1, moved)
 
 
