@@ -41,6 +41,9 @@ PRESETS = {
     ],
 }
 
+# Enough for each to learn the digits, with room; grpo gets as many as paper.
+STEPS = {"plus": 120, "paper": 180, "grpo": 180}
+
 # Curves: label and the metric's name in verl's logger; {} is the data source. verl's own `critic/score` is the
 # on-policy success only where nothing is injected.
 CURVES = {
@@ -196,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", choices=("digits", "gsm8k"), default="digits")
     parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--gsm8k", type=Path, help="GSM8K as JSON lines with question and answer")
-    parser.add_argument("--steps", type=int, help="default: 180 (digits), 3 (gsm8k)")
+    parser.add_argument("--steps", type=int, help="default: 120 (digits, plus), 180 (digits, paper and grpo), 3 (gsm8k)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--time-limit", type=float, default=1800, help="seconds for the trainer")
@@ -204,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     folder = (args.output / f"{args.task}-{args.preset}-seed{args.seed}").resolve()
     if args.task == "digits":
-        steps, data_source, reward = args.steps or 180, digits_task.DATA_SOURCE, HERE / "digits.py"
+        steps, data_source, reward = args.steps or STEPS[args.preset], digits_task.DATA_SOURCE, HERE / "digits.py"
         response_length, extra = args.digits + 1, []
         digits_task.write(folder / "data", digits=args.digits, train=16 * steps, heldout=100, seed=args.seed)
         tiny_model.write(folder / "model", alphabet="0123456789", hidden=128, layers=2, seed=args.seed)
