@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", choices=("digits", "gsm8k"), default="digits")
     parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--gsm8k", type=Path, help="GSM8K as JSON lines with question and answer")
-    parser.add_argument("--steps", type=int, help="default: 120 (digits, plus), 180 (digits, paper and grpo), 3 (gsm8k)")
+    parser.add_argument("--steps", type=int, help="default: 3 (gsm8k), else 120 (plus) or 180 (paper, grpo)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--time-limit", type=float, default=1800, help="seconds for the trainer")

@@ -7,6 +7,8 @@ import pytest
 import torch
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
+from hapo_verl.adapters.gatekeeper import Gatekeeper
+from hapo_verl.config import HapoConfig
 from tests.e2e.conftest import PROMPTS, ROLLOUTS
 from tests.e2e.test_limits import SCRIPTED
 
@@ -70,7 +72,7 @@ POSTERIOR = [
     *TRACED,
     "trainer.v1.trainer_mode=hapo_sync",
     "hapo.gate.name=posterior",
-    "hapo.gate.threshold=0.4",
+    "hapo.gate.threshold=0.3",
     "hapo.budget.share=0.75",
     *SCRIPTED,
     "trainer.save_freq=2",
@@ -100,8 +102,16 @@ def test_a_run_killed_at_step_three_and_resumed_decides_as_if_nothing_had_happen
     assert outcomes["not_fired"] > 0
     for step in (1, 2, 3):
         assert sum(d["outcome"] == "injected" for d in decisions(killed, step).values()) <= 0.75 * PROMPTS
-    # The state was in use: a prompt's second visit is judged by its own past, so confidences differ at equal scores.
-    by_successes = defaultdict(set)
-    for decision in decisions(resumed, 3).values():
-        by_successes[sum(decision["scores"])].add(decision["confidence"])
-    assert any(len(confidences) > 1 for confidences in by_successes.values())
+    # And as the rule says, from the outcomes of the two steps before the kill.
+    keeper = Gatekeeper(HapoConfig.parse({"gate": {"name": "posterior", "threshold": 0.3}}), total_steps=6)
+    rows = resumed.train.to_dict("records")
+    keeper.know(rows, prompt_column="prompt")
+    for step in (1, 2):
+        keeper.observe([group for group in killed.groups if group["step"] == step])
+    for index, decision in decisions(resumed, 3).items():
+        (row,) = [row for row in rows if row["extra_info"]["index"] == index]
+        columns = {name: [row[name]] for name in ("data_source", "extra_info", "prompt")}
+        (given,) = keeper.situations(columns | {"raw_prompt": [row["prompt"]]}, 3, prompt_column="prompt")
+        a, b = given["prior_success"], given["prior_failure"]
+        assert (a, b) != (1.0, 1.0)
+        assert decision["confidence"] == (a + sum(decision["scores"])) / (a + b + ROLLOUTS)
