@@ -133,7 +133,12 @@ def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _gsm8k_records(path: Path | None) -> Iterable[dict[str, Any]]:
+def gsm8k_records(path: Path | None) -> Iterable[dict[str, Any]]:
+    """GSM8K's training records: of a JSON Lines file, or fetched where there is none.
+
+    Raises:
+        DataError: when they cannot be had.
+    """
     if path is not None:
         return list(read_jsonl(path))
     import datasets
@@ -142,7 +147,8 @@ def _gsm8k_records(path: Path | None) -> Iterable[dict[str, Any]]:
         return datasets.load_dataset(GSM8K, "main", split="train").to_list()
     except Exception as error:
         raise DataError(
-            f"{GSM8K}: cannot be fetched ({type(error).__name__}). Give a local copy with --input train.jsonl."
+            f"{GSM8K}: cannot be fetched ({type(error).__name__}). Give its JSON lines: --input train.jsonl, "
+            "or GSM8K=train.jsonl to make."
         ) from None
 
 
@@ -163,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     try:
-        records = _gsm8k_records(args.input)
+        records = gsm8k_records(args.input)
         rows, left_out = verified_rows(tqdm(records, desc="verifying", unit="row"), default_score, split=args.split)
         for reason, count in left_out.most_common():
             print(f"left out  {count:7}  {reason}")

@@ -82,10 +82,16 @@ def test_nothing_to_write_is_an_error_and_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_half_of_a_new_one(tmp_path):
+def test_a_failed_write_leaves_the_old_file_and_no_half_of_a_new_one(tmp_path, monkeypatch):
     path = tmp_path / "train.parquet"
     write_parquet([{"a": 1}], path)
-    with pytest.raises(Exception, match="object"):
-        write_parquet([{"a": object()}], path)
+
+    def full_disk(frame, target):
+        target.write_bytes(b"PAR1")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pandas.DataFrame, "to_parquet", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_parquet([{"a": 2}], path)
     assert [file.name for file in tmp_path.iterdir()] == ["train.parquet"]
     assert pandas.read_parquet(path)["a"].tolist() == [1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hapo_verl.adapters.reward import default_score
-from hapo_verl.data import DataError, read_jsonl, verified_rows, write_parquet
+from hapo_verl.data import DataError, gsm8k_records, verified_rows, write_parquet
 
 ROWS, HELDOUT = 48, 8
 
@@ -24,7 +24,7 @@ def write(output: Path, source: Path | None) -> tuple[int, list[str]]:
     Raises:
         DataError: when the rows cannot be had or are too few.
     """
-    rows, _ = verified_rows(read_jsonl(source) if source else fetched(), default_score, split="train")
+    rows, _ = verified_rows(gsm8k_records(source), default_score, split="train")
     if len(rows) < ROWS + HELDOUT:
         raise DataError(f"--gsm8k {source}: {len(rows)} usable rows. At least {ROWS + HELDOUT} are needed.")
     shortest = sorted(rows, key=lambda row: len(row["prompt"][0]["content"] + row["demonstration"]))[: ROWS + HELDOUT]
@@ -39,20 +39,3 @@ def write(output: Path, source: Path | None) -> tuple[int, list[str]]:
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=8192",
         "trainer.test_freq=3",
     ]
-
-
-def fetched() -> list[dict]:
-    """GSM8K's training rows from the Hugging Face hub.
-
-    Raises:
-        DataError: without a network.
-    """
-    import datasets
-
-    try:
-        return list(datasets.load_dataset("openai/gsm8k", "main", split="train"))  # pyright: ignore[reportArgumentType]
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(
-            f"GSM8K: openai/gsm8k could not be fetched ({reason}). make quickstart-gsm8k GSM8K=train.jsonl"
-        ) from None

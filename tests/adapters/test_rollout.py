@@ -184,7 +184,7 @@ def test_a_session_with_several_outputs_gives_way_as_a_whole_and_the_others_keep
 
 
 def test_a_field_that_one_row_lacks_is_written_for_none(worker):
-    outputs = [*failures(worker, 1, logprobs=False), *failures(worker, 2)]
+    outputs = [*failures(worker, 2), *failures(worker, 1, logprobs=False)]
     close(worker, outputs, None)
     assert "rollout_log_probs" not in worker.puts[0].fields
 

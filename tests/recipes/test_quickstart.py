@@ -185,6 +185,6 @@ def test_without_a_file_and_without_a_network_gsm8k_is_one_line(monkeypatch, tmp
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert quickstart.main(["--task", "gsm8k", "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        "quickstart: GSM8K: openai/gsm8k could not be fetched (Couldn't reach the Hub). "
-        "make quickstart-gsm8k GSM8K=train.jsonl\n"
+        "quickstart: openai/gsm8k: cannot be fetched (ConnectionError). Give its JSON lines: "
+        "--input train.jsonl, or GSM8K=train.jsonl to make.\n"
     )
