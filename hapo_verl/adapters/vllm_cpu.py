@@ -29,7 +29,7 @@ def adapt_to_cpu() -> None:
 
     layers.dispatch_cpu_unquantized_gemm = plain_linear
 
-    def never_recently(condition: SpinCondition) -> None:
+    def never_recently(self: SpinCondition) -> None:
         """A reader spins while its last read is recent; one that notes no read waits for the writer's call."""
 
     SpinCondition.record_read = never_recently
