@@ -4,7 +4,7 @@ vLLM's CPU build packs each Linear weight into a oneDNN handle and leaves `layer
 into `layer.weight` after every step: the worker would die at the first one and the trainer would wait for it forever.
 
 vLLM's processes wait for each other in a loop that gives its core back and takes it again, for a second after every
-message. On two cores that was a fifth of the machine, taken from the trainer; here they sleep until they are called.
+message. On two cores that is a fifth of the machine, taken from the trainer; here they nap for a millisecond at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 
 
 def adapt_to_cpu() -> None:
-    """Keep the plain Linear and wait asleep where VERL_PLATFORM=cpu; do nothing elsewhere."""
+    """Keep the plain Linear and nap while waiting where VERL_PLATFORM=cpu; do nothing elsewhere."""
     if os.environ.get("VERL_PLATFORM", "").strip().lower() != "cpu":
         return
     from vllm.platforms import current_platform
@@ -29,7 +29,11 @@ def adapt_to_cpu() -> None:
 
     layers.dispatch_cpu_unquantized_gemm = plain_linear
 
-    def never_recently(self: SpinCondition) -> None:
-        """A reader spins while its last read is recent; one that notes no read waits for the writer's call."""
+    wait = SpinCondition.wait
 
-    SpinCondition.record_read = never_recently
+    def nap(self: SpinCondition, timeout_ms: int | None = None) -> None:
+        """Look again after a millisecond at most; the writer's call alone is not enough, it may be dropped."""
+        self.last_read = 0.0
+        wait(self, 1)
+
+    SpinCondition.wait = nap
