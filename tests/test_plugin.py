@@ -58,10 +58,10 @@ def test_vllms_linear_layers_are_left_alone_without_the_cpu_platform(monkeypatch
 
     monkeypatch.delenv("VERL_PLATFORM", raising=False)
     monkeypatch.setitem(sys.modules, "vllm.platforms", None)  # importing it would raise
-    vllm_cpu.adapt_to_cpu()
+    vllm_cpu.keep_plain_linear_weights()
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
     with pytest.raises(ImportError):
-        vllm_cpu.adapt_to_cpu()
+        vllm_cpu.keep_plain_linear_weights()
 
 
 def test_plus_is_the_papers_launch_with_a_gate_that_lets_go_and_rows_of_its_own(launch):
