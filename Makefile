@@ -1,5 +1,6 @@
 # make quickstart    HAPO through verl's real trainer on a laptop, with a picture
 # make test          every check and every test
+# make test-long     a trainer that is killed and resumed, ten minutes more
 PYTHON ?= python3.11
 PRESET ?= plus
 SEED ?= 1
@@ -11,7 +12,7 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 # The CPU build of torch: from a folder of wheels where pip has one, else from where uv knows it to be.
 TORCH := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend=cpu)
 
-.PHONY: quickstart quickstart-gsm8k test lint unit e2e env clean
+.PHONY: quickstart quickstart-gsm8k test test-long lint unit e2e env clean
 
 quickstart: env
 	$(BIN)/python recipes/quickstart/quickstart.py --preset $(PRESET) --seed $(SEED) $(if $(STEPS),--steps $(STEPS))
@@ -30,7 +31,10 @@ unit: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not e2e"
 
 e2e: env
-	$(BIN)/python -m pytest -q -m e2e --durations=0
+	$(BIN)/python -m pytest -q -m "e2e and not long" --durations=0
+
+test-long: env
+	$(BIN)/python -m pytest -q -m long --durations=0
 
 env: $(VENV)/.complete
 

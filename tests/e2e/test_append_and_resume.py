@@ -87,6 +87,7 @@ def decisions(run, step):
     }
 
 
+@pytest.mark.long
 def test_a_run_killed_at_step_three_and_resumed_decides_as_if_nothing_had_happened(trainer):
     # 16 prompts, 8 a step: from step 3 on every prompt was seen before.
     killed = trainer("killed", *POSTERIOR, steps=6, rows=2 * PROMPTS, killed_at=3)
