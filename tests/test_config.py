@@ -2,17 +2,22 @@
 
 import pytest
 
-from hapo_verl.config import ConfigError, GateConfig, HapoConfig, defaults
+from hapo_verl.config import ConfigError, GateConfig, HapoConfig, KernelsConfig, defaults
 
 
 def test_an_empty_block_is_the_paper():
     hapo = HapoConfig.parse({})
     assert hapo.gate == GateConfig(name="paper", threshold=0.8, prior_success=1.0, prior_failure=1.0)
     assert hapo.loss.shaping == 0.1
+    assert hapo.kernels == KernelsConfig(policy_loss="auto", head="off")
 
 
 def test_the_defaults_pass_their_own_checks():
     assert HapoConfig.parse(defaults()) == HapoConfig()
+
+
+def test_a_bare_off_on_a_command_line_is_the_head_called_off():
+    assert HapoConfig.parse({"kernels": {"head": False}}).kernels.head == "off"
 
 
 def test_a_key_replaces_its_default_and_no_other():
@@ -48,6 +53,14 @@ def test_a_key_replaces_its_default_and_no_other():
         (
             {"loss": {"shaping": 0.0}},
             "hapo.loss.shaping=0.0: lambda of q/(q+lambda) must be positive. Use 0.1, the value of the paper.",
+        ),
+        (
+            {"kernels": {"policy_loss": "cuda"}},
+            "hapo.kernels.policy_loss='cuda': no such kernel. Use one of: auto, reference, triton.",
+        ),
+        (
+            {"kernels": {"head": "fused"}},
+            "hapo.kernels.head='fused': no such head. Use one of: off, linear_logprob.",
         ),
         (
             {"poll_interval": 0},
