@@ -32,6 +32,7 @@ from verl.utils.debug.metrics import calculate_debug_metrics
 
 from hapo_kernels.segment_norm import segment_ids
 from hapo_verl.adapters import checks, jagged
+from hapo_verl.adapters.head import choose_head
 from hapo_verl.adapters.loss import hapo_loss, token_means
 from hapo_verl.adapters.metrics import group_metrics
 from hapo_verl.adapters.rows import DEMONSTRATION, GROUP, demonstration_flags, plain_values
@@ -48,6 +49,7 @@ class HapoTrainer(PPOTrainer):
     def __init__(self, config: Any) -> None:
         self.hapo = checks.check_launch(config)
         checks.check_cluster()
+        choose_head(config, self.hapo)
         self.trace = Trace(self.hapo.trace_dir)
         super().__init__(config)
 
