@@ -1,4 +1,4 @@
-"""verl's FSDP engine with a head of ours: `hapo.kernels.head`.
+"""verl's FSDP2 engine with a head of ours: `hapo.kernels.head`.
 
 verl's engine registry asks for a hardware vendor first, and verl itself registers none: this engine takes those places
 and is verl's own, unless the model's `fused_kernel_options.impl_backend` names one of our heads. A HAPO trainer writes
@@ -7,6 +7,9 @@ configuration.
 
 Only tokens that train are scored. What verl reads from the others, it masks.
 """
+
+# verl's decorator hides its engine's type.
+# pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -21,14 +24,13 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from hapo_kernels.linear_logprob import IGNORED
+from hapo_verl.adapters import jagged
 from hapo_verl.adapters.head import Head, Scores, chosen_head, install, logprob_score
 
 logger = logging.getLogger("verl." + __name__)
 
 
-@EngineRegistry.register(
-    model_type="language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor=["nvidia", "amd", "cpu"]
-)
+@EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cuda", vendor=["nvidia", "amd", "cpu"])
 class HapoFSDPEngine(FSDPEngineWithLMHead):
     """verl's engine; with one of our heads the model's output carries log-probabilities in the place of logits."""
 
@@ -47,11 +49,12 @@ class HapoFSDPEngine(FSDPEngineWithLMHead):
         model_inputs, output_args = super().prepare_model_inputs(micro_batch)
         if self.hapo_head is not None:
             for name in ("calculate_sum_pi_squared", "distillation_use_topk"):
-                if tu.get_non_tensor_data(data=micro_batch, key=name, default=False):
+                if _setting(micro_batch, name):
                     raise RuntimeError(f"{name}: needs whole logits. Use hapo.kernels.head=off.")
             label_N, temperature_N = self._labels_and_temperatures(micro_batch, output_args)
-            with_entropy = tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False)
-            self.hapo_head.score = logprob_score(label_N, temperature_N, with_entropy=with_entropy)
+            self.hapo_head.score = logprob_score(
+                label_N, temperature_N, with_entropy=_setting(micro_batch, "calculate_entropy")
+            )
         return model_inputs, output_args
 
     def prepare_model_outputs(
@@ -66,23 +69,18 @@ class HapoFSDPEngine(FSDPEngineWithLMHead):
             raise RuntimeError(
                 f"{type(self.module).__name__} changes what its head returns. Use hapo.kernels.head=off."
             )
-        offsets = micro_batch["input_ids"].offsets()
+        offsets = jagged.offsets(micro_batch["input_ids"])
         if _is_packed(micro_batch):
             pad = output_args["pad_size"]
             values = [self._gather_and_unpad_packed(value_N, pad) for value_N in scores]
         else:
             within_N = _within(micro_batch).flatten()
             values = [value_N[within_N] for value_N in scores]
-        names = ["log_probs"]
-        if tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False):
-            names.append("entropy")
-        return {
-            name: torch.nested.nested_tensor_from_jagged(value, offsets)
-            for name, value in zip(names, values, strict=False)
-        }
+        logp, entropy = (torch.nested.nested_tensor_from_jagged(value, offsets) for value in values)
+        return {"log_probs": logp} | ({"entropy": entropy} if _setting(micro_batch, "calculate_entropy") else {})
 
     def _labels_and_temperatures(self, micro_batch: TensorDict, output_args: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """One a position of the model's input, flattened; `IGNORED` is the label wherever the next token does not train."""
+        """One a position of the model's input, flattened; the label is `IGNORED` where no token that trains follows."""
         label = output_args["input_ids_rmpad_rolled"]
         keep = _predicts_a_trained_token(micro_batch)
         if _is_packed(micro_batch):
@@ -102,20 +100,24 @@ class HapoFSDPEngine(FSDPEngineWithLMHead):
         return label.flatten(), temperature.flatten().clamp(min=1e-8)
 
 
+def _setting(micro_batch: TensorDict, name: str, default: bool = False) -> bool:
+    return bool(tu.get_non_tensor_data(data=micro_batch, key=name, default=default))
+
+
 def _is_packed(micro_batch: TensorDict) -> bool:
-    return tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
+    return _setting(micro_batch, "use_remove_padding", default=True)
 
 
 def _within(micro_batch: TensorDict) -> Tensor:
     """(B, T) bool: True up to the length of each row."""
-    length_B = micro_batch["input_ids"].offsets().diff()
+    length_B = jagged.offsets(micro_batch["input_ids"]).diff()
     return torch.arange(int(length_B.max()), device=length_B.device) < length_B.unsqueeze(1)
 
 
 def _predicts_a_trained_token(micro_batch: TensorDict) -> Tensor:
     """(tokens,) bool over the packed sequences: the position whose next token has a nonzero `loss_mask`."""
     mask: Any = micro_batch["loss_mask"]
-    end_B = micro_batch["input_ids"].offsets()[1:]
+    end_B = jagged.offsets(micro_batch["input_ids"])[1:]
     length_B = mask.offsets().diff()
     # Responses end their sequences.
     shift_B = end_B - 1 - mask.offsets()[1:]

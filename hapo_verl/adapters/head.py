@@ -1,7 +1,7 @@
 """A language-model head that hands out log-probabilities instead of logits, in the place of `lm_head.forward`.
 
-The model's own forward stays as it is and calls `self.lm_head(hidden)`. FSDP2 gathers an untied head in front of exactly
-that call and frees it behind, so whoever reads `lm_head.weight` anywhere else finds a shard.
+The model's own forward stays as it is and calls `self.lm_head(hidden)`. FSDP2 gathers an untied head in front of
+exactly that call and frees it behind, so whoever reads `lm_head.weight` anywhere else finds a shard.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Scores(NamedTuple):
     Flat because FSDP2 watches what a module returns, and warns of views.
     """
 
-    logp_N: Tensor  # nats; 0 on positions that are not scored
-    entropy_N: Tensor  # nats; 0 on positions that are not scored, and everywhere if it was not asked for
+    logp: Tensor  # nats; 0 on positions that are not scored
+    entropy: Tensor  # nats; 0 on positions that are not scored, and everywhere if it was not asked for
 
 
 # From hidden states (..., H), weight (V, H) and bias (V,) to what the model's output carries as `logits`.
@@ -90,17 +90,18 @@ def install(model: nn.Module) -> Head:
     for name in _AFTER_THE_HEAD:
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ConfigError(
-                f"hapo.kernels.head: {type(model).__name__} with {name}={getattr(config, name)} does not train on plain "
-                "logits of its hidden states. Use hapo.kernels.head=off."
+                f"hapo.kernels.head: {type(model).__name__} with {name}={getattr(config, name)} changes its logits "
+                "behind the head, or has images in front of it. Use hapo.kernels.head=off."
             )
     linear = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]  Hugging Face's door to the head
     if type(linear) is not nn.Linear:
+        kind = f"{type(linear).__module__}.{type(linear).__name__}"
         raise ConfigError(
-            f"hapo.kernels.head: lm_head is a {type(linear).__name__}, and a plain Linear is needed. "
+            f"hapo.kernels.head: lm_head is a {kind}; a plain Linear is needed. "
             "Leave lm_head out of actor_rollout_ref.model.target_modules, or use hapo.kernels.head=off."
         )
     head = Head(linear)
-    linear.forward = head
+    linear.forward = head  # pyright: ignore[reportAttributeAccessIssue]  it may return more than a tensor
     return head
 
 
