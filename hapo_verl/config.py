@@ -72,7 +72,7 @@ class KernelsConfig:
     head: str = _checked(
         "off",
         lambda v: v in HEADS or v is False,  # YAML reads a bare `off` as false
-        "no such head. Use one of: off, linear_logprob.",
+        "not a head that verl's engine can run. Use one of: off, linear_logprob.",
     )
 
     def __post_init__(self) -> None:
