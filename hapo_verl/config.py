@@ -168,6 +168,29 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementations of `hapo_kernels` the actor runs."""
+
+    # auto: the Triton kernel on a GPU, the PyTorch reference elsewhere.
+    policy_loss: str = _checked(
+        "auto", lambda v: v in ("auto", "reference", "triton"), "no such kernel. Use one of: auto, reference, triton."
+    )
+    # off: verl's own; linear_logprob: log-probs from hidden states, a chunk of logits at a time, response tokens only.
+    head: str = _checked(
+        "off",
+        lambda v: v in HEADS or v is False,  # YAML reads a bare `off` as false
+        "not a head that verl's engine can run. Use one of: off, linear_logprob.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.head is False:
+            object.__setattr__(self, "head", "off")
+
+
+HEADS = ("off", "linear_logprob")
+
+
+@dataclass(frozen=True)
 class HapoConfig:
     """Every key of the `hapo:` block."""
 
@@ -175,6 +198,7 @@ class HapoConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     injection: InjectionConfig = field(default_factory=InjectionConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     # A rollout is a success when its `acc` (its score, where the reward function returns no `acc`) is at least this.
     success_threshold: float = _checked(1.0, _is_number, "the least score of a success is a number. Use 1.0.")
     # The data set's column with the demonstration: a string, or a list with one assistant message.

@@ -14,7 +14,7 @@ import traceback
 
 
 def register() -> None:
-    """Register the estimator, the trainers, the presets and, with VERL_PLATFORM=cpu, the CPU platform."""
+    """Register estimator, trainers, training engine, presets and, with VERL_PLATFORM=cpu, the CPU platform."""
     from wrapt import when_imported
 
     @when_imported("verl.trainer.ppo.core_algos")
@@ -24,6 +24,10 @@ def register() -> None:
     @when_imported("verl.trainer.ppo.v1")
     def _trainers(_module: object) -> None:
         import hapo_verl.adapters.trainer  # noqa: F401
+
+    @when_imported("verl.workers.engine.fsdp.transformer_impl")
+    def _engine(_module: object) -> None:
+        import hapo_verl.adapters.engine  # noqa: F401
 
     from hapo_verl.adapters.presets import register_presets
 

@@ -8,6 +8,7 @@ from hapo_verl.config import (
     ConfigError,
     GateConfig,
     HapoConfig,
+    KernelsConfig,
     PaperGate,
     PosteriorGate,
     ThompsonGate,
@@ -21,6 +22,7 @@ def test_an_empty_block_is_the_paper():
     assert hapo.injection.mode == "replace"
     assert hapo.budget.share == 1.0
     assert hapo.loss.shaping == 0.1
+    assert hapo.kernels == KernelsConfig(policy_loss="auto", head="off")
 
 
 def test_the_defaults_pass_their_own_checks():
@@ -38,6 +40,10 @@ def test_a_gates_keys_are_checked_as_its_own():
     assert HapoConfig.parse({"gate": {"name": "thompson", "strength": 4}}).gate == ThompsonGate(strength=4)
     assert HapoConfig.parse({"gate": {"name": "posterior"}}).gate == PosteriorGate()
     assert HapoConfig.parse({"gate": {"name": "zero"}}).gate == GateConfig("zero")
+
+
+def test_a_bare_off_on_a_command_line_is_the_head_called_off():
+    assert HapoConfig.parse({"kernels": {"head": False}}).kernels.head == "off"
 
 
 def test_a_key_replaces_its_default_and_no_other():
@@ -99,6 +105,14 @@ def test_a_key_replaces_its_default_and_no_other():
         (
             {"loss": {"shaping": 0.0}},
             "hapo.loss.shaping=0.0: lambda of q/(q+lambda) must be positive. Use 0.1, the value of the paper.",
+        ),
+        (
+            {"kernels": {"policy_loss": "cuda"}},
+            "hapo.kernels.policy_loss='cuda': no such kernel. Use one of: auto, reference, triton.",
+        ),
+        (
+            {"kernels": {"head": "policy_head"}},
+            "hapo.kernels.head='policy_head': not a head that verl's engine can run. Use one of: off, linear_logprob.",
         ),
         (
             {"poll_interval": 0},

@@ -4,6 +4,9 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
+
 from hapo_verl.adapters import diagnosis
 from hapo_verl.adapters.diagnosis import Finding, findings
 from hapo_verl.config import ConfigError
@@ -41,7 +44,7 @@ def test_a_check_that_fails_does_not_hide_the_next(monkeypatch):
         raise ConfigError("one line. And the fix.")
 
     monkeypatch.setattr(diagnosis, "_verl", broken)
-    monkeypatch.setattr(diagnosis, "_kernels", lambda: 1 / 0)
+    monkeypatch.setattr(diagnosis, "_kernels", lambda _: 1 / 0)
     found = {finding.name: finding for finding in findings([], ray=False)}
     assert found["verl"] == Finding("verl", False, "one line. And the fix.")
     assert found["kernels"] == Finding("kernels", False, "ZeroDivisionError: division by zero")
@@ -55,3 +58,19 @@ def test_missing_training_data_is_named(launch):
     assert found["demonstrations"].detail == (
         "data.train_files=/no/such.parquet: no such file on this machine. Name local parquet files."
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what it finds on a machine without a GPU")
+def test_the_kernels_line_says_what_runs_and_why(launch):
+    overrides = ["+hapo=paper", "hapo.kernels.head=linear_logprob", "hapo.kernels.policy_loss=reference"]
+    for given, detail in {
+        (): (
+            "policy loss: reference (PyTorch), because no GPU is visible; head: verl's own, as configured; "
+            "group advantages: reference, on the trainer's CPU"
+        ),
+        tuple(overrides): (
+            "policy loss: reference, as configured; head: linear_logprob, reference (PyTorch), because no GPU is "
+            "visible; group advantages: reference, on the trainer's CPU"
+        ),
+    }.items():
+        assert diagnosis._kernels(given) == detail

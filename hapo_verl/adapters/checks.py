@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -40,6 +41,7 @@ def check_launch(config: DictConfig) -> HapoConfig:
             raise ConfigError(f"{key}={value}: {advice}")
     _check_manager(config)
     _check_reward_model(config)
+    _check_kernels(config, hapo)
     return hapo
 
 
@@ -117,6 +119,60 @@ def _check_reward_model(config: DictConfig) -> None:
         raise ConfigError(
             "reward.reward_model.enable_resource_pool=False: a reward model on the trainer's devices scores after the "
             "groups are closed, too late for the gate. Use reward.reward_model.enable_resource_pool=True."
+        )
+
+
+# What a head of ours needs of a launch: key, what is wrong with its value, the rule and the fix.
+_HEAD_RULES = (
+    (
+        "actor_rollout_ref.actor.strategy",
+        lambda v: v != "fsdp2",
+        "a head of hapo.kernels is written for FSDP2. "
+        "Use actor_rollout_ref.actor.strategy=fsdp2, or hapo.kernels.head=off.",
+    ),
+    (
+        "actor_rollout_ref.ref.strategy",
+        lambda v: v != "fsdp2",
+        "a head of hapo.kernels is written for FSDP2. "
+        "Use actor_rollout_ref.ref.strategy=fsdp2, or hapo.kernels.head=off.",
+    ),
+    (
+        "actor_rollout_ref.model.use_fused_kernels",
+        bool,
+        "verl's own fused head and one of hapo.kernels exclude each other. "
+        "Use actor_rollout_ref.model.use_fused_kernels=false, or hapo.kernels.head=off.",
+    ),
+    (
+        "actor_rollout_ref.actor.calculate_sum_pi_squared",
+        bool,
+        "a sum over the vocabulary needs whole logits. "
+        "Use actor_rollout_ref.actor.calculate_sum_pi_squared=false, or hapo.kernels.head=off.",
+    ),
+)
+
+
+def _check_kernels(config: DictConfig, hapo: HapoConfig) -> None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if hapo.kernels.policy_loss == "triton" and config.trainer.device == "cpu" and not interpreted:
+        raise ConfigError(
+            "hapo.kernels.policy_loss=triton: trainer.device=cpu, and Triton compiles for GPUs. "
+            "Use hapo.kernels.policy_loss=auto."
+        )
+    if hapo.kernels.head == "off":
+        return
+    for key, wrong, advice in _HEAD_RULES:
+        value = OmegaConf.select(config, key)
+        if wrong(value):
+            raise ConfigError(f"{key}={value}: {advice}")
+    from verl.utils.device import get_vendor
+    from verl.workers.engine import EngineRegistry
+
+    from hapo_verl.adapters.engine import HapoFSDPEngine
+
+    if not issubclass(EngineRegistry.get_engine_cls("language_model", "fsdp2"), HapoFSDPEngine):
+        raise ConfigError(
+            f"hapo.kernels.head={hapo.kernels.head}: verl takes another training engine on {get_vendor()} devices. "
+            "Use hapo.kernels.head=off."
         )
 
 

@@ -39,6 +39,7 @@ class Override:
 
 _TRAINER = "verl.trainer.ppo.v1.trainer_base.PPOTrainer"
 _WORKER = "verl.experimental.agent_loop.agent_loop.AgentLoopWorker"
+_ENGINE = "verl.workers.engine.fsdp.transformer_impl.FSDPEngineWithLMHead"
 _WORKER_TQ = "verl.trainer.ppo.v1.agent_loop_tq.AgentLoopWorkerTQ"
 
 OVERRIDES = (
@@ -55,7 +56,16 @@ OVERRIDES = (
     Override(_WORKER_TQ, "_run_prompt", ("self", "prompt", "sampling_params", "trajectory", "trace")),
     Override(_WORKER_TQ, "_agent_loop_postprocess", ("self", "output", "validate", "kwargs"), REPLACED),
     Override(_WORKER, "_run_agent_loop", ("self", "sampling_params", "trajectory", "agent_name", "trace", "kwargs")),
+    Override(_ENGINE, "_build_fsdp_module", ("self", "module")),
+    Override(_ENGINE, "prepare_model_inputs", ("self", "micro_batch")),
+    Override(
+        _ENGINE,
+        "prepare_model_outputs",
+        ("self", "output", "output_args", "micro_batch", "logits_processor_func"),
+        REPLACED,
+    ),
     # Called, not overridden.
+    Override(_ENGINE, "_gather_and_unpad_packed", ("self", "tensor", "pad_size")),
     Override(_WORKER, "_compute_score", ("self", "outputs", "kwargs")),
     Override(_WORKER, "_compute_multi_modal_inputs", ("self", "output", "input_ids")),
     Override(

@@ -13,9 +13,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 import hapo_verl
 from hapo_verl.adapters import contract
-from hapo_verl.config import ConfigError
+from hapo_verl.config import ConfigError, HapoConfig
 
 _MODES = ("hapo_sync", "hapo_colocate_async", "hapo_separate_async")
 
@@ -55,7 +57,7 @@ def findings(overrides: Sequence[str], *, ray: bool) -> Iterator[Finding]:
         ("estimator hapo", _estimator),
         ("trainers", _trainers),
         ("preset +hapo=paper", _preset),
-        ("kernels", _kernels),
+        ("kernels", partial(_kernels, overrides)),
     ]
     if ray:
         checks.append(("plugin in a Ray worker", _ray_worker))
@@ -146,12 +148,19 @@ def _composed(overrides: Sequence[str]) -> Any:
         return compose("ppo_trainer", overrides=list(overrides))
 
 
-def _kernels() -> str:
+def _kernels(overrides: Sequence[str]) -> str:
+    """Which implementation the actor runs and why; the defaults' where no launch is given."""
     import torch
 
+    config = _composed(overrides).get("hapo") if overrides else None
+    chosen = HapoConfig.parse(OmegaConf.to_container(config, resolve=True) if config else {}).kernels  # pyright: ignore[reportArgumentType]
     if torch.cuda.is_available():
-        return "triton, because tensors are on a GPU"
-    return "reference (PyTorch), because no GPU is visible"
+        active, why = f"triton {_version('triton')}", "a GPU is visible"
+    else:
+        active, why = "reference (PyTorch)", "no GPU is visible"
+    loss = f"{active}, because {why}" if chosen.policy_loss == "auto" else f"{chosen.policy_loss}, as configured"
+    head = "verl's own, as configured" if chosen.head == "off" else f"{chosen.head}, {active}, because {why}"
+    return f"policy loss: {loss}; head: {head}; group advantages: reference, on the trainer's CPU"
 
 
 def _ray_worker() -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def lengths(jagged_BT: Tensor) -> Tensor:
     """(B,) tokens of each row."""
-    return _offsets(jagged_BT).diff()
+    return offsets(jagged_BT).diff()
 
 
 def row_sums(jagged_BT: Tensor) -> Tensor:
@@ -30,9 +30,10 @@ def cut(padded_BT: Tensor, like: Tensor) -> Tensor:
 
 
 def _jagged(values: Tensor, like: Tensor) -> Tensor:
-    return torch.nested.nested_tensor_from_jagged(values, offsets=_offsets(like))
+    return torch.nested.nested_tensor_from_jagged(values, offsets=offsets(like))
 
 
-def _offsets(jagged: Tensor) -> Tensor:
+def offsets(jagged: Tensor) -> Tensor:
+    """(B+1,) bounds of the rows."""
     # torch's stubs know nothing of jagged tensors.
     return jagged.offsets()  # pyright: ignore[reportAttributeAccessIssue]

@@ -63,6 +63,7 @@ def hapo_loss(
         importance_weight_BT=rows.get("rollout_is_weights", None),
         kl=KLPenalty(rows["ref_log_prob"], config.kl_loss_type, config.kl_loss_coef) if config.use_kl_loss else None,
         entropy=None if entropy is None else EntropyBonus(no_padding_2_padding(entropy, data), config.entropy_coeff),
+        impl=hapo.kernels.policy_loss,  # pyright: ignore[reportArgumentType]  one of Impl, checked by HapoConfig
     )
     Trace(hapo.trace_dir).loss_rows(data, names=["uid", "responses", DEMONSTRATION, "advantages", "response_mask"])
     return result.loss, _metrics(result.metrics._asdict(), config, has_entropy=entropy is not None)

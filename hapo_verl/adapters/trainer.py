@@ -36,6 +36,7 @@ from verl.utils.tensordict_utils import assign_non_tensor_stack
 from hapo_kernels.segment_norm import segment_ids
 from hapo_verl.adapters import checks, jagged
 from hapo_verl.adapters.gatekeeper import Gatekeeper
+from hapo_verl.adapters.head import choose_head
 from hapo_verl.adapters.loss import hapo_loss, token_means
 from hapo_verl.adapters.metrics import group_metrics
 from hapo_verl.adapters.rows import APPENDED, DEMONSTRATION, GROUP, SITUATION, demonstration_flags, plain_values
@@ -52,6 +53,7 @@ class HapoTrainer(PPOTrainer):
     def __init__(self, config: Any) -> None:
         self.hapo = checks.check_launch(config)
         checks.check_cluster()
+        choose_head(config, self.hapo)
         self.trace = Trace(self.hapo.trace_dir)
         # Of the batch in training: rows, appended ones among them, and what mini-batches they make.
         self._rows, self._appended, self._prompts_per_mini_batch = 0, 0, None

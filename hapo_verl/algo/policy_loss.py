@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hapo_kernels.dispatch import Impl
 from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, PolicyLoss, Teacher, policy_loss
 
 __all__ = ["Aggregation", "Clip", "EntropyBonus", "KLPenalty", "PolicyLoss", "hapo_policy_loss"]
@@ -32,6 +33,7 @@ def hapo_policy_loss(
     importance_weight_BT: Tensor | None = None,
     kl: KLPenalty | None = None,
     entropy: EntropyBonus | None = None,
+    impl: Impl = "auto",
 ) -> PolicyLoss:
     """Loss and metrics of one micro-batch; the gradient flows through `policy_logp_BT`.
 
@@ -47,6 +49,7 @@ def hapo_policy_loss(
         importance_weight_BT: (B, T) weights of a rollout correction, for the policy's own rows.
         kl: penalty towards a reference model, with its coefficient.
         entropy: bonus, with its coefficient.
+        impl: `hapo.kernels.policy_loss`.
     """
     return policy_loss(
         policy_logp_BT,
@@ -59,4 +62,5 @@ def hapo_policy_loss(
         importance_weight_BT=importance_weight_BT,
         kl=kl,
         entropy=entropy,
+        impl=impl,
     )

@@ -5,6 +5,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from hapo_verl.adapters.checks import check_demonstrations, check_launch
+from hapo_verl.adapters.head import choose_head, chosen_head
 from hapo_verl.config import ConfigError, HapoConfig
 
 
@@ -139,3 +140,65 @@ def test_data_of_which_no_demonstration_can_be_used_is_refused_with_the_reasons(
 
 def test_one_usable_demonstration_is_enough(launch):
     check_rows(launch("data.max_response_length=4"), ["four", "one"])
+
+
+HEAD = ("hapo.kernels.head=linear_logprob", "actor_rollout_ref.actor.strategy=fsdp2")
+
+
+def test_a_head_passes_with_fsdp2_and_reaches_the_engine_with_verls_own_configuration(launch):
+    config = launch(*HEAD)
+    choose_head(config, check_launch(config))
+    assert chosen_head(config.actor_rollout_ref.model.fused_kernel_options) == "linear_logprob"
+    assert config.actor_rollout_ref.model.use_fused_kernels is False
+
+
+def test_without_a_head_nothing_is_written(launch):
+    config = launch()
+    before = OmegaConf.to_container(config.actor_rollout_ref.model)
+    choose_head(config, check_launch(config))
+    assert OmegaConf.to_container(config.actor_rollout_ref.model) == before
+    assert chosen_head(config.actor_rollout_ref.model.fused_kernel_options) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("hapo.kernels.head=linear_logprob",),
+            "actor_rollout_ref.actor.strategy=fsdp: a head of hapo.kernels is written for FSDP2. "
+            "Use actor_rollout_ref.actor.strategy=fsdp2, or hapo.kernels.head=off.",
+        ),
+        (
+            (*HEAD, "actor_rollout_ref.ref.strategy=fsdp"),
+            "actor_rollout_ref.ref.strategy=fsdp: a head of hapo.kernels is written for FSDP2. "
+            "Use actor_rollout_ref.ref.strategy=fsdp2, or hapo.kernels.head=off.",
+        ),
+        (
+            (*HEAD, "actor_rollout_ref.model.use_fused_kernels=True"),
+            "actor_rollout_ref.model.use_fused_kernels=True: verl's own fused head and one of hapo.kernels exclude each "
+            "other. Use actor_rollout_ref.model.use_fused_kernels=false, or hapo.kernels.head=off.",
+        ),
+        (
+            (*HEAD, "actor_rollout_ref.actor.calculate_sum_pi_squared=True"),
+            "actor_rollout_ref.actor.calculate_sum_pi_squared=True: a sum over the vocabulary needs whole logits. "
+            "Use actor_rollout_ref.actor.calculate_sum_pi_squared=false, or hapo.kernels.head=off.",
+        ),
+        (
+            ("hapo.kernels.policy_loss=triton", "trainer.device=cpu"),
+            "hapo.kernels.policy_loss=triton: trainer.device=cpu, and Triton compiles for GPUs. "
+            "Use hapo.kernels.policy_loss=auto.",
+        ),
+    ],
+)
+def test_kernels_that_cannot_run_are_refused(launch, overrides, message):
+    with pytest.raises(ConfigError) as error:
+        check_launch(launch(*overrides))
+    assert str(error.value) == message
+
+
+def test_a_head_on_a_device_with_another_engine_is_refused(launch, monkeypatch):
+    monkeypatch.setenv("VERL_ENGINE_VENDOR", "metax")
+    with pytest.raises(
+        ConfigError, match=r"^hapo\.kernels\.head=linear_logprob: verl takes another training engine on"
+    ):
+        check_launch(launch(*HEAD))

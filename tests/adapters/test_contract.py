@@ -10,7 +10,11 @@ from hapo_verl.adapters.contract import OVERRIDES, REPLACED, Override, check_con
 from hapo_verl.config import ConfigError
 
 # What verl 0.9.1 said in the bodies that ours replace. A new digest means: read verl's again, then update ours and this.
-REPLACED_BODIES = {"_compute_advantage": "2a4a2aa4a475b228", "_agent_loop_postprocess": "523edacbff73640d"}
+REPLACED_BODIES = {
+    "_compute_advantage": "2a4a2aa4a475b228",
+    "_agent_loop_postprocess": "523edacbff73640d",
+    "prepare_model_outputs": "5239f536e8f617e3",
+}
 
 
 @pytest.mark.parametrize("override", OVERRIDES, ids=lambda override: override.method)
@@ -28,10 +32,11 @@ def test_the_bodies_that_ours_replace_are_the_ones_that_were_read():
 
 
 def test_every_private_override_of_ours_is_listed():
+    from hapo_verl.adapters.engine import HapoFSDPEngine
     from hapo_verl.adapters.rollout import HapoAgentLoopManager, HapoAgentLoopWorker
     from hapo_verl.adapters.trainer import HapoTrainer
 
-    for ours in (HapoTrainer, HapoAgentLoopWorker, HapoAgentLoopManager):
+    for ours in (HapoTrainer, HapoAgentLoopWorker, HapoAgentLoopManager, HapoFSDPEngine):
         verls = {name for base in ours.__mro__ if base.__module__.startswith("verl.") for name in vars(base)}
         methods = {name for name, value in vars(ours).items() if inspect.isfunction(value) and name in verls}
         private = {name for name in methods if name.startswith("_") and not name.startswith("__")}

@@ -33,6 +33,7 @@ def asynchronous(trainer):
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512",
         "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=512",
         "actor_rollout_ref.model.use_remove_padding=true",
+        "hapo.kernels.head=linear_logprob",
         unusable=True,
         steps=STEPS,
     )
@@ -43,6 +44,14 @@ def test_the_colocated_asynchronous_trainer_injects_and_filters(asynchronous):
     assert [group["outcome"] for group in asynchronous.groups] == ["injected"] * (STEPS * PROMPTS)
     assert sum(s.get("training/filter_groups/evicted_samples", 0) for s in asynchronous.steps) > 0
     assert all("training/off_policy/trajectory_staleness/mean" in s for s in asynchronous.steps)
+
+
+def test_our_head_computes_the_log_probabilities_that_vllm_sampled_with(asynchronous):
+    log = (asynchronous.folder / "train.log").read_text(errors="replace")
+    assert "the head of Qwen2ForCausalLM is linear_logprob" in log
+    for logged in asynchronous.steps:
+        assert logged["training/rollout_probs_diff_max"] < 1e-4
+        assert np.isfinite(logged["actor/grad_norm"])
 
 
 def test_every_rollout_stays_and_the_demonstration_is_one_row_more(asynchronous):

@@ -38,6 +38,7 @@ NOT_FP32 = {
         "chunk_segment_ptr",
         "chunk_start_ptr",
         "chunk_offset_ptr",
+        "token_offset_ptr",
         "label_ptr",
     ),
     "*i8": ("constant_ptr",),
@@ -85,6 +86,7 @@ def cases():
             flags = {"GATHER": gather, "BY_STD": True, "CHUNK": segment_norm.CHUNK}
             flags = {key: value for key, value in flags.items() if key in kernel.arg_names}
             yield f"{kernel.__name__}, {where}", kernel, ("score_ptr",), flags, segment_norm.WARPS
+    yield "spread_kernel", segment_norm.spread_kernel, (), {"CHUNK": segment_norm.CHUNK}, segment_norm.WARPS
     block, warps = linear_logprob.ROW_SETTINGS["cuda"]
     assert linear_logprob.ROW_SETTINGS["hip"] == (block, warps)
     yield "stats_row_kernel", linear_logprob.stats_row_kernel, (), {"BLOCK": block}, warps

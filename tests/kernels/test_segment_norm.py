@@ -1,11 +1,12 @@
 """Group normalisation: verl's own bits, and exactly 0 where there is nothing to learn."""
 
 import math
+import re
 
 import pytest
 import torch
 
-from hapo_kernels.segment_norm import segment_ids, segment_norm, segment_stats
+from hapo_kernels.segment_norm import segment_ids, segment_norm, segment_norm_tokens, segment_stats
 
 
 def shuffled_groups(groups, size, generator):
@@ -170,3 +171,51 @@ def test_a_wrong_input_is_refused_in_one_line(score, segment, keep, message):
 def test_an_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match="impl='cuda': no such implementation"):
         segment_norm(torch.zeros(1), torch.zeros(1).long(), scale_by_std=True, impl="cuda")
+
+
+def test_tokens_get_the_advantage_of_their_row_and_masked_ones_exactly_0():
+    mask_T = torch.tensor([1, 0, 1, 1, 1, 0])
+    advantage_T = segment_norm_tokens(
+        torch.tensor([1.0, 5.0, 3.0, 7.0]),
+        torch.tensor([0, 1, 0, 1]),
+        mask_T=mask_T,
+        token_offset_B1=torch.tensor([0, 3, 3, 4, 6]),
+        scale_by_std=False,
+    )
+    # Rows of 3, 0, 1 and 2 tokens; group means 2 and 6.
+    assert advantage_T.tolist() == [-1.0, 0.0, -1.0, 1.0, 1.0, 0.0]
+
+
+def test_a_nan_reward_reaches_no_masked_token():
+    advantage_T = segment_norm_tokens(
+        torch.tensor([math.nan, 1.0]),
+        torch.tensor([0, 0]),
+        mask_T=torch.tensor([0.0, 1.0, 0.0]),
+        token_offset_B1=torch.tensor([0, 2, 3]),
+        scale_by_std=True,
+    )
+    assert advantage_T.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"mask_T": torch.ones(2, 2)},
+            "mask_T of shape (2, 2): the tokens of all rows, one after the other. Use mask.values() of a jagged mask.",
+        ),
+        (
+            {"token_offset_B1": torch.tensor([0, 4])},
+            "token_offset_B1: torch.int64 of shape (2,): integer bounds of 2 rows. Use mask.offsets() of a jagged mask.",
+        ),
+        (
+            {"token_offset_B1": torch.tensor([0, 3, 3])},
+            "token_offset_B1=[0, 3, 3]: bounds rise from 0 to the number of tokens, 4. Use cumsum of the rows' lengths.",
+        ),
+    ],
+)
+def test_tokens_that_do_not_belong_to_the_rows_are_refused(monkeypatch, wrong, message):
+    monkeypatch.setenv("HAPO_KERNELS_DEBUG", "1")
+    given = {"mask_T": torch.ones(4), "token_offset_B1": torch.tensor([0, 1, 4])} | wrong
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        segment_norm_tokens(torch.ones(2), torch.zeros(2).long(), scale_by_std=True, **given)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from exactness import DEVICE, STORAGE, assert_no_less_exact
-from hapo_kernels.segment_norm import kernel, segment_norm, segment_stats
+from hapo_kernels.segment_norm import kernel, segment_norm, segment_norm_tokens, segment_stats
 
 
 def groups(sizes, seed=0, shuffle=True):
@@ -173,3 +173,36 @@ def test_wrong_bounds_are_found_in_debug_mode(monkeypatch):
             segment_norm(
                 torch.zeros(3, device=DEVICE), offset_S1=torch.tensor(bounds, device=DEVICE), scale_by_std=True
             )
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.int64, torch.bool, torch.float32])
+def test_tokens_get_the_advantage_of_their_row(mask_dtype):
+    lengths = [0, 3, 1023, 1, 0, 1024, 1025, 2500, 0]
+    score_B, segment_B = groups([4, 5])
+    token_offset_B1 = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+    mask_T = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.7
+    advantage_B = segment_norm(score_B, segment_B, scale_by_std=True, impl="triton")
+    expected_T = advantage_B.repeat_interleave(torch.tensor(lengths, device=DEVICE)) * mask_T
+    for bounds in (token_offset_B1, token_offset_B1.int()):
+        advantage_T = segment_norm_tokens(
+            score_B,
+            segment_B,
+            mask_T=mask_T.to(mask_dtype),
+            token_offset_B1=bounds,
+            scale_by_std=True,
+            impl="triton",
+        )
+        assert torch.equal(advantage_T, expected_T)
+
+
+def test_no_rows_and_no_tokens_give_no_advantages():
+    none = torch.zeros(0, device=DEVICE)
+    advantage_T = segment_norm_tokens(
+        none,
+        none.long(),
+        mask_T=none,
+        token_offset_B1=torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        scale_by_std=True,
+        impl="triton",
+    )
+    assert advantage_T.shape == (0,)

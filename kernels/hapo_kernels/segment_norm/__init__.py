@@ -7,6 +7,7 @@ deviation Dr. GRPO, arXiv 2503.20783. Groups have any size and their rows lie an
 scores, gets exactly 0: a mean that is off by one rounding, divided by an ε of 1e-6, would otherwise be an advantage
 of .1 to .4 for nothing.
 
+`segment_norm_tokens` writes each row's advantage to its tokens, for rows of any length without padding.
 `segment_stats` gives the statistics themselves, for rules that take the mean from some rows and the deviation from
 others.
 """
@@ -22,7 +23,7 @@ from hapo_kernels.dispatch import Impl, debug, use_triton
 from hapo_kernels.segment_norm import reference
 from hapo_kernels.segment_norm.reference import SegmentStats
 
-__all__ = ["SegmentStats", "segment_ids", "segment_norm", "segment_stats"]
+__all__ = ["SegmentStats", "segment_ids", "segment_norm", "segment_norm_tokens", "segment_stats"]
 
 
 def segment_norm(
@@ -61,6 +62,41 @@ def segment_norm(
         return kernel.segment_norm(score_B, segment_B, keep_B, offset_S1, scale_by_std=scale_by_std, eps=eps)
     stats = reference.segment_stats(score_B, _ids(score_B, segment_B, offset_S1), keep_B)
     return reference.normalise(score_B, stats, scale_by_std=scale_by_std, eps=eps)
+
+
+def segment_norm_tokens(
+    score_B: Tensor,
+    segment_B: Tensor | None = None,
+    *,
+    mask_T: Tensor,
+    token_offset_B1: Tensor,
+    scale_by_std: bool,
+    eps: float = 1e-6,
+    keep_B: Tensor | None = None,
+    offset_S1: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """`segment_norm`, written to the tokens of a jagged batch; no (B, T) tensor is ever padded.
+
+    Args:
+        mask_T: the rows' tokens one after the other; a token with 0 gets exactly 0, also where the advantage is NaN.
+        token_offset_B1: bounds of the rows: tokens offset[i] to offset[i+1] are row i. Rows may be empty. The first is
+            0, the last T, none smaller than the one before: HAPO_KERNELS_DEBUG=1 checks.
+        score_B ... offset_S1: as for `segment_norm`.
+
+    Returns:
+        advantage_T.
+    """
+    _check(score_B, segment_B, keep_B, offset_S1)
+    _check_tokens(score_B, mask_T, token_offset_B1)
+    given = {"scale_by_std": scale_by_std, "eps": eps}
+    if use_triton(impl, score_B):
+        from hapo_kernels.segment_norm import kernel
+
+        advantage_B = kernel.segment_norm(score_B, segment_B, keep_B, offset_S1, **given)
+        return kernel.spread(advantage_B, mask_T, token_offset_B1)
+    stats = reference.segment_stats(score_B, _ids(score_B, segment_B, offset_S1), keep_B)
+    return reference.spread(reference.normalise(score_B, stats, **given), mask_T, token_offset_B1)
 
 
 def segment_stats(
@@ -135,4 +171,24 @@ def _check(score_B: Tensor, segment_B: Tensor | None, keep_B: Tensor | None, off
         raise ValueError(
             f"offset_S1={offset_S1.tolist()}: bounds rise from 0 to the number of rows, {rows[0]}. "
             "Use cumsum of the sizes."
+        )
+
+
+def _check_tokens(score_B: Tensor, mask_T: Tensor, token_offset_B1: Tensor) -> None:
+    rows = score_B.shape[0]
+    if mask_T.ndim != 1:
+        raise ValueError(
+            f"mask_T of shape {tuple(mask_T.shape)}: the tokens of all rows, one after the other. "
+            "Use mask.values() of a jagged mask."
+        )
+    if token_offset_B1.shape != (rows + 1,) or token_offset_B1.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"token_offset_B1: {token_offset_B1.dtype} of shape {tuple(token_offset_B1.shape)}: integer bounds of "
+            f"{rows} rows. Use mask.offsets() of a jagged mask."
+        )
+    bounds = token_offset_B1
+    if debug() and (bounds[0] != 0 or bounds[-1] != len(mask_T) or (bounds.diff() < 0).any()):
+        raise ValueError(
+            f"token_offset_B1={bounds.tolist()}: bounds rise from 0 to the number of tokens, {len(mask_T)}. "
+            "Use cumsum of the rows' lengths."
         )

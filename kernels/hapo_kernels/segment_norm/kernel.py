@@ -160,6 +160,18 @@ def write_kernel(
     write_chunk(score_ptr, row_ptr, out_ptr, first, mean, std, eps, i, end, GATHER, BY_STD, CHUNK)
 
 
+@triton.jit
+def spread_kernel(value_ptr, token_offset_ptr, mask_ptr, out_ptr, CHUNK: tl.constexpr):
+    """A row's value on its tokens, 0 where the mask is 0."""
+    i_row = tl.program_id(0).to(tl.int64)
+    value = tl.load(value_ptr + i_row)
+    end = tl.load(token_offset_ptr + i_row + 1)
+    for i in range(tl.load(token_offset_ptr + i_row), end, CHUNK):
+        o = i + tl.arange(0, CHUNK)
+        m = o < end
+        tl.store(out_ptr + o, tl.where(tl.load(mask_ptr + o, mask=m, other=0) != 0, value, 0.0), mask=m)
+
+
 class Segments(NamedTuple):
     """Rows by segment; within a segment the rows that count come first, both parts in their original order."""
 
@@ -253,6 +265,22 @@ def _(score_N, *args):
     return score_N.new_empty(score_N.shape, dtype=torch.float32)
 
 
+@torch.library.custom_op("hapo_kernels::segment_spread", mutates_args=())
+def spread_op(value_B: Tensor, mask_T: Tensor, token_offset_B1: Tensor) -> Tensor:
+    out_T = torch.empty(mask_T.shape, dtype=torch.float32, device=value_B.device)
+    if value_B.shape[0]:
+        offset_B1 = token_offset_B1.to(torch.int64).contiguous()
+        spread_kernel[(value_B.shape[0],)](
+            value_B, offset_B1, (mask_T != 0).view(torch.uint8), out_T, CHUNK=CHUNK, num_warps=WARPS
+        )
+    return out_T
+
+
+@spread_op.register_fake
+def _(value_B, mask_T, *args):
+    return value_B.new_empty(mask_T.shape, dtype=torch.float32)
+
+
 @torch.library.custom_op("hapo_kernels::segment_stats", mutates_args=())
 def segment_stats_op(
     score_N: Tensor, segment_N: Tensor | None, keep_N: Tensor | None, offset_S1: Tensor | None
@@ -282,6 +310,11 @@ def segment_norm(
 ) -> Tensor:
     """See `hapo_kernels.segment_norm.segment_norm`."""
     return torch.ops.hapo_kernels.segment_norm(score_N.detach(), segment_N, keep_N, offset_S1, scale_by_std, eps)
+
+
+def spread(value_B: Tensor, mask_T: Tensor, token_offset_B1: Tensor) -> Tensor:
+    """See `hapo_kernels.segment_norm.segment_norm_tokens`."""
+    return torch.ops.hapo_kernels.segment_spread(value_B, mask_T, token_offset_B1)
 
 
 def segment_stats(

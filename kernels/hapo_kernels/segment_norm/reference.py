@@ -56,3 +56,10 @@ def normalise(score_B: Tensor, stats: SegmentStats, *, scale_by_std: bool, eps: 
     """(r - mean) / (std + ε), or r - mean."""
     centred_B = score_B.to(stats.mean_B.dtype) - stats.mean_B
     return centred_B / (stats.std_B + eps) if scale_by_std else centred_B
+
+
+@torch.no_grad()
+def spread(value_B: Tensor, mask_T: Tensor, token_offset_B1: Tensor) -> Tensor:
+    """Each row's value on its tokens, 0 where the mask is 0."""
+    value_T = torch.repeat_interleave(value_B, token_offset_B1.diff(), output_size=mask_T.shape[0])
+    return value_T.masked_fill(mask_T == 0, 0.0)

@@ -1,0 +1,182 @@
+"""What verl's own FSDP2 engine computes with and without a head of ours, in processes of its own (gloo, CPU)."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+PROMPTS, RESPONSES = [3, 5, 2, 4], [4, 1, 6, 3]
+VOCABULARY, HIDDEN = 37, 32
+
+
+class Case(NamedTuple):
+    """One comparison; fields are settings of verl's engine."""
+
+    packed: bool = True
+    tied: bool = False
+    lora: bool = False
+    temperature: float = 0.7
+    sequence_parallel: int = 1
+    pad_to_length: bool = False
+    # Rows of this rank in which no token trains.
+    silent_rank: int | None = None
+    precision: str = "fp32"
+
+
+def run(cases, processes, folder):
+    """For each case the result with verl's head and with ours, by rank: results[case][head][rank]."""
+    environment = {"VERL_PLATFORM": "cpu", "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    old = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        mp.spawn(_process, (processes, list(cases), str(folder)), nprocs=processes)
+    finally:
+        for name, value in old.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(processes)]
+    return {
+        case: {head: [results[case][head] for results in ranks] for head in ("off", "linear_logprob")}
+        for case in map(tuple, cases)
+    }
+
+
+def _process(rank, processes, cases, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
+    results = {
+        tuple(case): {head: _run_engine(case, head, rank, folder) for head in ("off", "linear_logprob")}
+        for case in cases
+    }
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _model_folder(case, folder):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    path = Path(folder) / f"model-{case.tied}-{dist.get_rank()}"
+    if not path.exists():
+        torch.manual_seed(0)
+        config = Qwen2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=HIDDEN,
+            intermediate_size=HIDDEN,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            tie_word_embeddings=case.tied,
+            initializer_range=0.3,
+        )
+        Qwen2ForCausalLM(config).save_pretrained(path)
+    return str(path)
+
+
+def _engine(case, head, folder):
+    import verl  # noqa: F401
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+    from verl.workers.engine import EngineRegistry
+
+    model = HFModelConfig(
+        path=_model_folder(case, folder),
+        load_tokenizer=False,
+        override_config={"attn_implementation": "sdpa"},
+        use_remove_padding=case.packed,
+        lora_rank=4 if case.lora else 0,
+        fused_kernel_options={"impl_backend": "torch" if head == "off" else f"hapo_{head}"},
+    )
+    engine = FSDPEngineConfig(
+        strategy="fsdp2",
+        mixed_precision={"param_dtype": case.precision},
+        use_torch_compile=False,
+        ulysses_sequence_parallel_size=case.sequence_parallel,
+        pad_to_length=case.pad_to_length,
+        pad_to_length_bucket=16,
+    )
+    optimizer = FSDPOptimizerConfig(lr=0.0, total_training_steps=1)
+    torch.manual_seed(1)
+    built = EngineRegistry.new("language_model", "fsdp2", model, engine, optimizer, CheckpointConfig())
+    built._build_model_optimizer()
+    # LoRA's B starts at 0, where A has no gradient.
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in built.module.named_parameters():
+        if "lora_B" in name:
+            whole = torch.randn(parameter.shape, generator=generator) * 0.1
+            local = whole.chunk(dist.get_world_size())[dist.get_rank()] if dist.get_world_size() > 1 else whole
+            parameter.to_local().data.copy_(local)
+    return built
+
+
+def _batch(case, rank):
+    from tensordict import TensorDict
+    from verl.utils import tensordict_utils as tu
+
+    # Ranks of one sequence-parallel group hold the same rows.
+    generator = torch.Generator().manual_seed(rank // case.sequence_parallel)
+    prompts = [torch.randint(VOCABULARY, (length,), generator=generator) for length in PROMPTS]
+    responses = [torch.randint(VOCABULARY, (length,), generator=generator) for length in RESPONSES]
+    mask = [torch.ones(length, dtype=torch.int64) for length in RESPONSES]
+    mask[2][3] = 0  # a tool token
+    if rank == case.silent_rank:
+        mask = [torch.zeros_like(row) for row in mask]
+    whole = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
+    jagged = partial(torch.nested.as_nested_tensor, layout=torch.jagged)
+    data = TensorDict(
+        {
+            "prompts": jagged(prompts),
+            "responses": jagged(responses),
+            "input_ids": jagged(whole),
+            "position_ids": jagged([torch.arange(len(row)) for row in whole]),
+            "loss_mask": jagged(mask),
+            "response_mask": jagged(mask),
+            "slope": jagged([torch.randn(length, generator=generator) for length in RESPONSES]),
+        },
+        batch_size=len(whole),
+    )
+    tu.assign_non_tensor(
+        data,
+        temperature=case.temperature,
+        use_remove_padding=case.packed,
+        calculate_entropy=True,
+        use_dynamic_bsz=False,
+        micro_batch_size_per_gpu=2,
+        return_model_output=True,
+    )
+    return data
+
+
+def _loss(model_output, data, dp_group=None):
+    """Any slope on any log-probability, and one on the entropy."""
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    rows = data.select("slope", "response_mask").to_padded_tensor()
+    logp_BT = no_padding_2_padding(model_output["log_probs"], data)
+    entropy_BT = no_padding_2_padding(model_output["entropy"], data)
+    mask_BT = rows["response_mask"].bool()
+    return ((rows["slope"] * logp_BT + 0.3 * entropy_BT) * mask_BT).sum(), {}
+
+
+def _run_engine(case, head, rank, folder):
+    engine = _engine(case, head, folder)
+    data = _batch(case, rank)
+    with engine.eval_mode():
+        scored = engine.forward_backward_batch(data, None, forward_only=True)["model_output"]
+    with engine.train_mode(zero_grad_on_exit=False):
+        trained = engine.forward_backward_batch(data, _loss)
+    gradients = {
+        name: parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+        for name, parameter in engine.module.named_parameters()
+        if parameter.grad is not None
+    }
+    return {
+        "engine": type(engine).__name__,
+        "log_probs": scored["log_probs"].values(),
+        "entropy": scored["entropy"].values(),
+        "loss": torch.tensor(trained["loss"]),
+        "gradients": gradients,
+        "parameters": [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad],
+    }
