@@ -34,6 +34,7 @@ def asynchronous(trainer):
         "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=512",
         "actor_rollout_ref.model.use_remove_padding=true",
         "hapo.kernels.head=linear_logprob",
+        "actor_rollout_ref.rollout.calculate_log_probs=true",
         unusable=True,
         steps=STEPS,
     )
