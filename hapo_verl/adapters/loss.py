@@ -52,7 +52,9 @@ def hapo_loss(
         loss, metrics = hapo_policy_loss(
             policy_logp_BT,
             **loss_terms(config, hapo, data, policy_logp_BT.device),
-            entropy=EntropyBonus(no_padding_2_padding(entropy, data), config.entropy_coeff) if has_entropy else None,
+            entropy=None
+            if entropy is None
+            else EntropyBonus(no_padding_2_padding(entropy, data), config.entropy_coeff),
         )
     Trace(hapo.trace_dir).loss_rows(data, names=["uid", "responses", DEMONSTRATION, "advantages", "response_mask"])
     return loss, _metrics(metrics._asdict(), config, has_entropy=has_entropy)

@@ -28,11 +28,15 @@ class Case(NamedTuple):
     head: str = "linear_logprob"
     # Of the HAPO loss, with which policy_head is compared.
     entropy_coefficient: float = 0.0
+    # Our head runs its Triton kernel, interpreted.
+    triton: bool = False
 
 
 def run(cases, processes, folder):
     """For each case the result with verl's head ("off") and with ours, by rank: results[case][head][rank]."""
     environment = {"VERL_PLATFORM": "cpu", "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    if any(case.triton for case in cases):
+        environment["TRITON_INTERPRET"] = "1"
     old = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:
@@ -152,7 +156,7 @@ def _batch(case, rank):
     return data
 
 
-def _hapo_loss(case):
+def _hapo_loss(case, head):
     """The loss as the trainer hands it to the actor, with a KL term."""
     from verl.workers.config import FSDPActorConfig
 
@@ -167,7 +171,11 @@ def _hapo_loss(case):
         kl_loss_coef=0.2,
         entropy_coeff=case.entropy_coefficient,
     )
-    return partial(hapo_loss, config=actor, hapo=HapoConfig())
+    return partial(hapo_loss, config=actor, hapo=HapoConfig.parse({"kernels": {"policy_loss": _impl(case, head)}}))
+
+
+def _impl(case, head):
+    return "triton" if case.triton and head != "off" else "reference"
 
 
 def _loss(model_output, data, dp_group=None):
@@ -182,12 +190,16 @@ def _loss(model_output, data, dp_group=None):
 
 
 def _run_engine(case, head, rank, folder):
+    from hapo_kernels.linear_logprob import linear_logprob
+    from hapo_verl.adapters import head as heads
+
+    heads.linear_logprob = partial(linear_logprob, impl=_impl(case, head))
     engine = _engine(case, head, folder)
     data = _batch(case, rank)
     with engine.eval_mode():
         scored = engine.forward_backward_batch(data, None, forward_only=True)["model_output"]
     with engine.train_mode(zero_grad_on_exit=False):
-        trained = engine.forward_backward_batch(data, _hapo_loss(case) if case.head == "policy_head" else _loss)
+        trained = engine.forward_backward_batch(data, _hapo_loss(case, head) if case.head == "policy_head" else _loss)
     gradients = {
         name: parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
         for name, parameter in engine.module.named_parameters()

@@ -28,6 +28,15 @@ PAIRED = [
     Case(head="policy_head"),
     Case(head="policy_head", silent_rank=1),
 ]
+INTERPRETED = [
+    Case(triton=True),
+    Case(triton=True, tied=True),
+    Case(triton=True, lora=True),
+    Case(triton=True, head="policy_head", entropy_coefficient=0.3),
+    Case(triton=True, head="policy_head", lora=True),
+    Case(triton=True, silent_rank=1),
+    Case(triton=True, head="policy_head", silent_rank=1),
+]
 BFLOAT16 = Case(precision="bf16")
 
 
@@ -39,6 +48,11 @@ def alone(tmp_path_factory):
 @pytest.fixture(scope="module")
 def paired(tmp_path_factory):
     return run(PAIRED, 2, tmp_path_factory.mktemp("paired"))
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    return run(INTERPRETED, 2, tmp_path_factory.mktemp("interpreted"))
 
 
 def trained_positions():
@@ -77,6 +91,14 @@ def test_it_trains_as_verls_head_does(alone, case):
 @pytest.mark.parametrize("case", PAIRED, ids=str)
 def test_on_two_ranks_it_trains_as_verls_head_does(paired, case):
     heads = paired[case]
+    for rank in range(2):
+        positions = [] if rank == case.silent_rank else trained_positions()
+        assert_same_training(heads["off"][rank], heads[case.head][rank], positions)
+
+
+@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+def test_with_the_triton_kernels_it_trains_as_verls_head_does_on_two_ranks(interpreted, case):
+    heads = interpreted[case]
     for rank in range(2):
         positions = [] if rank == case.silent_rank else trained_positions()
         assert_same_training(heads["off"][rank], heads[case.head][rank], positions)
