@@ -175,11 +175,12 @@ class KernelsConfig:
     policy_loss: str = _checked(
         "auto", lambda v: v in ("auto", "reference", "triton"), "no such kernel. Use one of: auto, reference, triton."
     )
-    # off: verl's own; linear_logprob: log-probs from hidden states, a chunk of logits at a time, response tokens only.
+    # off: verl's own; linear_logprob: log-probs from hidden states, a chunk of logits at a time, trained tokens only;
+    # policy_head: in training also the loss, with its gradient computed in the forward pass.
     head: str = _checked(
         "off",
         lambda v: v in HEADS or v is False,  # YAML reads a bare `off` as false
-        "not a head that verl's engine can run. Use one of: off, linear_logprob.",
+        "no such head. Use one of: off, linear_logprob, policy_head.",
     )
 
     def __post_init__(self) -> None:
@@ -187,7 +188,7 @@ class KernelsConfig:
             object.__setattr__(self, "head", "off")
 
 
-HEADS = ("off", "linear_logprob")
+HEADS = ("off", "linear_logprob", "policy_head")
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,8 @@ def test_a_key_replaces_its_default_and_no_other():
             "hapo.kernels.policy_loss='cuda': no such kernel. Use one of: auto, reference, triton.",
         ),
         (
-            {"kernels": {"head": "policy_head"}},
-            "hapo.kernels.head='policy_head': not a head that verl's engine can run. Use one of: off, linear_logprob.",
+            {"kernels": {"head": "fused"}},
+            "hapo.kernels.head='fused': no such head. Use one of: off, linear_logprob, policy_head.",
         ),
         (
             {"poll_interval": 0},

@@ -164,6 +164,12 @@ def _check_kernels(config: DictConfig, hapo: HapoConfig) -> None:
         value = OmegaConf.select(config, key)
         if wrong(value):
             raise ConfigError(f"{key}={value}: {advice}")
+    sequence_parallel = OmegaConf.select(config, "actor_rollout_ref.actor.ulysses_sequence_parallel_size") or 1
+    if hapo.kernels.head == "policy_head" and sequence_parallel > 1:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={sequence_parallel}: policy_head needs whole rows "
+            "on a rank. Use hapo.kernels.head=linear_logprob."
+        )
     from verl.utils.device import get_vendor
     from verl.workers.engine import EngineRegistry
 

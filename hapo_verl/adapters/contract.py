@@ -57,6 +57,7 @@ OVERRIDES = (
     Override(_WORKER_TQ, "_agent_loop_postprocess", ("self", "output", "validate", "kwargs"), REPLACED),
     Override(_WORKER, "_run_agent_loop", ("self", "sampling_params", "trajectory", "agent_name", "trace", "kwargs")),
     Override(_ENGINE, "_build_fsdp_module", ("self", "module")),
+    Override(_ENGINE, "forward_step", ("self", "micro_batch", "loss_function", "forward_only")),
     Override(_ENGINE, "prepare_model_inputs", ("self", "micro_batch")),
     Override(
         _ENGINE,

@@ -25,7 +25,9 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from hapo_kernels.linear_logprob import IGNORED
 from hapo_verl.adapters import jagged
-from hapo_verl.adapters.head import Head, Scores, chosen_head, install, logprob_score
+from hapo_verl.adapters.head import Head, Scores, chosen_head, install, logprob_score, policy_score
+from hapo_verl.adapters.loss import POLICY_HEAD, loss_terms
+from hapo_verl.algo.policy_loss import PolicyHead
 
 logger = logging.getLogger("verl." + __name__)
 
@@ -35,36 +37,57 @@ class HapoFSDPEngine(FSDPEngineWithLMHead):
     """verl's engine; with one of our heads the model's output carries log-probabilities in the place of logits."""
 
     hapo_head: Head | None = None
+    # The loss of the micro-batch at hand, where the head is to compute it.
+    _hapo_loss: Any = None
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         # Adapters are in place, and parameters not sharded yet.
         name = chosen_head(self.model_config.fused_kernel_options)
         if name is not None:
             self.hapo_head = install(module)
+            self._loss_in_head = name == "policy_head"
             logger.warning("hapo: the head of %s is %s", type(module).__name__, name)
         return super()._build_fsdp_module(module)
 
+    def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
+        """verl's; and remembers the loss, which verl shows to what comes after the model only."""
+        if self.hapo_head is not None and self._loss_in_head and not forward_only:
+            self._hapo_loss = loss_function
+        try:
+            return super().forward_step(micro_batch, loss_function, forward_only)
+        finally:
+            self._hapo_loss = None
+
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
-        """verl's inputs; and tells the head which tokens to score at which temperature."""
+        """verl's inputs; and tells the head which tokens to score at which temperature, or the whole loss."""
         model_inputs, output_args = super().prepare_model_inputs(micro_batch)
         if self.hapo_head is not None:
             for name in ("calculate_sum_pi_squared", "distillation_use_topk"):
                 if _setting(micro_batch, name):
                     raise RuntimeError(f"{name}: needs whole logits. Use hapo.kernels.head=off.")
             label_N, temperature_N = self._labels_and_temperatures(micro_batch, output_args)
-            self.hapo_head.score = logprob_score(
-                label_N, temperature_N, with_entropy=_setting(micro_batch, "calculate_entropy")
-            )
+            if self._hapo_loss is None:
+                self.hapo_head.score = logprob_score(
+                    label_N, temperature_N, with_entropy=_setting(micro_batch, "calculate_entropy")
+                )
+            else:
+                config, hapo = (self._hapo_loss.keywords[name] for name in ("config", "hapo"))
+                terms = loss_terms(config, hapo, micro_batch, label_N.device)
+                terms["entropy_coefficient"] = config.entropy_coeff
+                position_BT = _predicting_positions(micro_batch)
+                self.hapo_head.score = policy_score(label_N, temperature_N, position_BT, terms)
         return model_inputs, output_args
 
     def prepare_model_outputs(
         self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
-    ) -> dict[str, Tensor]:
-        """Log-probabilities and, where wanted, entropy over whole sequences, jagged like `input_ids`."""
+    ) -> dict[str, Any]:
+        """Log-probabilities and, where wanted, entropy over whole sequences, jagged like `input_ids`; or the loss."""
         if self.hapo_head is None:
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         self.hapo_head.score = None
         scores = output.logits
+        if isinstance(scores, PolicyHead):
+            return {POLICY_HEAD: scores}
         if not isinstance(scores, Scores):
             raise RuntimeError(
                 f"{type(self.module).__name__} changes what its head returns. Use hapo.kernels.head=off."
@@ -112,6 +135,18 @@ def _within(micro_batch: TensorDict) -> Tensor:
     """(B, T) bool: True up to the length of each row."""
     length_B = jagged.offsets(micro_batch["input_ids"]).diff()
     return torch.arange(int(length_B.max()), device=length_B.device) < length_B.unsqueeze(1)
+
+
+def _predicting_positions(micro_batch: TensorDict) -> Tensor:
+    """(B, T) position in the model's flattened input that predicts a row's token; 0 behind the end of a row."""
+    end_B = jagged.offsets(micro_batch["input_ids"])[1:]
+    length_B = jagged.lengths(micro_batch["loss_mask"])
+    if not _is_packed(micro_batch):
+        rows, width = _within(micro_batch).shape
+        end_B = jagged.lengths(micro_batch["input_ids"]) + width * torch.arange(rows, device=end_B.device)
+    step_T = torch.arange(int(length_B.max()), device=end_B.device)
+    position_BT = (end_B - 1 - length_B).unsqueeze(1) + step_T
+    return position_BT.masked_fill(step_T >= length_B.unsqueeze(1), 0)
 
 
 def _predicts_a_trained_token(micro_batch: TensorDict) -> Tensor:

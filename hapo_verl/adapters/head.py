@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hapo_kernels.linear_logprob import linear_logprob
+from hapo_verl.algo.policy_loss import PolicyHead, hapo_policy_head
 from hapo_verl.config import ConfigError, HapoConfig
 
 # Settings of Hugging Face models that change logits behind the head; ours has no logits to change.
@@ -124,6 +125,28 @@ def logprob_score(label_N: Tensor, temperature_N: Tensor, *, with_entropy: bool)
                 temperature=temperature_N,
                 with_entropy=with_entropy,
             )
+        )
+
+    return score
+
+
+def policy_score(label_N: Tensor, temperature_N: Tensor, position_BT: Tensor, terms: Mapping[str, Any]) -> Score:
+    """The HAPO loss of the rows' tokens, in the place of logits.
+
+    Args:
+        label_N, temperature_N: as for `logprob_score`.
+        position_BT: int64, which of the N positions predicts a row's token; any where the mask is 0.
+        terms: arguments of `hapo_policy_head` that do not come from the model.
+    """
+
+    def score(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> PolicyHead:
+        return hapo_policy_head(
+            hidden.flatten(0, -2)[position_BT],
+            weight_VH,
+            label_N[position_BT],
+            bias_V=bias_V,
+            temperature=temperature_N[position_BT],
+            **terms,
         )
 
     return score

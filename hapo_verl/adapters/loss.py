@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor
+from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.config import ActorConfig
 from verl.workers.utils.padding import no_padding_2_padding
 
 from hapo_verl.adapters.rows import DEMONSTRATION, demonstration_flags
 from hapo_verl.adapters.trace import Trace
-from hapo_verl.algo.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, hapo_policy_loss
+from hapo_verl.algo.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, PolicyHead, hapo_policy_loss
 from hapo_verl.config import HapoConfig
 
 # Prefix of token sums on their way to the trainer, which turns them into means once all micro-batches are added up.
 TOKEN_SUM = "hapo_token_sum/"
+# Where `hapo.kernels.head=policy_head` leaves the loss in the model's output.
+POLICY_HEAD = "hapo_policy_head"
 
 
 def hapo_loss(
@@ -30,43 +34,57 @@ def hapo_loss(
     Args:
         config: verl's actor configuration; clip ranges, `loss_agg_mode`, entropy and KL settings are read.
         hapo: the `hapo:` block.
-        model_output: `log_probs` and, where wanted, `entropy`, over whole sequences.
+        model_output: `log_probs` and, where wanted, `entropy`, over whole sequences; or the loss itself, where the
+            head has computed it. It is taken out: verl's bookkeeping knows tensors only.
         data: the micro-batch, one jagged tensor a field.
         dp_group: not used; the normalisers in `data` are global already.
 
     Raises:
         RuntimeError: when a row did not pass HAPO's agent loop.
     """
+    fused: PolicyHead | None = model_output.pop(POLICY_HEAD, None)  # pyright: ignore[reportAssignmentType]
+    if fused is not None:
+        loss, metrics = fused.loss, fused.metrics
+        has_entropy = bool(tu.get_non_tensor_data(data=data, key="calculate_entropy", default=False))
+    else:
+        policy_logp_BT, entropy = no_padding_2_padding(model_output["log_probs"], data), model_output.get("entropy")
+        has_entropy = entropy is not None
+        loss, metrics = hapo_policy_loss(
+            policy_logp_BT,
+            **loss_terms(config, hapo, data, policy_logp_BT.device),
+            entropy=None
+            if entropy is None
+            else EntropyBonus(no_padding_2_padding(entropy, data), config.entropy_coeff),
+        )
+    Trace(hapo.trace_dir).loss_rows(data, names=["uid", "responses", DEMONSTRATION, "advantages", "response_mask"])
+    return loss, _metrics(metrics._asdict(), config, has_entropy=has_entropy)
+
+
+def loss_terms(config: ActorConfig, hapo: HapoConfig, data: TensorDict, device: torch.device) -> dict[str, Any]:
+    """What the loss of a micro-batch takes beside the policy's own log-probabilities and entropy."""
     demonstration_B = demonstration_flags(data)
-    policy_logp_BT = no_padding_2_padding(model_output["log_probs"], data)
-    entropy = model_output.get("entropy")
     names = ["response_mask", "old_log_probs", "advantages", "rollout_is_weights", "ref_log_prob"]
     rows = data.select(*(name for name in names if name in data)).to_padded_tensor()
-
     clip_low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
     clip_high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
-    result = hapo_policy_loss(
-        policy_logp_BT,
-        rows["old_log_probs"],
-        rows["advantages"],
-        rows["response_mask"].bool(),
-        demonstration_B.to(policy_logp_BT.device),
-        shaping=hapo.loss.shaping,
-        clip=Clip(low=clip_low, high=clip_high, dual=config.get("clip_ratio_c", 3.0)),
-        aggregation=Aggregation(
+    return {
+        "old_logp_BT": rows["old_log_probs"],
+        "advantage_BT": rows["advantages"],
+        "mask_BT": rows["response_mask"].bool(),
+        "demonstration_B": demonstration_B.to(device),
+        "shaping": hapo.loss.shaping,
+        "clip": Clip(low=clip_low, high=clip_high, dual=config.get("clip_ratio_c", 3.0)),
+        "aggregation": Aggregation(
             mode=config.loss_agg_mode,
             dp_size=data["dp_size"],
             batch_num_tokens=data["batch_num_tokens"],
             global_batch_size=data["global_batch_size"],
             loss_scale_factor=config.loss_scale_factor,
         ),
-        importance_weight_BT=rows.get("rollout_is_weights", None),
-        kl=KLPenalty(rows["ref_log_prob"], config.kl_loss_type, config.kl_loss_coef) if config.use_kl_loss else None,
-        entropy=None if entropy is None else EntropyBonus(no_padding_2_padding(entropy, data), config.entropy_coeff),
-        impl=hapo.kernels.policy_loss,  # pyright: ignore[reportArgumentType]  one of Impl, checked by HapoConfig
-    )
-    Trace(hapo.trace_dir).loss_rows(data, names=["uid", "responses", DEMONSTRATION, "advantages", "response_mask"])
-    return result.loss, _metrics(result.metrics._asdict(), config, has_entropy=entropy is not None)
+        "importance_weight_BT": rows.get("rollout_is_weights", None),
+        "kl": KLPenalty(rows["ref_log_prob"], config.kl_loss_type, config.kl_loss_coef) if config.use_kl_loss else None,
+        "impl": hapo.kernels.policy_loss,
+    }
 
 
 def _metrics(values: dict[str, Tensor], config: ActorConfig, *, has_entropy: bool) -> dict[str, Any]:

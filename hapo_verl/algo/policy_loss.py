@@ -15,9 +15,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from hapo_kernels.dispatch import Impl
+from hapo_kernels.policy_head import PolicyHead, policy_head
 from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, PolicyLoss, Teacher, policy_loss
 
-__all__ = ["Aggregation", "Clip", "EntropyBonus", "KLPenalty", "PolicyLoss", "hapo_policy_loss"]
+__all__ = [
+    "Aggregation",
+    "Clip",
+    "EntropyBonus",
+    "KLPenalty",
+    "PolicyHead",
+    "PolicyLoss",
+    "hapo_policy_head",
+    "hapo_policy_loss",
+]
 
 
 def hapo_policy_loss(
@@ -62,5 +72,52 @@ def hapo_policy_loss(
         importance_weight_BT=importance_weight_BT,
         kl=kl,
         entropy=entropy,
+        impl=impl,
+    )
+
+
+def hapo_policy_head(
+    hidden_BTH: Tensor,
+    weight_VH: Tensor,
+    label_BT: Tensor,
+    old_logp_BT: Tensor,
+    advantage_BT: Tensor,
+    mask_BT: Tensor,
+    demonstration_B: Tensor,
+    *,
+    bias_V: Tensor | None,
+    temperature: Tensor,
+    shaping: float,
+    clip: Clip,
+    aggregation: Aggregation,
+    importance_weight_BT: Tensor | None = None,
+    kl: KLPenalty | None = None,
+    entropy_coefficient: float = 0.0,
+    impl: Impl = "auto",
+) -> PolicyHead:
+    """`hapo_policy_loss` straight from hidden states, its gradient computed in the forward pass.
+
+    Args:
+        hidden_BTH: the states that predict `label_BT`, position for position.
+        weight_VH, bias_V: the language-model head.
+        label_BT: ids of the rows' tokens.
+        temperature: (B, T), > 0.
+        old_logp_BT ... impl: as for `hapo_policy_loss`.
+    """
+    return policy_head(
+        hidden_BTH,
+        weight_VH,
+        label_BT,
+        old_logp_BT,
+        advantage_BT,
+        mask_BT,
+        clip=clip,
+        aggregation=aggregation,
+        teacher=Teacher(row_B=demonstration_B, shaping=shaping),
+        importance_weight_BT=importance_weight_BT,
+        kl=kl,
+        entropy_coefficient=entropy_coefficient,
+        bias_V=bias_V,
+        temperature=temperature,
         impl=impl,
     )

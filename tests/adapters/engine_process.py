@@ -25,11 +25,18 @@ class Case(NamedTuple):
     # Rows of this rank in which no token trains.
     silent_rank: int | None = None
     precision: str = "fp32"
+    head: str = "linear_logprob"
+    # Of the HAPO loss, with which policy_head is compared.
+    entropy_coefficient: float = 0.0
+    # Our head runs its Triton kernel, interpreted.
+    triton: bool = False
 
 
 def run(cases, processes, folder):
-    """For each case the result with verl's head and with ours, by rank: results[case][head][rank]."""
+    """For each case the result with verl's head ("off") and with ours, by rank: results[case][head][rank]."""
     environment = {"VERL_PLATFORM": "cpu", "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    if any(case.triton for case in cases):
+        environment["TRITON_INTERPRET"] = "1"
     old = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:
@@ -38,18 +45,14 @@ def run(cases, processes, folder):
         for name, value in old.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(processes)]
-    return {
-        case: {head: [results[case][head] for results in ranks] for head in ("off", "linear_logprob")}
-        for case in map(tuple, cases)
-    }
+    return {case: {head: [results[case][head] for results in ranks] for head in ("off", case.head)} for case in cases}
 
 
 def _process(rank, processes, cases, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
     results = {
-        tuple(case): {head: _run_engine(case, head, rank, folder) for head in ("off", "linear_logprob")}
-        for case in cases
+        tuple(case): {head: _run_engine(case, head, rank, folder) for head in ("off", case.head)} for case in cases
     }
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -133,6 +136,10 @@ def _batch(case, rank):
             "position_ids": jagged([torch.arange(len(row)) for row in whole]),
             "loss_mask": jagged(mask),
             "response_mask": jagged(mask),
+            "old_log_probs": jagged([-3 * torch.rand(length, generator=generator) for length in RESPONSES]),
+            "ref_log_prob": jagged([-3 * torch.rand(length, generator=generator) for length in RESPONSES]),
+            "advantages": jagged([torch.randn(1, generator=generator).expand(length) for length in RESPONSES]),
+            "hapo_demonstration": torch.tensor([False, False, True, False]),
             "slope": jagged([torch.randn(length, generator=generator) for length in RESPONSES]),
         },
         batch_size=len(whole),
@@ -144,9 +151,31 @@ def _batch(case, rank):
         calculate_entropy=True,
         use_dynamic_bsz=False,
         micro_batch_size_per_gpu=2,
-        return_model_output=True,
+        global_batch_size=len(whole) * dist.get_world_size(),
     )
     return data
+
+
+def _hapo_loss(case, head):
+    """The loss as the trainer hands it to the actor, with a KL term."""
+    from verl.workers.config import FSDPActorConfig
+
+    from hapo_verl.adapters.loss import hapo_loss
+    from hapo_verl.config import HapoConfig
+
+    actor = FSDPActorConfig(
+        strategy="fsdp2",
+        rollout_n=2,
+        ppo_micro_batch_size_per_gpu=2,
+        use_kl_loss=True,
+        kl_loss_coef=0.2,
+        entropy_coeff=case.entropy_coefficient,
+    )
+    return partial(hapo_loss, config=actor, hapo=HapoConfig.parse({"kernels": {"policy_loss": _impl(case, head)}}))
+
+
+def _impl(case, head):
+    return "triton" if case.triton and head != "off" else "reference"
 
 
 def _loss(model_output, data, dp_group=None):
@@ -161,12 +190,16 @@ def _loss(model_output, data, dp_group=None):
 
 
 def _run_engine(case, head, rank, folder):
+    from hapo_kernels.linear_logprob import linear_logprob
+    from hapo_verl.adapters import head as heads
+
+    heads.linear_logprob = partial(linear_logprob, impl=_impl(case, head))
     engine = _engine(case, head, folder)
     data = _batch(case, rank)
     with engine.eval_mode():
         scored = engine.forward_backward_batch(data, None, forward_only=True)["model_output"]
     with engine.train_mode(zero_grad_on_exit=False):
-        trained = engine.forward_backward_batch(data, _loss)
+        trained = engine.forward_backward_batch(data, _hapo_loss(case, head) if case.head == "policy_head" else _loss)
     gradients = {
         name: parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
         for name, parameter in engine.module.named_parameters()
@@ -177,6 +210,7 @@ def _run_engine(case, head, rank, folder):
         "log_probs": scored["log_probs"].values(),
         "entropy": scored["entropy"].values(),
         "loss": torch.tensor(trained["loss"]),
+        "metrics": {name: torch.tensor(getattr(value, "values", value)) for name, value in trained["metrics"].items()},
         "gradients": gradients,
         "parameters": [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad],
     }

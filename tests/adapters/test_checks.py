@@ -184,6 +184,11 @@ def test_without_a_head_nothing_is_written(launch):
             "Use actor_rollout_ref.actor.calculate_sum_pi_squared=false, or hapo.kernels.head=off.",
         ),
         (
+            (*HEAD, "hapo.kernels.head=policy_head", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"),
+            "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2: policy_head needs whole rows on a rank. "
+            "Use hapo.kernels.head=linear_logprob.",
+        ),
+        (
             ("hapo.kernels.policy_loss=triton", "trainer.device=cpu"),
             "hapo.kernels.policy_loss=triton: trainer.device=cpu, and Triton compiles for GPUs. "
             "Use hapo.kernels.policy_loss=auto.",

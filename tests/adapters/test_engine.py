@@ -12,6 +12,12 @@ ALONE = [
     Case(temperature=1.0),
     Case(pad_to_length=True),
 ]
+IN_HEAD = [
+    Case(head="policy_head"),
+    Case(head="policy_head", packed=False, tied=True, entropy_coefficient=0.3),
+    Case(head="policy_head", lora=True),
+    Case(head="policy_head", pad_to_length=True, entropy_coefficient=0.3),
+]
 PAIRED = [
     Case(),
     Case(packed=False, tied=True),
@@ -19,18 +25,34 @@ PAIRED = [
     Case(sequence_parallel=2),
     Case(sequence_parallel=2, pad_to_length=True),
     Case(silent_rank=1),
+    Case(head="policy_head"),
+    Case(head="policy_head", silent_rank=1),
+]
+INTERPRETED = [
+    Case(triton=True),
+    Case(triton=True, tied=True),
+    Case(triton=True, lora=True),
+    Case(triton=True, head="policy_head", entropy_coefficient=0.3),
+    Case(triton=True, head="policy_head", lora=True),
+    Case(triton=True, silent_rank=1),
+    Case(triton=True, head="policy_head", silent_rank=1),
 ]
 BFLOAT16 = Case(precision="bf16")
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return run([*ALONE, BFLOAT16], 1, tmp_path_factory.mktemp("alone"))
+    return run([*ALONE, *IN_HEAD, BFLOAT16], 1, tmp_path_factory.mktemp("alone"))
 
 
 @pytest.fixture(scope="module")
 def paired(tmp_path_factory):
     return run(PAIRED, 2, tmp_path_factory.mktemp("paired"))
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    return run(INTERPRETED, 2, tmp_path_factory.mktemp("interpreted"))
 
 
 def trained_positions():
@@ -51,16 +73,19 @@ def assert_same_training(verls, ours, positions):
         others[positions] = False
         assert torch.equal(ours[name][others], torch.zeros(int(others.sum())))
     torch.testing.assert_close(ours["loss"], verls["loss"], rtol=1e-5, atol=1e-5)
+    assert set(ours["metrics"]) == set(verls["metrics"])
+    for name, metric in verls["metrics"].items():
+        torch.testing.assert_close(ours["metrics"][name], metric, rtol=1e-5, atol=1e-5, msg=name)
     assert set(ours["gradients"]) == set(verls["gradients"]) == set(ours["parameters"])
     for name, gradient in verls["gradients"].items():
         bound = 1e-5 * float(gradient.abs().max()) + 1e-7
         torch.testing.assert_close(ours["gradients"][name], gradient, rtol=1e-4, atol=bound, msg=name)
 
 
-@pytest.mark.parametrize("case", ALONE, ids=str)
+@pytest.mark.parametrize("case", [*ALONE, *IN_HEAD], ids=str)
 def test_it_trains_as_verls_head_does(alone, case):
     heads = alone[case]
-    assert_same_training(heads["off"][0], heads["linear_logprob"][0], trained_positions())
+    assert_same_training(heads["off"][0], heads[case.head][0], trained_positions())
 
 
 @pytest.mark.parametrize("case", PAIRED, ids=str)
@@ -68,7 +93,15 @@ def test_on_two_ranks_it_trains_as_verls_head_does(paired, case):
     heads = paired[case]
     for rank in range(2):
         positions = [] if rank == case.silent_rank else trained_positions()
-        assert_same_training(heads["off"][rank], heads["linear_logprob"][rank], positions)
+        assert_same_training(heads["off"][rank], heads[case.head][rank], positions)
+
+
+@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+def test_with_the_triton_kernels_it_trains_as_verls_head_does_on_two_ranks(interpreted, case):
+    heads = interpreted[case]
+    for rank in range(2):
+        positions = [] if rank == case.silent_rank else trained_positions()
+        assert_same_training(heads["off"][rank], heads[case.head][rank], positions)
 
 
 def test_under_bf16_it_stays_within_bf16_of_verls_head(alone):
