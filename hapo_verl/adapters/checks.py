@@ -28,13 +28,13 @@ def check_launch(config: DictConfig) -> HapoConfig:
     Raises:
         ConfigError: on the first thing that is wrong.
     """
-    check_contract()
     block = OmegaConf.select(config, "hapo")
     if isinstance(block, DictConfig):
         block = OmegaConf.to_container(block, resolve=True)
     if not isinstance(block, Mapping):
         raise ConfigError(f"hapo={block!r}: the block of HAPO's keys is missing. Launch with +hapo=paper.")
     hapo = HapoConfig.parse(block)
+    check_contract()
     for key, wrong, advice in _RULES:
         value = OmegaConf.select(config, key)
         if wrong(value):

@@ -33,7 +33,7 @@ def asynchronous(trainer):
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512",
         "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=512",
         "actor_rollout_ref.model.use_remove_padding=true",
-        "hapo.kernels.head=linear_logprob",
+        "hapo.kernels.head=policy_head",
         "actor_rollout_ref.rollout.calculate_log_probs=true",
         unusable=True,
         steps=STEPS,
@@ -49,7 +49,7 @@ def test_the_colocated_asynchronous_trainer_injects_and_filters(asynchronous):
 
 def test_our_head_computes_the_log_probabilities_that_vllm_sampled_with(asynchronous):
     log = (asynchronous.folder / "train.log").read_text(errors="replace")
-    assert "the head of Qwen2ForCausalLM is linear_logprob" in log
+    assert "the head of Qwen2ForCausalLM is policy_head" in log
     for logged in asynchronous.steps:
         assert logged["training/rollout_probs_diff_max"] < 1e-4
         assert np.isfinite(logged["actor/grad_norm"])
