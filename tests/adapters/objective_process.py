@@ -121,10 +121,13 @@ def _batch(step, rank, ranks):
     mask = [torch.full((len(old[i]),), int(i < 8)) for i in mine]
     scores = [SCORES[i] if i < 8 else 0.0 for i in mine]
     # As verl writes a score: on the last token of the response.
-    rewards = [torch.cat([torch.zeros(len(row) - 1), torch.tensor([score])]) for row, score in zip(mask, scores)]
+    rewards = [
+        torch.cat([torch.zeros(len(row) - 1), torch.tensor([score])]) for row, score in zip(mask, scores, strict=True)
+    ]
     flags = [i < 8 and DEMONSTRATIONS[i] for i in mine]
     # The group-relative advantage is another file's matter: 1 on demonstrations as SRFT leaves it, REAL leaves none.
-    advantages = [torch.full((len(row),), float(flag and step.objective == "srft")) for row, flag in zip(mask, flags)]
+    advantage = [float(flag and step.objective == "srft") for flag in flags]
+    advantages = [torch.full((len(row),), value) for row, value in zip(mask, advantage, strict=True)]
     data = TensorDict(
         {
             "prompts": jagged([sequences[i][:PROMPT] for i in mine]),

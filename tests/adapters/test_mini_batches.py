@@ -41,7 +41,9 @@ def test_no_group_is_cut_and_no_row_lost_on_any_number_of_ranks(sizes, updates, 
 def test_groups_of_equal_size_are_spread_by_load():
     bin_of = pack([8] * 6, [60, 10, 10, 10, 20, 10], bins=2, capacity=24)
     assert bin_of is not None
-    assert sorted(sum(load for load, b in zip([60, 10, 10, 10, 20, 10], bin_of, strict=True) if b == k) for k in (0, 1)) == [40, 80]
+    assert sorted(
+        sum(load for load, b in zip([60, 10, 10, 10, 20, 10], bin_of, strict=True) if b == k) for k in (0, 1)
+    ) == [40, 80]
 
 
 @pytest.mark.parametrize(("sizes", "capacity"), [([9], 8), ([5, 5, 5], 9)])
