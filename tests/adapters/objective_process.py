@@ -81,7 +81,7 @@ def _train(step, folder):
     from hapo_verl.config import HapoConfig
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    engine = _engine(Case(packed=step.packed), step.head, folder, clip_grad=1e9)
+    engine = _engine(Case(packed=step.packed), step.head, folder, clip_grad=1e9, strategy=step.strategy)
     data = _batch(step, rank, ranks)
     config = FSDPActorConfig(
         strategy=step.strategy,
