@@ -171,16 +171,16 @@ def _check_kernels(config: DictConfig, hapo: HapoConfig) -> None:
             f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={sequence_parallel}: policy_head needs whole rows "
             "on a rank. Use hapo.kernels.head=linear_logprob."
         )
-    _check_engine("fsdp2", f"hapo.kernels.head={hapo.kernels.head}", "Use hapo.kernels.head=off.")
+    _check_engine(f"hapo.kernels.head={hapo.kernels.head}", "Use hapo.kernels.head=off.")
 
 
-def _check_engine(strategy: str, setting: str, fix: str) -> None:
+def _check_engine(setting: str, fix: str) -> None:
     from verl.utils.device import get_vendor
     from verl.workers.engine import EngineRegistry
 
     from hapo_verl.adapters.engine import HapoFSDPEngine
 
-    if not issubclass(EngineRegistry.get_engine_cls("language_model", strategy), HapoFSDPEngine):
+    if not issubclass(EngineRegistry.get_engine_cls("language_model", "fsdp2"), HapoFSDPEngine):
         raise ConfigError(f"{setting}: verl takes another training engine on {get_vendor()} devices. {fix}")
 
 
@@ -190,12 +190,12 @@ def _check_objective(config: DictConfig, hapo: HapoConfig) -> None:
     name = f"hapo.objective.name={objective.name}"
     if not objective.weighs_likelihood:
         return
-    if actor.strategy not in ("fsdp", "fsdp2"):
+    if actor.strategy != "fsdp2":
         raise ConfigError(
             f"actor_rollout_ref.actor.strategy={actor.strategy}: {name} asks the policy in front of every optimizer "
-            "step, which is written for FSDP. Use actor_rollout_ref.actor.strategy=fsdp2."
+            "step, which is written for FSDP2. Use actor_rollout_ref.actor.strategy=fsdp2."
         )
-    _check_engine(actor.strategy, name, "Use hapo.objective.name=surrogate.")
+    _check_engine(name, "Use hapo.objective.name=surrogate.")
     if hapo.kernels.head == "policy_head":
         raise ConfigError(
             f"hapo.kernels.head=policy_head: {name} has a term that this head does not compute. "

@@ -1,4 +1,4 @@
-"""verl's FSDP engine with a head of ours, `hapo.kernels.head`, and with objectives that weigh likelihoods.
+"""verl's FSDP2 engine with a head of ours, `hapo.kernels.head`, and with objectives that weigh likelihoods.
 
 verl's engine registry asks for a hardware vendor first, and verl itself registers none: this engine takes those places
 and is verl's own, unless the model's `fused_kernel_options.impl_backend` names one of our heads, or the loss is a HAPO
@@ -33,9 +33,7 @@ from hapo_verl.algo.policy_loss import PolicyHead
 logger = logging.getLogger("verl." + __name__)
 
 
-@EngineRegistry.register(
-    model_type="language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor=["nvidia", "amd", "cpu"]
-)
+@EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cuda", vendor=["nvidia", "amd", "cpu"])
 class HapoFSDPEngine(FSDPEngineWithLMHead):
     """verl's engine; with one of our heads the model's output carries log-probabilities in the place of logits."""
 

@@ -52,6 +52,7 @@ def hapo_loss(
         RuntimeError: when a row did not pass HAPO's agent loop.
     """
     fused: PolicyHead | None = model_output.pop(POLICY_HEAD, None)  # pyright: ignore[reportAssignmentType]
+    likelihood: dict[str, Any] = {}
     if fused is not None:
         loss, metrics = fused.loss, fused.metrics
         has_entropy = bool(tu.get_non_tensor_data(data=data, key="calculate_entropy", default=False))
@@ -66,18 +67,14 @@ def hapo_loss(
             if entropy is None
             else EntropyBonus(no_padding_2_padding(entropy, data), config.entropy_coeff),
         )
-    named = _metrics(metrics._asdict(), config, has_entropy=has_entropy)
-    if hapo.objective.weighs_likelihood:
-        weight_B: Any = data[LIKELIHOOD_WEIGHT]
-        likelihood = likelihood_loss(policy_logp_BT, weight_B, terms["mask_BT"], terms["aggregation"])
-        loss = loss + likelihood
-        named["hapo/loss/likelihood"] = Metric(AggregationType.SUM, likelihood.detach())
-        own = tu.get_non_tensor_data(data=data, key=OBJECTIVE_LOSS, default=None)
-        if own is not None:
-            named[f"hapo/loss/{hapo.objective.name}"] = Metric(AggregationType.MEAN, own)
+        if hapo.objective.weighs_likelihood:
+            weight_B: Any = data[LIKELIHOOD_WEIGHT]
+            term = likelihood_loss(policy_logp_BT, weight_B, terms["mask_BT"], terms["aggregation"])
+            loss = loss + term
+            likelihood = _likelihood_metrics(term, hapo, data)
     names = ("uid", "responses", DEMONSTRATION, "advantages", "response_mask", "old_log_probs", LIKELIHOOD_WEIGHT)
     Trace(hapo.trace_dir).loss_rows(data, names=[name for name in names if name in data])
-    return loss, named
+    return loss, _metrics(metrics._asdict(), config, has_entropy=has_entropy) | likelihood
 
 
 def loss_terms(config: ActorConfig, hapo: HapoConfig, data: TensorDict, device: torch.device) -> dict[str, Any]:
@@ -124,6 +121,14 @@ def _metrics(values: dict[str, Tensor], config: ActorConfig, *, has_entropy: boo
     metrics: dict[str, Any] = {name: Metric(AggregationType.SUM, value) for name, value in named.items()}
     if config.use_kl_loss:
         metrics["kl_coef"] = config.kl_loss_coef
+    return metrics
+
+
+def _likelihood_metrics(term: Tensor, hapo: HapoConfig, data: TensorDict) -> dict[str, Any]:
+    metrics: dict[str, Any] = {"hapo/loss/likelihood": Metric(AggregationType.SUM, term.detach())}
+    own: Any = tu.get_non_tensor_data(data=data, key=OBJECTIVE_LOSS, default=None)
+    if own is not None:
+        metrics[f"hapo/loss/{hapo.objective.name}"] = Metric(AggregationType.MEAN, own)
     return metrics
 
 

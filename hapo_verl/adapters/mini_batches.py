@@ -91,6 +91,7 @@ def order_of_whole_groups(
     slices: list[list[list[int]]] = []
     for mini_batch in range(mini_batches):
         rows = [row for group, b in zip(groups, bin_of, strict=True) if b == mini_batch for row in group]
-        parts = get_seqlen_balanced_partitions([load_of[row] for row in rows], k_partitions=dp_size, equal_size=True)
+        loads_here: Any = [load_of[row] for row in rows]
+        parts: Any = get_seqlen_balanced_partitions(loads_here, k_partitions=dp_size, equal_size=True)
         slices.append([[rows[i] for i in part] for part in parts])
     return [row for rank in range(dp_size) for of_ranks in slices for row in of_ranks[rank]]

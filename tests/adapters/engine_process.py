@@ -78,7 +78,7 @@ def _model_folder(case, folder):
     return str(path)
 
 
-def _engine(case, head, folder, clip_grad=1.0, strategy="fsdp2"):
+def _engine(case, head, folder, clip_grad=1.0):
     import verl  # noqa: F401
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
@@ -93,7 +93,7 @@ def _engine(case, head, folder, clip_grad=1.0, strategy="fsdp2"):
         fused_kernel_options={"impl_backend": "torch" if head == "off" else f"hapo_{head}"},
     )
     engine = FSDPEngineConfig(
-        strategy=strategy,
+        strategy="fsdp2",
         mixed_precision={"param_dtype": case.precision},
         use_torch_compile=False,
         ulysses_sequence_parallel_size=case.sequence_parallel,
@@ -102,7 +102,7 @@ def _engine(case, head, folder, clip_grad=1.0, strategy="fsdp2"):
     )
     optimizer = FSDPOptimizerConfig(lr=0.0, total_training_steps=1, clip_grad=clip_grad)
     torch.manual_seed(1)
-    built = EngineRegistry.new("language_model", strategy, model, engine, optimizer, CheckpointConfig())
+    built = EngineRegistry.new("language_model", "fsdp2", model, engine, optimizer, CheckpointConfig())
     built._build_model_optimizer()
     # LoRA's B starts at 0, where A has no gradient.
     generator = torch.Generator().manual_seed(2)

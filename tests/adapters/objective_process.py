@@ -25,7 +25,6 @@ class Step(NamedTuple):
     # Rows in the order in which ranks take them.
     order: tuple[int, ...] = tuple(range(8))
     head: str = "off"
-    strategy: str = "fsdp2"
     packed: bool = True
     # Rows of padding that follow.
     padding: int = 0
@@ -81,10 +80,10 @@ def _train(step, folder):
     from hapo_verl.config import HapoConfig
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    engine = _engine(Case(packed=step.packed), step.head, folder, clip_grad=1e9, strategy=step.strategy)
+    engine = _engine(Case(packed=step.packed), step.head, folder, clip_grad=1e9)
     data = _batch(step, rank, ranks)
     config = FSDPActorConfig(
-        strategy=step.strategy,
+        strategy="fsdp2",
         rollout_n=2,
         ppo_micro_batch_size_per_gpu=2,
         loss_agg_mode="seq-mean-token-mean" if step.objective == "real" else "token-mean",

@@ -209,14 +209,15 @@ def test_a_head_on_a_device_with_another_engine_is_refused(launch, monkeypatch):
         check_launch(launch(*HEAD))
 
 
-REAL = ("hapo.objective.name=real", "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean")
+FSDP2 = "actor_rollout_ref.actor.strategy=fsdp2"
+REAL = (FSDP2, "hapo.objective.name=real", "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean")
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (
-            ("hapo.objective.name=real",),
+            (FSDP2, "hapo.objective.name=real"),
             "actor_rollout_ref.actor.loss_agg_mode=token-mean: hapo.objective.name=real is defined in another. "
             "Use actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean.",
         ),
@@ -236,9 +237,9 @@ REAL = ("hapo.objective.name=real", "actor_rollout_ref.actor.loss_agg_mode=seq-m
             "Use hapo.kernels.head=linear_logprob.",
         ),
         (
-            ("hapo.objective.name=srft", "actor_rollout_ref.actor.strategy=megatron"),
-            "actor_rollout_ref.actor.strategy=megatron: hapo.objective.name=srft asks the policy in front of every "
-            "optimizer step, which is written for FSDP. Use actor_rollout_ref.actor.strategy=fsdp2.",
+            ("hapo.objective.name=srft",),
+            "actor_rollout_ref.actor.strategy=fsdp: hapo.objective.name=srft asks the policy in front of every "
+            "optimizer step, which is written for FSDP2. Use actor_rollout_ref.actor.strategy=fsdp2.",
         ),
     ],
 )

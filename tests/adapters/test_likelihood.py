@@ -7,7 +7,7 @@ from tests.adapters.objective_process import DEMONSTRATIONS, LENGTHS, SCORES, UI
 
 MIXED = (5, 0, 7, 3, 2, 6, 1, 4)
 ALONE = [Step(name, micro_batch=size) for name in ("real", "srft") for size in (1, 8)]
-ALONE += [Step("real", packed=False), Step("real", strategy="fsdp"), Step("srft", order=MIXED, padding=2)]
+ALONE += [Step("real", packed=False), Step("srft", order=MIXED, padding=2)]
 ALONE += [Step("real", head="linear_logprob"), Step("srft", head="linear_logprob")]
 PAIRED = [Step(name, order=order) for name in ("real", "srft") for order in (tuple(range(8)), MIXED)]
 PAIRED += [Step("real", order=MIXED, padding=4), Step("srft", order=MIXED, padding=4)]
