@@ -1,16 +1,20 @@
-"""Which gate, and replace or append? A grid of gates, modes and seeds on tasks that a tiny model learns in a minute.
+"""Which gate, replace or append, which method? Settings and seeds on tasks that a tiny model learns in a minute.
 
-    python bench/study.py                                   the whole grid, one line a run; goes on where it stopped
-    python bench/study.py --task digits4 --seeds 2          a part of it
-    python bench/study.py --report                          table and picture of the runs that there are
+    python bench/study.py gates                             gates and modes, one line a run; goes on where it stopped
+    python bench/study.py methods                           GRPO, DAPO, LUFFY, SRFT, REAL, HAPO; three seeds
+    python bench/study.py gates --task digits4 --seeds 2    a part of it
+    python bench/study.py gates --report                    tables, picture and page of the runs that there are
 
 Every run is the plain loop (`recipes/plain_loop/plain_loop.py`): the functions of `hapo_verl.algo`, without verl. Cells
-of one task differ in gate, mode and normalisation only: same model, questions, learning rate and steps at each seed.
+of one task differ in what is compared only: same model, questions and steps at each seed. The gates share a learning
+rate; each method runs at every rate of `RATES` and is shown, task by task, at its best.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import html
 import json
 import multiprocessing
 import os
@@ -21,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,56 +40,95 @@ TASKS = {
     # The demonstrations take a detour of a dot, for which half of the questions leave no room.
     "detour3": Settings(digits=3, detour=1, hidden=128, steps=200),
 }
-GATES = ("paper", "zero", "annealed", "adaptive", "posterior", "thompson", "always")
-# All of them on the shortest task, with and without the deviation; on the others those that decide.
+GATES = ("paper", "zero", "annealed", "adaptive", "posterior", "always")
+# Held-out success of the policy before the run: about none, one in a hundred, one in five.
+METHOD_TASKS = {
+    "never": Settings(digits=3, hidden=64, steps=120),
+    "rarely": Settings(digits=3, hidden=64, steps=120, warm=0.01),
+    "sometimes": Settings(digits=3, hidden=64, steps=120, warm=0.2),
+}
+RATES = (5e-4, 2e-3)
+# The presets of `hapo_verl/presets/hapo`, as far as one update a step tells them apart: there no ratio is clipped.
+METHODS: dict[str, dict[str, Any]] = {
+    "grpo": {"gate": "never"},
+    "dapo": {"gate": "never", "filter_groups": True},
+    "luffy": {
+        "gate": "always",
+        "statistics": "all",
+        "scale_by_std": False,
+        "clip": False,
+        "aggregation": "seq-mean-token-sum-norm",
+        "entropy": 0.001,
+    },
+    "srft": {"gate": "always", "mode": "append", "statistics": "all", "objective": "srft"},
+    "real": {"gate": "never", "objective": "real", "aggregation": "seq-mean-token-mean"},
+    "real_ssi": {"gate": "paper", "objective": "real", "aggregation": "seq-mean-token-mean"},
+    "paper": {"gate": "paper"},
+    "plus": {"gate": "annealed", "mode": "append"},
+}
+# All of them on the shortest task; on the others, and without the deviation, those that decide.
 EVERY = [(gate, mode) for gate in GATES for mode in ("replace", "append")] + [("never", "replace")]
-DECIDING = [cell for cell in EVERY if cell[1] == "append" and cell[0] != "thompson"]
-DECIDING += [("paper", "replace"), ("never", "replace")]
+DECIDING = [cell for cell in EVERY if cell[1] == "append"] + [("paper", "replace"), ("never", "replace")]
 
 
-def grid(tasks: Iterable[str], seeds: int) -> list[tuple[str, Settings]]:
-    """Every run of the study."""
+class Run(NamedTuple):
+    """One training run: the settings and the row of the report that it belongs to."""
+
+    task: str
+    cell: str
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        """Of the run, by which it is known to be done."""
+        normalised = "" if self.settings.scale_by_std else "-nostd"
+        cell = self.cell.replace("/", "-").replace(" ", "-")
+        return f"{self.task}-{cell}{normalised}-seed{self.settings.seed}"
+
+
+def gate_runs(tasks: Iterable[str], seeds: int) -> list[Run]:
+    """Every run of the study of gates."""
     runs = []
     for seed in range(seeds):
         for task in tasks:
             for scale_by_std in (True, False) if task == "digits3" else (True,):
-                for gate, mode in EVERY if task == "digits3" else DECIDING:
+                for gate, mode in EVERY if task == "digits3" and scale_by_std else DECIDING:
                     settings = replace(TASKS[task], gate=gate, mode=mode, scale_by_std=scale_by_std, seed=seed)
-                    runs.append((task, settings))
+                    runs.append(Run(task, f"{gate}/{mode}", settings))
     return runs
 
 
-def name_of(task: str, settings: Settings) -> str:
-    """Of a run, and of its file."""
-    normalised = "std" if settings.scale_by_std else "nostd"
-    return f"{task}-{settings.gate}-{settings.mode}-{normalised}-seed{settings.seed}"
+def method_runs(tasks: Iterable[str], seeds: int) -> list[Run]:
+    """Every run of the comparison of methods."""
+    return [
+        Run(task, f"{method} {lr:g}", replace(METHOD_TASKS[task], **fields, lr=lr, seed=seed))
+        for seed in range(seeds)
+        for task in tasks
+        for lr in RATES
+        for method, fields in METHODS.items()
+    ]
 
 
-def run(job: tuple[str, str, Settings]) -> str:
-    """Train one cell at one seed and write its file, whole or not at all."""
+def train_one(one: Run) -> dict[str, Any]:
+    """The record of a run."""
     torch.set_num_threads(1)
-    folder, task, settings = job
     started = time.perf_counter()
-    history = train(settings)
-    record = {
-        "task": task,
-        "settings": vars(settings),
+    history = train(one.settings)
+    return {
+        "name": one.name,
+        "task": one.task,
+        "cell": one.cell,
+        "settings": vars(one.settings),
         "history": {
             key: [(record["step"], round(record[key], 5)) for record in history if key in record]
-            for key in history[-1]
+            for key in dict.fromkeys(key for record in history for key in record)
             if key != "step"
         },
         "seconds": round(time.perf_counter() - started, 1),
         "machine": machine(),
     }
-    path = Path(folder) / f"{name_of(task, settings)}.json"
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(record) + "\n")
-    unfinished.replace(path)
-    return f"{path.stem}: held-out {record['history']['heldout_success'][-1][1]:.2f}, {record['seconds']} s"
 
 
-# Label and how to take it from a run's history.
 def _first_reaching(points: Sequence[tuple[int, float]], level: float) -> float:
     return next((step for step, value in points if value >= level), float("nan"))
 
@@ -96,25 +139,74 @@ def _late(points: Sequence[tuple[int, float]], share: float = 0.2) -> float:
     return statistics.fmean(finite) if finite else float("nan")
 
 
-MEASURES = {
-    "held-out, last": lambda h: h["heldout_success"][-1][1],
-    "area under held-out": lambda h: statistics.fmean(value for _, value in h["heldout_success"]),
-    "steps to .5": lambda h: _first_reaching(h["heldout_success"], 0.5),
-    "steps to .9": lambda h: _first_reaching(h["heldout_success"], 0.9),
-    "teacher share": lambda h: statistics.fmean(value for _, value in h["teacher_share"]),
-    "teacher share, late": lambda h: _late(h["teacher_share"]),
-    "gradient deviation, late": lambda h: _late(h["gradient_deviation"]),
+def _area(record: dict[str, Any]) -> float:
+    return statistics.fmean(value for _, value in record["history"]["heldout_success"])
+
+
+# Column and how to take it from a run.
+CURVE = {
+    "held-out, last": lambda r: r["history"]["heldout_success"][-1][1],
+    "area under held-out": _area,
+    "steps to .5": lambda r: _first_reaching(r["history"]["heldout_success"], 0.5),
+    "steps to .9": lambda r: _first_reaching(r["history"]["heldout_success"], 0.9),
+    "teacher share": lambda r: statistics.fmean(value for _, value in r["history"]["teacher_share"]),
+}
+COLUMNS = {
+    "gates": CURVE
+    | {
+        "teacher share, late": lambda r: _late(r["history"]["teacher_share"]),
+        "gradient deviation, late": lambda r: _late(r["history"].get("gradient_deviation", [])),
+    },
+    "methods": CURVE
+    | {
+        "learning rate": lambda r: r["settings"]["lr"],
+        "generated tokens": lambda r: sum(value for _, value in r["history"]["generated_tokens"]),
+        "seconds": lambda r: r["seconds"],
+    },
 }
 
 
-def cells(folder: Path) -> dict[tuple[str, bool, str], list[dict[str, Any]]]:
-    """Runs of each cell (task, normalisation, gate/mode), seeds in order."""
-    found = defaultdict(list)
-    for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text())
-        settings = record["settings"]
-        found[record["task"], settings["scale_by_std"], f"{settings['gate']}/{settings['mode']}"].append(record)
-    return dict(found)
+class Section(NamedTuple):
+    """A task's table: runs by cell."""
+
+    title: str
+    cells: dict[str, list[dict[str, Any]]]
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """The records of every run that is done, in the order of their names."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return sorted((json.loads(line) for line in lines), key=lambda record: record["name"])
+
+
+def gate_sections(records: Iterable[dict[str, Any]]) -> list[Section]:
+    """A section a task and normalisation."""
+    found: dict[tuple[str, bool], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        found[record["task"], record["settings"]["scale_by_std"]][record["cell"]].append(record)
+    keys = sorted(found, key=lambda key: (key[0], not key[1]))
+    return [Section(f"{task}, {'std' if scaled else 'no std'}", dict(found[task, scaled])) for task, scaled in keys]
+
+
+def method_sections(records: Iterable[dict[str, Any]]) -> list[Section]:
+    """A section a task, each method at the learning rate of its largest area under the held-out curve."""
+    found: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    for record in records:
+        method, rate = record["cell"].split()
+        found[record["task"]][method][rate].append(record)
+    return [
+        Section(
+            f"success before the run: {task}",
+            {
+                method: max(rates.values(), key=lambda runs: statistics.fmean(map(_area, runs)))
+                for method, rates in found[task].items()
+            },
+        )
+        for task in METHOD_TASKS
+        if task in found
+    ]
 
 
 def summary(values: Sequence[float]) -> str:
@@ -122,106 +214,147 @@ def summary(values: Sequence[float]) -> str:
     there = [value for value in values if value == value]
     if not there:
         return "–"
-    mean = statistics.fmean(there)
-    text = f"{mean:.0f}" if mean >= 10 else f"{mean:.3f}"
-    if len(there) > 1:
-        spread = statistics.stdev(there)
-        text += f" ± {spread:.0f}" if mean >= 10 else f" ± {spread:.3f}"
+    mean, spread = statistics.fmean(there), statistics.stdev(there) if len(there) > 1 else 0.0
+    form = ".0f" if mean >= 10 else ".3f" if mean >= 0.01 or mean == 0 else ".2g"
+    text = f"{mean:{form}} ± {spread:{form}}" if spread else f"{mean:{form}}"
     return text if len(there) == len(values) else f"{text} ({len(there)} of {len(values)})"
 
 
-def tables(found: dict[tuple[str, bool, str], list[dict[str, Any]]]) -> str:
-    """One Markdown table a task and normalisation, cells ordered by the area under their held-out curve."""
-    parts = []
-    for task, scaled in sorted({(task, scaled) for task, scaled, _ in found}, key=lambda key: (key[0], not key[1])):
-        rows = {cell: runs for (t, s, cell), runs in found.items() if (t, s) == (task, scaled)}
-        area = MEASURES["area under held-out"]
-        order = sorted(rows, key=lambda cell: -statistics.fmean(area(run["history"]) for run in rows[cell]))
-        seeds = {len(runs) for runs in rows.values()}
-        parts.append(
-            f"### {task}, {'std' if scaled else 'no std'}: {TASKS[task].steps} steps, "
-            f"{'/'.join(map(str, sorted(seeds)))} seeds\n\n"
-            f"| gate/mode | {' | '.join(MEASURES)} |\n|---|{'---|' * len(MEASURES)}"
-        )
-        for cell in order:
-            values = [summary([measure(run["history"]) for run in rows[cell]]) for measure in MEASURES.values()]
-            parts[-1] += f"\n| {cell} | {' | '.join(values)} |"
-    return "\n\n".join(parts) + "\n"
+def table(section: Section, columns: dict[str, Any]) -> list[list[str]]:
+    """Header and rows, cells in the order of the area under their held-out curve."""
+    order = sorted(section.cells, key=lambda cell: -statistics.fmean(map(_area, section.cells[cell])))
+    return [["", *columns]] + [
+        [cell, *(summary([measure(run) for run in section.cells[cell]]) for measure in columns.values())]
+        for cell in order
+    ]
 
 
-def draw(found: dict[tuple[str, bool, str], list[dict[str, Any]]], path: Path) -> None:
-    """Held-out success of the cells with deviation: mean over seeds and its 95 % band."""
+def heading(section: Section) -> str:
+    """Title, steps and seeds of a section."""
+    seeds = sorted({len(runs) for runs in section.cells.values()})
+    steps = next(iter(section.cells.values()))[0]["settings"]["steps"]
+    return f"{section.title}: {steps} steps, {'/'.join(map(str, seeds))} seeds"
+
+
+def panels(study: str, sections: Sequence[Section]) -> list[list[Section]]:
+    """Rows of the picture; the gates' one row a mode, GRPO in both."""
+    if study == "methods":
+        return [list(sections)]
+    scaled = [section for section in sections if section.title.endswith(", std")]
+    return [
+        [
+            Section(
+                f"{section.title}, {mode}",
+                {
+                    cell.partition("/")[0]: runs
+                    for cell, runs in section.cells.items()
+                    if cell.endswith(mode) or cell == "never/replace"
+                },
+            )
+            for section in scaled
+        ]
+        for mode in ("replace", "append")
+    ]
+
+
+def draw(rows: Sequence[Sequence[Section]], labels: Sequence[str], path: Path) -> None:
+    """Held-out success: mean over seeds and its 95 % band."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tasks = [task for task in TASKS if any(t == task and scaled for t, scaled, _ in found)]
-    figure, grid_of_axes = pyplot.subplots(
-        2, len(tasks), figsize=(5 * len(tasks), 7), layout="constrained", sharey=True, squeeze=False
+    size = (5 * len(rows[0]), 3.5 * len(rows))
+    figure, grid = pyplot.subplots(
+        len(rows), len(rows[0]), figsize=size, layout="constrained", sharey=True, squeeze=False
     )
-    for column, task in enumerate(tasks):
-        for row, mode in enumerate(("replace", "append")):
-            axes = grid_of_axes[row][column]
-            for number, gate in enumerate((*GATES, "never")):
-                runs = found.get((task, True, f"{gate}/{mode}")) or found.get((task, True, f"{gate}/replace"))
-                if not runs or (gate != "never" and (task, True, f"{gate}/{mode}") not in found):
-                    continue
-                curves = [[value for _, value in run["history"]["heldout_success"]] for run in runs]
-                steps = [step for step, _ in runs[0]["history"]["heldout_success"]]
-                mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-                band = [
-                    1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-                    for values in zip(*curves, strict=True)
-                ]
-                axes.plot(steps, mean, label=gate, color=f"C{number}")
+    for axes, panel in zip(grid.flat, (panel for row in rows for panel in row), strict=True):
+        for number, label in enumerate(labels):
+            runs = panel.cells.get(label, [])
+            points = zip(*(run["history"]["heldout_success"] for run in runs), strict=True)
+            steps, mean, band = [], [], []
+            for at_step in points:
+                values = [value for _, value in at_step]
+                steps.append(at_step[0][0])
+                mean.append(statistics.fmean(values))
+                band.append(1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0)
+            if steps:
+                axes.plot(steps, mean, label=label, color=f"C{number}")
                 low, high = zip(*[(m - b, m + b) for m, b in zip(mean, band, strict=True)], strict=True)
                 axes.fill_between(steps, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
-            axes.set(title=f"{task}, {mode}", xlabel="step", ylim=(-0.02, 1.02))
-    grid_of_axes[0][0].legend(fontsize="small")
-    grid_of_axes[0][0].set_ylabel("held-out success")
+        axes.set(title=panel.title, xlabel="step", ylim=(-0.02, 1.02))
+    grid[0][0].legend(fontsize="small")
+    grid[0][0].set_ylabel("held-out success")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def report(out: Path) -> None:
-    """`study.md`, `study.png` and `study.json` (every curve) from the runs under `out/runs`."""
-    found = cells(out / "runs")
-    runs = [run for group in found.values() for run in group]
-    commits = sorted({run["machine"]["commit"] for run in runs})
+def report(study: str, out: Path) -> None:
+    """`<study>.md`, `.png` and `.html` from the curves in `<study>.jsonl`."""
+    records = load(out / f"{study}.jsonl")
+    sections = (gate_sections if study == "gates" else method_sections)(records)
+    commits = sorted({record["machine"]["commit"] for record in records})
     head = (
-        f"{len(runs)} runs of the plain loop, commit {', '.join(commits)}, {runs[0]['machine']['device']}; "
-        "mean ± deviation over seeds. `python bench/study.py` makes them again.\n\n"
+        f"{len(records)} runs of the plain loop, commit {', '.join(commits)}, {records[0]['machine']['device']}; "
+        f"mean ± deviation over seeds. `python bench/study.py {study}` makes them again."
     )
-    (out / "study.md").write_text(head + tables(found))
-    (out / "study.json").write_text("\n".join(json.dumps(run) for run in runs) + "\n")
-    draw(found, out / "study.png")
-    print(head + tables(found))
+    tables = [(heading(section), table(section, COLUMNS[study])) for section in sections]
+    draw(panels(study, sections), (*GATES, "never") if study == "gates" else tuple(METHODS), out / f"{study}.png")
+    markdown = [head]
+    for title, (header, *rows) in tables:
+        lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+        markdown.append(f"### {title}\n\n" + "\n".join(lines))
+    text = "\n\n".join(markdown) + "\n"
+    (out / f"{study}.md").write_text(text)
+    (out / f"{study}.html").write_text(page(study, head, tables, out / f"{study}.png"))
+    print(text)
+
+
+def page(study: str, head: str, tables: Sequence[tuple[str, list[list[str]]]], picture: Path) -> str:
+    """One self-contained HTML page."""
+    parts = [f"<h1>{study}</h1><p>{html.escape(head)}</p>"]
+    parts.append(f'<img src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}">')
+    for title, rows in tables:
+        cells = ["".join(f"<td>{html.escape(value)}</td>" for value in row) for row in rows]
+        parts.append(f"<h2>{html.escape(title)}</h2><table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>")
+    style = "body{font:15px sans-serif;max-width:70em;margin:auto}img{width:100%}td{padding:.2em .7em}"
+    return f'<!doctype html><meta charset="utf-8"><title>{study}</title><style>{style}</style>' + "".join(parts) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=("gates", "methods"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "study")
-    parser.add_argument("--task", choices=TASKS, nargs="+", default=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--task", nargs="+", help="some of the study's tasks")
+    parser.add_argument("--seeds", type=int, help="5 for gates, 3 for methods")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="one thread each")
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--smoke", action="store_true", help="two short runs, no claim")
     args = parser.parse_args(argv)
 
-    jobs = grid(args.task, args.seeds)
+    known, of, seeds = (TASKS, gate_runs, 5) if args.study == "gates" else (METHOD_TASKS, method_runs, 3)
+    unknown = set(args.task or ()) - set(known)
+    if unknown:
+        parser.error(
+            f"--task {', '.join(sorted(unknown))}: not a task of {args.study}. Use some of {', '.join(known)}."
+        )
+    jobs = of(args.task or known, args.seeds or seeds)
     if args.smoke:
-        jobs = [(task, replace(settings, steps=2, prompts=2, test_every=2)) for task, settings in jobs[:2]]
-    (args.out / "runs").mkdir(parents=True, exist_ok=True)
-    missing = [job for job in jobs if not (args.out / "runs" / f"{name_of(*job)}.json").exists()]
+        jobs = [job._replace(settings=replace(job.settings, steps=2, prompts=2, test_every=2)) for job in jobs[:2]]
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{args.study}.jsonl"
+    done = {record["name"] for record in load(path)}
+    missing = [job for job in jobs if job.name not in done]
     if not args.report:
         print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are done", flush=True)
-        with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-            todo = [(str(args.out / "runs"), *job) for job in missing]
-            for number, line in enumerate(pool.imap_unordered(run, todo), start=1):
-                print(f"{number}/{len(todo)}  {line}", flush=True)
-    report(args.out)
+        with multiprocessing.get_context("spawn").Pool(args.processes) as pool, path.open("a") as file:
+            for number, record in enumerate(pool.imap_unordered(train_one, missing), start=1):
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                last = record["history"]["heldout_success"][-1][1]
+                print(f"{number}/{len(missing)}  {record['name']}: {last:.2f}, {record['seconds']} s", flush=True)
+    report(args.study, args.out)
     return 0
 
 

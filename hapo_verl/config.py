@@ -1,4 +1,5 @@
-"""The `hapo:` block of a verl configuration: the only defaults and the only range checks. No torch, no verl.
+"""The `hapo:` block of a verl configuration: the only defaults and the only range checks. No verl, and no torch
+before a configuration is made.
 
 `HapoConfig.parse({"gate": {"threshold": 0.7}})` fills in the defaults and refuses what it does not know, in one line:
 the key as typed, the rule, the fix.
@@ -11,14 +12,18 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hapo_verl.algo.objectives import Objective
 
 
 class ConfigError(ValueError):
     """A launch that cannot work; the message is one line: key=value, the rule, the fix."""
 
 
-def _checked(default: Any, ok: Callable[[Any], bool], rule: str) -> Any:
+def checked(default: Any, ok: Callable[[Any], bool], rule: str) -> Any:
+    """A dataclass field whose value `ok` has to accept; the rule ends with the fix."""
     return field(default=default, metadata={"ok": ok, "rule": rule})
 
 
@@ -26,7 +31,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _positive(value: Any) -> bool:
+def positive(value: Any) -> bool:
+    """A finite number above 0."""
     return _is_number(value) and value > 0
 
 
@@ -38,7 +44,7 @@ def _whole(value: Any) -> bool:
 
 
 def _threshold() -> Any:
-    return _checked(
+    return checked(
         0.8,
         lambda v: _is_number(v) and 0 <= v <= 1,
         "a success rate lies in [0, 1]. Use 0.0 to switch injection off.",
@@ -46,7 +52,7 @@ def _threshold() -> Any:
 
 
 def _memory() -> Any:
-    return _checked(
+    return checked(
         0.9,
         lambda v: _is_number(v) and 0 <= v < 1,
         "the share of a running mean that a step keeps lies in [0, 1). Use 0.9, about ten steps.",
@@ -54,7 +60,7 @@ def _memory() -> Any:
 
 
 def _horizon() -> Any:
-    return _checked(
+    return checked(
         None,
         lambda v: v is None or _whole(v),
         "a number of steps is a positive integer. Use null for all steps of the run.",
@@ -74,8 +80,8 @@ class PaperGate(GateConfig):
 
     name: str = "paper"
     threshold: float = _threshold()
-    prior_success: float = _checked(1.0, _positive, _PRIOR)
-    prior_failure: float = _checked(1.0, _positive, _PRIOR)
+    prior_success: float = checked(1.0, positive, _PRIOR)
+    prior_failure: float = checked(1.0, positive, _PRIOR)
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class AnnealedGate(PaperGate):
 
     name: str = "annealed"
     horizon: int | None = _horizon()
-    power: float = _checked(1.0, _positive, "the schedule's exponent must be positive. Use 1.0 for a straight line.")
+    power: float = checked(1.0, positive, "the schedule's exponent must be positive. Use 1.0 for a straight line.")
 
 
 @dataclass(frozen=True)
@@ -101,8 +107,8 @@ class PosteriorGate(GateConfig):
 
     name: str = "posterior"
     threshold: float = _threshold()
-    strength: float = _checked(2.0, _positive, "the pooled prior needs a positive count. Use 2.0, as Beta(1, 1) has.")
-    discount: float = _checked(
+    strength: float = checked(2.0, positive, "the pooled prior needs a positive count. Use 2.0, as Beta(1, 1) has.")
+    discount: float = checked(
         0.5,
         lambda v: _is_number(v) and 0 <= v <= 1,
         "the share of earlier visits that counts lies in [0, 1]. Use 0.5.",
@@ -136,11 +142,11 @@ GATES: dict[str, GateConfig] = {
 class BudgetConfig:
     """At most this share of a step's groups is injected, whatever the gate says."""
 
-    share: float = _checked(
+    share: float = checked(
         1.0, lambda v: _is_number(v) and 0 <= v <= 1, "a share of groups lies in [0, 1]. Use 1.0 for no limit."
     )
     # Steps until the share has fallen to 0 along a straight line; null keeps it.
-    horizon: int | None = _checked(
+    horizon: int | None = checked(
         None,
         lambda v: v is None or _whole(v),
         "a number of steps is a positive integer. Use null for a constant share.",
@@ -155,16 +161,30 @@ class InjectionConfig:
     """What becomes of the group's worst rollout."""
 
     # replace: the demonstration takes its place. append: it stays, the demonstration is one row more.
-    mode: str = _checked("replace", lambda v: v in MODES, "no such mode. Use one of: replace, append.")
+    mode: str = checked("replace", lambda v: v in MODES, "no such mode. Use one of: replace, append.")
+
+
+STATISTICS = ("all", "on_policy")
+
+
+@dataclass(frozen=True)
+class AdvantageConfig:
+    """With whom the policy's own rows are compared."""
+
+    # all: every row of the group; on_policy: rollouts only; null: all in mode replace, on_policy in mode append.
+    statistics: str | None = checked(
+        None, lambda v: v is None or v in STATISTICS, "no such statistics. Use one of: all, on_policy, null."
+    )
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The demonstration's term of the policy loss."""
+    """The policy loss."""
 
-    shaping: float = _checked(
-        0.1, _positive, "lambda of q/(q+lambda) must be positive. Use 0.1, the value of the paper."
-    )
+    # λ of the demonstration's term.
+    shaping: float = checked(0.1, positive, "lambda of q/(q+lambda) must be positive. Use 0.1, the value of the paper.")
+    # false: the ratio of the policy's own rows is clipped nowhere, as in LUFFY's published script.
+    clip: bool = checked(True, lambda v: isinstance(v, bool), "either true or false. Use true.")
 
 
 @dataclass(frozen=True)
@@ -172,12 +192,12 @@ class KernelsConfig:
     """Which implementations of `hapo_kernels` the actor runs."""
 
     # auto: the Triton kernel on a GPU, the PyTorch reference elsewhere.
-    policy_loss: str = _checked(
+    policy_loss: str = checked(
         "auto", lambda v: v in ("auto", "reference", "triton"), "no such kernel. Use one of: auto, reference, triton."
     )
     # off: verl's own; linear_logprob: log-probs from hidden states, a chunk of logits at a time, trained tokens only;
     # policy_head: in training also the loss, with its gradient computed in the forward pass.
-    head: str = _checked(
+    head: str = checked(
         "off",
         lambda v: v in HEADS or v is False,  # YAML reads a bare `off` as false
         "no such head. Use one of: off, linear_logprob, policy_head.",
@@ -191,31 +211,39 @@ class KernelsConfig:
 HEADS = ("off", "linear_logprob", "policy_head")
 
 
+def _surrogate() -> Objective:
+    from hapo_verl.algo.objectives import Objective
+
+    return Objective()
+
+
 @dataclass(frozen=True)
 class HapoConfig:
     """Every key of the `hapo:` block."""
 
     gate: GateConfig = field(default_factory=PaperGate)
+    objective: Objective = field(default_factory=_surrogate)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     injection: InjectionConfig = field(default_factory=InjectionConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     # A rollout is a success when its `acc` (its score, where the reward function returns no `acc`) is at least this.
-    success_threshold: float = _checked(1.0, _is_number, "the least score of a success is a number. Use 1.0.")
+    success_threshold: float = checked(1.0, _is_number, "the least score of a success is a number. Use 1.0.")
     # The data set's column with the demonstration: a string, or a list with one assistant message.
-    demonstration_key: str = _checked(
+    demonstration_key: str = checked(
         "demonstration", lambda v: isinstance(v, str) and bool(v), "a column name is needed. Use demonstration."
     )
     # Breaks the last ties in the choice of the worst rollout.
-    seed: int = _checked(0, lambda v: isinstance(v, int) and not isinstance(v, bool), "a seed is an integer. Use 0.")
+    seed: int = checked(0, lambda v: isinstance(v, int) and not isinstance(v, bool), "a seed is an integer. Use 0.")
     # Seconds between two looks of the trainer at the replay buffer; null keeps verl's own (2.0).
-    poll_interval: float | None = _checked(
+    poll_interval: float | None = checked(
         None,
-        lambda v: v is None or _positive(v),
+        lambda v: v is None or positive(v),
         "seconds between two polls must be positive. Use null for verl's 2.0.",
     )
     # Folder for one JSON line a group and step, and the rows that reached the loss; null writes nothing.
-    trace_dir: str | None = _checked(
+    trace_dir: str | None = checked(
         None, lambda v: v is None or (isinstance(v, str) and bool(v)), "a folder is needed. Use null to write no trace."
     )
 
@@ -245,7 +273,9 @@ def _parse(cls: type, block: Any, path: str) -> Any:
             raise ConfigError(f"{path}.{key}: no such key. Did you mean {path}.{near[0]}?")
         spec = fields[key]
         if key == "gate":
-            values[key] = value if isinstance(value, GateConfig) else _parse_gate(value, f"{path}.gate")
+            values[key] = _parse_choice(value, f"{path}.gate", GATES, first="paper")
+        elif key == "objective":
+            values[key] = _parse_choice(value, f"{path}.objective", _objectives(), first="surrogate")
         elif dataclasses.is_dataclass(spec.default_factory):
             values[key] = _parse(spec.default_factory, value, f"{path}.{key}")  # type: ignore[arg-type]
         elif "ok" in spec.metadata and not spec.metadata["ok"](value):
@@ -255,31 +285,47 @@ def _parse(cls: type, block: Any, path: str) -> Any:
     return cls(**values)
 
 
-def _parse_gate(block: Any, path: str) -> GateConfig:
-    """The gate that `name` names, with its own keys only; null stands for a gate's own default."""
+def _objectives() -> Mapping[str, Objective]:
+    from hapo_verl.algo.objectives import objectives  # brings torch
+
+    return objectives()
+
+
+def _parse_choice(block: Any, path: str, choices: Mapping[str, Any], *, first: str) -> Any:
+    """The choice that `name` names, with its own keys only; null stands for its own default of a key."""
+    if any(type(block) is type(choice) for choice in choices.values()):
+        return block
     if not isinstance(block, Mapping):
         raise ConfigError(f"{path}={block!r}: a block of keys is needed. Launch with +hapo=paper.")
-    name = block.get("name", "paper")
-    if name not in GATES:
-        raise ConfigError(f"{path}.name={name!r}: not a gate. Use one of: {', '.join(GATES)}.")
+    kind, name = path.rpartition(".")[2], block.get("name", first)
+    if name not in choices:
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise ConfigError(f"{path}.name={name!r}: not {article} {kind}. Use one of: {', '.join(choices)}.")
     given = {key: value for key, value in block.items() if value is not None and key != "name"}
-    own = [f.name for f in dataclasses.fields(GATES[name]) if f.name != "name"]
+    own = _keys(choices[name])
     for key, value in given.items():
         if key in own:
             continue
-        others = [other for other, gate in GATES.items() if key in {f.name for f in dataclasses.fields(gate)}]
+        others = [other for other, choice in choices.items() if key in _keys(choice)]
         if others:
             has = f"which has {', '.join(own)}" if own else "which has no keys"
             raise ConfigError(
-                f"{path}.{key}={value!r}: not a key of the gate {name}, {has}. "
+                f"{path}.{key}={value!r}: not a key of the {kind} {name}, {has}. "
                 f"Use {path}.name={others[0]} or remove it."
             )
         near = difflib.get_close_matches(str(key), own or ["name"], n=1, cutoff=0.0)
         raise ConfigError(f"{path}.{key}: no such key. Did you mean {path}.{near[0]}?")
-    return _parse(type(GATES[name]), {"name": name, **given}, path)
+    return _parse(type(choices[name]), {"name": name, **given}, path)
+
+
+def _keys(choice: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(choice) if f.name != "name"]
 
 
 def defaults() -> dict[str, Any]:
-    """Every key, as nested plain dictionaries: what a preset starts from. A gate's keys are null, its own default."""
-    keys = {f.name for gate in GATES.values() for f in dataclasses.fields(gate)} - {"name"}
-    return dataclasses.asdict(HapoConfig()) | {"gate": {"name": "paper", **dict.fromkeys(sorted(keys))}}
+    """Every key, as nested plain dictionaries: what a preset starts from. A choice's keys are null, its own default."""
+    choices = {"gate": GATES, "objective": _objectives()}
+    return dataclasses.asdict(HapoConfig()) | {
+        kind: {"name": next(iter(of))} | dict.fromkeys(sorted({key for choice in of.values() for key in _keys(choice)}))
+        for kind, of in choices.items()
+    }

@@ -96,6 +96,24 @@ def test_a_key_replaces_its_default_and_no_other():
             {"gate": {"name": "posterior", "discount": 1.5}},
             "hapo.gate.discount=1.5: the share of earlier visits that counts lies in [0, 1]. Use 0.5.",
         ),
+        (
+            {"objective": {"name": "reel"}},
+            "hapo.objective.name='reel': not an objective. Use one of: surrogate, real, srft.",
+        ),
+        (
+            {"objective": {"name": "srft", "temperature": 1.0}},
+            "hapo.objective.temperature=1.0: not a key of the objective srft, which has demonstration_weight, "
+            "success_weight, failure_weight. Use hapo.objective.name=real or remove it.",
+        ),
+        (
+            {"objective": {"name": "real", "temperature": 0}},
+            "hapo.objective.temperature=0: the temperature of the logits s/tau must be positive. Use 0.5.",
+        ),
+        (
+            {"advantage": {"statistics": "group"}},
+            "hapo.advantage.statistics='group': no such statistics. Use one of: all, on_policy, null.",
+        ),
+        ({"loss": {"clip": "off"}}, "hapo.loss.clip='off': either true or false. Use true."),
         ({"injection": {"mode": "add"}}, "hapo.injection.mode='add': no such mode. Use one of: replace, append."),
         (
             {"budget": {"share": -0.1}},

@@ -42,6 +42,7 @@ def check_launch(config: DictConfig) -> HapoConfig:
     _check_manager(config)
     _check_reward_model(config)
     _check_kernels(config, hapo)
+    _check_objective(config, hapo)
     return hapo
 
 
@@ -170,15 +171,50 @@ def _check_kernels(config: DictConfig, hapo: HapoConfig) -> None:
             f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={sequence_parallel}: policy_head needs whole rows "
             "on a rank. Use hapo.kernels.head=linear_logprob."
         )
+    _check_engine(f"hapo.kernels.head={hapo.kernels.head}", "Use hapo.kernels.head=off.")
+
+
+def _check_engine(setting: str, fix: str) -> None:
     from verl.utils.device import get_vendor
     from verl.workers.engine import EngineRegistry
 
     from hapo_verl.adapters.engine import HapoFSDPEngine
 
     if not issubclass(EngineRegistry.get_engine_cls("language_model", "fsdp2"), HapoFSDPEngine):
+        raise ConfigError(f"{setting}: verl takes another training engine on {get_vendor()} devices. {fix}")
+
+
+def _check_objective(config: DictConfig, hapo: HapoConfig) -> None:
+    """What an objective that weighs likelihoods needs of a launch."""
+    objective, actor = hapo.objective, config.actor_rollout_ref.actor
+    name = f"hapo.objective.name={objective.name}"
+    if not objective.weighs_likelihood:
+        return
+    if actor.strategy != "fsdp2":
         raise ConfigError(
-            f"hapo.kernels.head={hapo.kernels.head}: verl takes another training engine on {get_vendor()} devices. "
-            "Use hapo.kernels.head=off."
+            f"actor_rollout_ref.actor.strategy={actor.strategy}: {name} asks the policy in front of every optimizer "
+            "step, which is written for FSDP2. Use actor_rollout_ref.actor.strategy=fsdp2."
+        )
+    _check_engine(name, "Use hapo.objective.name=surrogate.")
+    if hapo.kernels.head == "policy_head":
+        raise ConfigError(
+            f"hapo.kernels.head=policy_head: {name} has a term that this head does not compute. "
+            "Use hapo.kernels.head=linear_logprob."
+        )
+    if objective.aggregation not in (None, actor.loss_agg_mode):
+        raise ConfigError(
+            f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}: {name} is defined in another. "
+            f"Use actor_rollout_ref.actor.loss_agg_mode={objective.aggregation}."
+        )
+    if objective.whole_groups and actor.shuffle and actor.ppo_mini_batch_size < config.data.train_batch_size:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.shuffle=True: {name} needs whole groups in a mini-batch. "
+            "Use actor_rollout_ref.actor.shuffle=false."
+        )
+    if OmegaConf.select(config, "algorithm.rollout_correction.rollout_is"):
+        raise ConfigError(
+            f"algorithm.rollout_correction.rollout_is={config.algorithm.rollout_correction.rollout_is}: {name} has no "
+            "ratio that an importance weight could correct. Use algorithm.rollout_correction.rollout_is=null."
         )
 
 

@@ -1,11 +1,11 @@
-"""verl's FSDP2 engine with a head of ours: `hapo.kernels.head`.
+"""verl's FSDP2 engine with a head of ours, `hapo.kernels.head`, and with objectives that weigh likelihoods.
 
 verl's engine registry asks for a hardware vendor first, and verl itself registers none: this engine takes those places
-and is verl's own, unless the model's `fused_kernel_options.impl_backend` names one of our heads. A HAPO trainer writes
-that name before the actors are started (`choose_head`), so it reaches actor and reference model with verl's own
-configuration.
+and is verl's own, unless the model's `fused_kernel_options.impl_backend` names one of our heads, or the loss is a HAPO
+trainer's with another `hapo.objective` than the surrogate. A HAPO trainer writes the head's name before the actors are
+started (`choose_head`), so it reaches actor and reference model with verl's own configuration.
 
-Only tokens that train are scored. What verl reads from the others, it masks.
+Our heads score only tokens that train. What verl reads from the others, it masks.
 """
 
 # verl's decorator hides its engine's type.
@@ -26,6 +26,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from hapo_kernels.linear_logprob import IGNORED
 from hapo_verl.adapters import jagged
 from hapo_verl.adapters.head import Head, Scores, chosen_head, install, logprob_score, policy_score
+from hapo_verl.adapters.likelihood import weigh_likelihoods
 from hapo_verl.adapters.loss import POLICY_HEAD, loss_terms
 from hapo_verl.algo.policy_loss import PolicyHead
 
@@ -48,6 +49,13 @@ class HapoFSDPEngine(FSDPEngineWithLMHead):
             self._loss_in_head = name == "policy_head"
             logger.warning("hapo: the head of %s is %s", type(module).__name__, name)
         return super()._build_fsdp_module(module)
+
+    def train_batch(self, data: TensorDict, loss_function: Any) -> Any:
+        """verl's; in front of it, the weights of the likelihoods, where the objective has some."""
+        hapo = getattr(loss_function, "keywords", {}).get("hapo")
+        if hapo is not None and hapo.objective.weighs_likelihood:
+            weigh_likelihoods(self, data, hapo.objective)
+        return super().train_batch(data, loss_function)
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
         """verl's; and remembers the loss, which verl shows to what comes after the model only."""

@@ -15,9 +15,18 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.config import ActorConfig
 from verl.workers.utils.padding import no_padding_2_padding
 
-from hapo_verl.adapters.rows import DEMONSTRATION, demonstration_flags
+from hapo_verl.adapters.rows import DEMONSTRATION, LIKELIHOOD_WEIGHT, OBJECTIVE_LOSS, demonstration_flags
 from hapo_verl.adapters.trace import Trace
-from hapo_verl.algo.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, PolicyHead, hapo_policy_loss
+from hapo_verl.algo.policy_loss import (
+    UNCLIPPED,
+    Aggregation,
+    Clip,
+    EntropyBonus,
+    KLPenalty,
+    PolicyHead,
+    hapo_policy_loss,
+    likelihood_loss,
+)
 from hapo_verl.config import HapoConfig
 
 # Prefix of token sums on their way to the trainer, which turns them into means once all micro-batches are added up.
@@ -43,21 +52,29 @@ def hapo_loss(
         RuntimeError: when a row did not pass HAPO's agent loop.
     """
     fused: PolicyHead | None = model_output.pop(POLICY_HEAD, None)  # pyright: ignore[reportAssignmentType]
+    likelihood: dict[str, Any] = {}
     if fused is not None:
         loss, metrics = fused.loss, fused.metrics
         has_entropy = bool(tu.get_non_tensor_data(data=data, key="calculate_entropy", default=False))
     else:
         policy_logp_BT, entropy = no_padding_2_padding(model_output["log_probs"], data), model_output.get("entropy")
         has_entropy = entropy is not None
+        terms = loss_terms(config, hapo, data, policy_logp_BT.device)
         loss, metrics = hapo_policy_loss(
             policy_logp_BT,
-            **loss_terms(config, hapo, data, policy_logp_BT.device),
+            **terms,
             entropy=None
             if entropy is None
             else EntropyBonus(no_padding_2_padding(entropy, data), config.entropy_coeff),
         )
-    Trace(hapo.trace_dir).loss_rows(data, names=["uid", "responses", DEMONSTRATION, "advantages", "response_mask"])
-    return loss, _metrics(metrics._asdict(), config, has_entropy=has_entropy)
+        if hapo.objective.weighs_likelihood:
+            weight_B: Any = data[LIKELIHOOD_WEIGHT]
+            term = likelihood_loss(policy_logp_BT, weight_B, terms["mask_BT"], terms["aggregation"])
+            loss = loss + term
+            likelihood = _likelihood_metrics(term, hapo, data)
+    names = ("uid", "responses", DEMONSTRATION, "advantages", "response_mask", "old_log_probs", LIKELIHOOD_WEIGHT)
+    Trace(hapo.trace_dir).loss_rows(data, names=[name for name in names if name in data])
+    return loss, _metrics(metrics._asdict(), config, has_entropy=has_entropy) | likelihood
 
 
 def loss_terms(config: ActorConfig, hapo: HapoConfig, data: TensorDict, device: torch.device) -> dict[str, Any]:
@@ -67,13 +84,14 @@ def loss_terms(config: ActorConfig, hapo: HapoConfig, data: TensorDict, device: 
     rows = data.select(*(name for name in names if name in data)).to_padded_tensor()
     clip_low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
     clip_high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
+    clip = Clip(low=clip_low, high=clip_high, dual=config.get("clip_ratio_c", 3.0))
     return {
         "old_logp_BT": rows["old_log_probs"],
         "advantage_BT": rows["advantages"],
         "mask_BT": rows["response_mask"].bool(),
         "demonstration_B": demonstration_B.to(device),
         "shaping": hapo.loss.shaping,
-        "clip": Clip(low=clip_low, high=clip_high, dual=config.get("clip_ratio_c", 3.0)),
+        "clip": clip if hapo.loss.clip else UNCLIPPED,
         "aggregation": Aggregation(
             mode=config.loss_agg_mode,
             dp_size=data["dp_size"],
@@ -103,6 +121,14 @@ def _metrics(values: dict[str, Tensor], config: ActorConfig, *, has_entropy: boo
     metrics: dict[str, Any] = {name: Metric(AggregationType.SUM, value) for name, value in named.items()}
     if config.use_kl_loss:
         metrics["kl_coef"] = config.kl_loss_coef
+    return metrics
+
+
+def _likelihood_metrics(term: Tensor, hapo: HapoConfig, data: TensorDict) -> dict[str, Any]:
+    metrics: dict[str, Any] = {"hapo/loss/likelihood": Metric(AggregationType.SUM, term.detach())}
+    own: Any = tu.get_non_tensor_data(data=data, key=OBJECTIVE_LOSS, default=None)
+    if own is not None:
+        metrics[f"hapo/loss/{hapo.objective.name}"] = Metric(AggregationType.MEAN, own)
     return metrics
 
 

@@ -1,9 +1,12 @@
 """The fields by which HAPO's parts know each other's work.
 
-hapo_situation       of a prompt, from the trainer to the agent loop: what the gate is to judge its group by
-hapo_demonstration   of a row, from the agent loop to the loss: () bool, it is a demonstration
-hapo_group           of a row, to the trainer: what the gate saw and did, the same mapping on every row of a group
-hapo_appended        tag of a row, to the trainer: it is one row more than the group has rollouts
+hapo_situation           of a prompt, from the trainer to the agent loop: what the gate is to judge its group by
+hapo_demonstration       of a row, from the agent loop to the loss: () bool, it is a demonstration
+hapo_group               of a row, to the trainer: what the gate saw and did, the same mapping on every row of a group
+hapo_appended            tag of a row, to the trainer: it is one row more than the group has rollouts
+hapo_likelihood_weight   of a row, from the engine to the loss: W of the objective in this optimizer step
+hapo_objective_loss      of a batch, from the engine to the loss: the objective's own loss in this optimizer step
+hapo_single_update       of a batch, from the trainer to the engine: the step's only update, so that π is π_old
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ DEMONSTRATION = "hapo_demonstration"
 GROUP = "hapo_group"
 SITUATION = "hapo_situation"
 APPENDED = "hapo_appended"
+LIKELIHOOD_WEIGHT = "hapo_likelihood_weight"
+OBJECTIVE_LOSS = "hapo_objective_loss"
+SINGLE_UPDATE = "hapo_single_update"
 
 
 def demonstration_flags(data: TensorDict) -> Tensor:

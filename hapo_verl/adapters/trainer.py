@@ -10,7 +10,7 @@ compares two policies, computes advantages from one score a row, and logs under 
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from verl.trainer.ppo.v1 import (
 )
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug.metrics import calculate_debug_metrics
+from verl.utils.seqlen_balancing import calculate_workload
 from verl.utils.tensordict_utils import assign_non_tensor_stack
 
 from hapo_kernels.segment_norm import segment_ids
@@ -39,9 +40,19 @@ from hapo_verl.adapters.gatekeeper import Gatekeeper
 from hapo_verl.adapters.head import choose_head
 from hapo_verl.adapters.loss import hapo_loss, token_means
 from hapo_verl.adapters.metrics import group_metrics
-from hapo_verl.adapters.rows import APPENDED, DEMONSTRATION, GROUP, SITUATION, demonstration_flags, plain_values
+from hapo_verl.adapters.mini_batches import grown_mini_batch, order_of_whole_groups
+from hapo_verl.adapters.rows import (
+    APPENDED,
+    DEMONSTRATION,
+    GROUP,
+    SINGLE_UPDATE,
+    SITUATION,
+    demonstration_flags,
+    plain_values,
+)
 from hapo_verl.adapters.trace import Trace
 from hapo_verl.algo.advantage import session_advantage
+from hapo_verl.config import ConfigError
 
 
 class HapoTrainer(PPOTrainer):
@@ -55,8 +66,9 @@ class HapoTrainer(PPOTrainer):
         checks.check_cluster()
         choose_head(config, self.hapo)
         self.trace = Trace(self.hapo.trace_dir)
-        # Of the batch in training: rows, appended ones among them, and what mini-batches they make.
-        self._rows, self._appended, self._prompts_per_mini_batch = 0, 0, None
+        # Of the batch in training: rows, appended ones among them, rows of each group, and what mini-batches they make.
+        self._rows, self._appended, self._group_sizes, self._prompts_per_mini_batch = 0, 0, [], None
+        self._dp_size = 1
         super().__init__(config)
 
     @property
@@ -97,20 +109,40 @@ class HapoTrainer(PPOTrainer):
 
     def _balance_batch(self, batch: Any, metrics: dict, *args: Any, **kwargs: Any) -> Any:
         self._rows, self._appended = len(batch.keys), sum(bool(tag.get(APPENDED)) for tag in batch.tags)
-        return super()._balance_batch(batch, metrics, *args, **kwargs)
+        self._group_sizes = list(Counter(_split_keys(batch.keys)[0]).values())
+        batch = super()._balance_batch(batch, metrics, *args, **kwargs)
+        mini_batches = len(batch.keys) // self._mini_batch_rows
+        if self.hapo.objective.whole_groups and mini_batches > 1:
+            prompt_of, _, _ = _split_keys(batch.keys)
+            lengths = torch.tensor([tag["seq_len"] for tag in batch.tags], dtype=torch.int64)
+            loads = calculate_workload(lengths).tolist()
+            batch.reorder(order_of_whole_groups(prompt_of, loads, mini_batches, self._dp_size))
+        return batch
 
     def _get_required_batch_multiple(self, dp_size: int) -> int:
-        """verl's, and with appended rows the size at which they make no further optimizer step.
+        """verl's, or the size at which appended rows make no further optimizer step and no group is cut.
 
         verl pads a batch to whole mini-batches of `ppo_mini_batch_size * n` rows. Appended rows would open another
         mini-batch, mostly padding, whose few rows weigh as much as all others.
         """
-        self._prompts_per_mini_batch = None
-        if not self._appended:
+        self._dp_size, self._prompts_per_mini_batch = dp_size, None
+        whole_groups = self.hapo.objective.whole_groups
+        if not self._appended and not whole_groups:
             return super()._get_required_batch_multiple(dp_size)
-        updates, prompts = grown_mini_batch(self.config.actor_rollout_ref, self._rows, self._appended, dp_size)
-        self._prompts_per_mini_batch = prompts
-        return updates * prompts * self.config.actor_rollout_ref.rollout.n
+        updates, self._prompts_per_mini_batch = grown_mini_batch(
+            self.config.actor_rollout_ref,
+            self._rows,
+            self._appended,
+            dp_size,
+            self._group_sizes if whole_groups else None,
+        )
+        return updates * self._mini_batch_rows
+
+    @property
+    def _mini_batch_rows(self) -> int:
+        """Rows of an optimizer step, padding included."""
+        actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
+        return (self._prompts_per_mini_batch or actor.ppo_mini_batch_size) * rollout.n
 
     def _build_replay_buffer(self) -> Any:
         buffer = super()._build_replay_buffer()
@@ -165,8 +197,10 @@ class HapoTrainer(PPOTrainer):
             segment_ids(session_of),
             output_B,
             scale_by_std=bool(self.config.algorithm.get("norm_adv_by_std_in_grpo", True)),
-            appended_B=demonstration_B if self.hapo.injection.mode == "append" else None,
+            apart_B=demonstration_B if self._statistics == "on_policy" else None,
         )
+        self._check_scores(score_B)
+        advantage_B = self.hapo.objective.advantage(advantage_B, demonstration_B)
         advantages = jagged.spread(advantage_B, mask)
         output.update({"advantages": advantages, "returns": advantages})
 
@@ -185,6 +219,21 @@ class HapoTrainer(PPOTrainer):
         return tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(output, batch_size=len(batch))
         )
+
+    @property
+    def _statistics(self) -> str:
+        """With whom the policy's own rows are compared."""
+        return self.hapo.advantage.statistics or ("on_policy" if self.hapo.injection.mode == "append" else "all")
+
+    def _check_scores(self, score_B: Tensor) -> None:
+        if self.hapo.objective.binary_scores:
+            other = score_B[(score_B != 0) & (score_B != 1)]
+            if other.numel():
+                raise ConfigError(
+                    f"hapo.objective.name={self.hapo.objective.name}: a reward is {other[0].item():g}, and this "
+                    "objective takes rewards for labels, 0 or 1. Use a binary reward function, or "
+                    "hapo.objective.name=surrogate."
+                )
 
     def _correct_rollouts(self, batch: Any, demonstration_B: Tensor, metrics: dict) -> dict[str, Tensor]:
         """verl's rollout correction over the sampled rows; a demonstration keeps weight 1 and all of its tokens."""
@@ -212,6 +261,7 @@ class HapoTrainer(PPOTrainer):
     def _update_actor(self, batch: Any, metrics: dict) -> Any:
         actor = self.config.actor_rollout_ref.actor
         configured = actor.ppo_mini_batch_size
+        batch.extra_info[SINGLE_UPDATE] = len(batch.keys) == self._mini_batch_rows and actor.ppo_epochs == 1
         actor.ppo_mini_batch_size = self._prompts_per_mini_batch or configured
         try:
             batch = super()._update_actor(batch, metrics)
@@ -221,29 +271,6 @@ class HapoTrainer(PPOTrainer):
         for name in [name for name in metrics if name.startswith("actor/hapo/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         return batch
-
-
-def grown_mini_batch(actor_rollout_ref: Any, rows: int, appended: int, dp_size: int) -> tuple[int, int]:
-    """Mini-batches a step, as many as without the appended rows, and prompts' worth of rows (of n) in each.
-
-    Args:
-        actor_rollout_ref: verl's block of that name.
-        rows: rows of the batch, without padding.
-        appended: those of them that are appended demonstrations.
-        dp_size: data-parallel ranks.
-    """
-    actor, rollout, ref = actor_rollout_ref.actor, actor_rollout_ref.rollout, actor_rollout_ref.ref
-    updates = math.ceil((rows - appended) / (actor.ppo_mini_batch_size * rollout.n))
-    prompts = math.ceil(rows / (updates * rollout.n))
-    # Fixed micro-batches have to divide what a rank gets.
-    of_update = dp_size if actor.use_dynamic_bsz else dp_size * (actor.ppo_micro_batch_size_per_gpu or 1)
-    of_forward = [
-        dp_size if block.log_prob_use_dynamic_bsz else dp_size * (block.log_prob_micro_batch_size_per_gpu or 1)
-        for block in (rollout, ref)
-    ]
-    while prompts * rollout.n % of_update or any(updates * prompts * rollout.n % size for size in of_forward):
-        prompts += 1
-    return updates, prompts
 
 
 def _split_keys(keys: list[str]) -> tuple[list[str], list[str], Tensor]:

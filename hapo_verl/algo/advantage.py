@@ -70,7 +70,7 @@ def session_advantage(
     output_B: Tensor,
     *,
     scale_by_std: bool,
-    appended_B: Tensor | None = None,
+    apart_B: Tensor | None = None,
 ) -> Tensor:
     """Advantages where a session may have written several outputs: the last one counts, the others inherit.
 
@@ -80,7 +80,7 @@ def session_advantage(
         session_B: (B,) int64 id of each row's session, unique over the batch.
         output_B: (B,) int64 position of the row among its session's outputs.
         scale_by_std: `algorithm.norm_adv_by_std_in_grpo`.
-        appended_B: (B,) bool, demonstrations that stand beside all rollouts of their group; None where none does.
+        apart_B: (B,) bool, demonstrations with which no rollout is compared; None: all rows of a group are compared.
 
     Returns:
         (B,) advantages.
@@ -90,10 +90,10 @@ def session_advantage(
     last_S = torch.full((sessions,), -1, dtype=output_B.dtype).scatter_reduce(0, session_B, output_B, "amax")
     final_B = output_B == last_S[session_B]
     score_F, group_F = score_B[final_B], group_B[final_B]
-    if appended_B is None:
+    if apart_B is None:
         advantage_F = group_advantage(score_F, group_F, scale_by_std=scale_by_std)
     else:
-        advantage_F = appended_advantage(score_F, group_F, appended_B[final_B], scale_by_std=scale_by_std)
+        advantage_F = appended_advantage(score_F, group_F, apart_B[final_B], scale_by_std=scale_by_std)
     advantage_S = torch.zeros(sessions, dtype=score_B.dtype)
     advantage_S[session_B[final_B]] = advantage_F
     return advantage_S[session_B]

@@ -12,13 +12,18 @@ that the policy knows already and for tokens it could not have written. Both kin
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from hapo_kernels.dispatch import Impl
 from hapo_kernels.policy_head import PolicyHead, policy_head
 from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, PolicyLoss, Teacher, policy_loss
+from hapo_kernels.policy_loss.reference import aggregate
 
 __all__ = [
+    "UNCLIPPED",
     "Aggregation",
     "Clip",
     "EntropyBonus",
@@ -27,7 +32,11 @@ __all__ = [
     "PolicyLoss",
     "hapo_policy_head",
     "hapo_policy_loss",
+    "likelihood_loss",
 ]
+
+# A ratio that is clipped nowhere; the bounds on log ρ, ±20, remain.
+UNCLIPPED = Clip(low=math.inf, high=math.inf, dual=math.inf)
 
 
 def hapo_policy_loss(
@@ -121,3 +130,17 @@ def hapo_policy_head(
         temperature=temperature,
         impl=impl,
     )
+
+
+def likelihood_loss(policy_logp_BT: Tensor, weight_B: Tensor, mask_BT: Tensor, aggregation: Aggregation) -> Tensor:
+    """−agg(W · log π) of one micro-batch, a scalar: the term of the objectives that weigh likelihoods.
+
+    Args:
+        policy_logp_BT: (B, T) log-probabilities of the rows' tokens under the policy in training, nats.
+        weight_B: (B,) W; no gradient flows through it.
+        mask_BT: (B, T), nonzero on the tokens that train.
+        aggregation: as for `hapo_policy_loss`.
+    """
+    active_BT = mask_BT.bool()
+    logp_BT = torch.where(active_BT, policy_logp_BT, 0.0)
+    return -aggregate(weight_B.detach().to(logp_BT).unsqueeze(1) * logp_BT, active_BT, aggregation)

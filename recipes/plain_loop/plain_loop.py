@@ -5,7 +5,8 @@
     python recipes/plain_loop/plain_loop.py --gate never                       GRPO
 
 The file to read first, and the quick look before a run of the real trainer: the same task, model, gate, injection,
-advantages and loss as `make quickstart`, some 0.15 s a step on one core.
+advantages and loss as `make quickstart`, some 0.15 s a step on one core. `--objective real` and the other options
+make it a baseline; `bench/study.py` names the settings of each.
 """
 
 from __future__ import annotations
@@ -29,7 +30,16 @@ from hapo_verl.algo.advantage import appended_advantage, group_advantage
 from hapo_verl.algo.demonstration import Refusal, demonstration_tokens
 from hapo_verl.algo.gate import Situation, fires, firing_probabilities
 from hapo_verl.algo.injection import Rollout, worst_rollout
-from hapo_verl.algo.policy_loss import Aggregation, Clip, hapo_policy_loss
+from hapo_verl.algo.objectives import Rows as ObjectiveRows
+from hapo_verl.algo.objectives import objectives
+from hapo_verl.algo.policy_loss import (
+    UNCLIPPED,
+    Aggregation,
+    Clip,
+    EntropyBonus,
+    hapo_policy_loss,
+    likelihood_loss,
+)
 from hapo_verl.algo.posterior import PromptPosterior, prompt_key
 from hapo_verl.algo.schedule import RunningSuccess, adaptive, annealed
 
@@ -45,10 +55,17 @@ class Settings:
 
     gate: str = "paper"
     mode: str = "replace"
+    statistics: str = ""  # all or on_policy; nothing: what goes with the mode
     scale_by_std: bool = True
+    objective: str = "surrogate"
+    clip: bool = True
+    aggregation: str = "token-mean"
+    entropy: float = 0.0
+    filter_groups: bool = False  # DAPO: groups of equal scores are sampled anew, four times a step at most
     threshold: float = 0.8
     digits: int = 4
     detour: int = 0
+    warm: float = 0.0  # success rate to which imitation brings the model before the run
     prompts: int = 16
     rollouts: int = 8
     steps: int = 180
@@ -126,26 +143,44 @@ def inject(rows: Rows, group: Sequence[int], demonstration: Demonstration, mode:
     return replaced
 
 
-def advantages(rows: Rows, mode: str, *, scale_by_std: bool) -> Tensor:
-    """(B,) advantages of the rows that the injection left."""
-    if mode == "append":
+def advantages(rows: Rows, statistics: str, *, scale_by_std: bool) -> Tensor:
+    """(B,) advantages of the rows that the injection left, relative to all rows of the group or to its rollouts."""
+    if statistics == "on_policy":
         return appended_advantage(rows.score_B, rows.group_B, rows.demonstration_B, scale_by_std=scale_by_std)
     return group_advantage(rows.score_B, rows.group_B, scale_by_std=scale_by_std)
 
 
-def loss_of(model: Any, rows: Rows, advantage_B: Tensor, *, shaping: float) -> Tensor:
-    """The policy loss of one on-policy update: the policy in training is the policy that sampled."""
-    logp_BT = token_logp(model, rows.prompt_BS, rows.response_BT)
-    return hapo_policy_loss(
+def loss_of(model: Any, rows: Rows, advantage_B: Tensor, settings: Settings) -> Tensor:
+    """The loss of one on-policy update: the policy in training is the policy that sampled."""
+    objective = objectives()[settings.objective]
+    logp_BT, entropy_BT = token_scores(model, rows.prompt_BS, rows.response_BT)
+    aggregation = Aggregation(mode=settings.aggregation, loss_scale_factor=rows.mask_BT.size(1))
+    loss = hapo_policy_loss(
         logp_BT,
         logp_BT.detach(),
-        advantage_B,
+        objective.advantage(advantage_B, rows.demonstration_B),
         rows.mask_BT,
         rows.demonstration_B,
-        shaping=shaping,
-        clip=Clip(low=0.2, high=0.2, dual=3.0),
-        aggregation=Aggregation(mode="token-mean"),
+        shaping=settings.shaping,
+        clip=Clip(low=0.2, high=0.2, dual=3.0) if settings.clip else UNCLIPPED,
+        aggregation=aggregation,
+        entropy=EntropyBonus(entropy_BT, settings.entropy),
     ).loss
+    if not objective.weighs_likelihood:
+        return loss
+    tokens_B = rows.mask_BT.sum(1)
+    weight_B = objective.likelihood_weight(
+        ObjectiveRows(
+            rows.score_B,
+            rows.group_B,
+            rows.demonstration_B,
+            tokens_B,
+            log_ratio_B=torch.zeros(len(tokens_B)),
+            entropy_B=(entropy_BT.detach() * rows.mask_BT).sum(1) / tokens_B,
+            batch_size=len(tokens_B),
+        )
+    )
+    return loss + likelihood_loss(logp_BT, weight_B, rows.mask_BT, aggregation)
 
 
 class Retraction:
@@ -199,35 +234,41 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps, eta_min=settings.lr / 10)
     generator, rng = torch.Generator().manual_seed(settings.seed), random.Random(settings.seed)
+    warm_up(model, task, settings)
     retraction = Retraction(settings, task.questions)
-    per_group = settings.rollouts
 
-    history = []
+    history, asked = [], 0
     for step in range(settings.steps):
-        questions = task.questions[step * settings.prompts :][: settings.prompts]
-        rows = task.rollouts(model, questions, per_group, generator)
-        successes = (rows.score_B >= 1).view(-1, per_group).sum(1).tolist()
-        situations = retraction.situations(step, questions)
-        sampled = rows
-        fired = [decide(settings.gate, *of, per_group, rng) for of in zip(situations, successes, strict=True)]
-        for prompt, wanted in enumerate(fired):
-            demonstration = task.demonstration(questions[prompt]) if wanted else None
-            if demonstration is not None:
-                group = range(prompt * per_group, (prompt + 1) * per_group)
-                rows = inject(rows, group, demonstration, settings.mode, rng)
-        retraction.observe(questions, successes, per_group)
+        rounds: list[Round] = []
+        # One round, unless groups without signal are to be sampled anew.
+        for _ in range(4 if settings.filter_groups else 1):
+            wanted = settings.prompts - sum(len(part.kept) for part in rounds)
+            if not wanted:
+                break
+            questions, asked = task.questions[asked : asked + wanted], asked + wanted
+            situations = retraction.situations(step, questions)
+            rounds.append(sample_round(model, task, questions, situations, settings, generator, rng))
+            retraction.observe(questions, rounds[-1].successes, settings.rollouts)
+        rows, sampled = (merge([getattr(part, name) for part in rounds]) for name in ("rows", "sampled"))
+        successes = [count for part in rounds for count in part.successes]
+        fired = [flag for part in rounds for flag in part.fired]
 
-        advantage_B = advantages(rows, settings.mode, scale_by_std=settings.scale_by_std)
-        gradient = torch.autograd.grad(loss_of(model, rows, advantage_B, shaping=settings.shaping), parameters)
+        statistics = settings.statistics or ("on_policy" if settings.mode == "append" else "all")
+        advantage_B = advantages(rows, statistics, scale_by_std=settings.scale_by_std)
+        if len(advantage_B):
+            gradient = torch.autograd.grad(loss_of(model, rows, advantage_B, settings), parameters)
+        else:  # no group of any round had a signal
+            gradient = tuple(torch.zeros_like(parameter) for parameter in parameters)
         record = {
             "step": step + 1,
-            "on_policy_success": sum(successes) / len(sampled.score_B),
+            "on_policy_success": sum(successes) / (len(successes) * settings.rollouts),
             "firing_rate": sum(fired) / len(fired),
-            "teacher_share": rows.demonstration_B.float().mean().item(),
+            "teacher_share": rows.demonstration_B.sum().item() / max(len(rows.demonstration_B), 1),
+            "generated_tokens": sum(part.tokens for part in rounds),
         }
-        if (step + 1) % settings.test_every == 0:
-            own_B = advantages(sampled, "replace", scale_by_std=settings.scale_by_std)
-            own = torch.autograd.grad(loss_of(model, sampled, own_B, shaping=settings.shaping), parameters)
+        if (step + 1) % settings.test_every == 0 and len(advantage_B):
+            own_B = advantages(sampled, "all", scale_by_std=settings.scale_by_std)
+            own = torch.autograd.grad(loss_of(model, sampled, own_B, settings), parameters)
             record["gradient_deviation"] = deviation(gradient, own)
         for parameter, value in zip(parameters, gradient, strict=True):
             parameter.grad = value
@@ -239,6 +280,83 @@ def train(
         report(record)
         history.append(record)
     return history
+
+
+def warm_up(model: Any, task: Task, settings: Settings) -> None:
+    """Imitate demonstrations until sampled answers succeed at the rate `settings.warm`: a policy with some ability."""
+    generator, rng = torch.Generator().manual_seed(settings.seed), random.Random(settings.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    succeeded = 0.0
+    while succeeded < settings.warm:
+        for _ in range(2):
+            questions = rng.choices(task.questions, k=32)
+            rows = demonstration_rows(task, questions)
+            logp_BT, _ = token_scores(model, rows.prompt_BS, rows.response_BT)
+            optimizer.zero_grad()
+            (-(logp_BT * rows.mask_BT).sum() / rows.mask_BT.sum()).backward()
+            optimizer.step()
+        succeeded = task.rollouts(model, rng.choices(task.questions, k=512), 1, generator).score_B.mean().item()
+
+
+def demonstration_rows(task: Task, questions: Sequence[str]) -> Rows:
+    """One row a question, its demonstration."""
+    demonstrations = [task.demonstration(question) for question in questions]
+    pairs = [(q, d) for q, d in zip(questions, demonstrations, strict=True) if d is not None]
+    width = max(len(d.tokens) for _, d in pairs)
+    return Rows(
+        task.encode([q for q, _ in pairs]),
+        torch.tensor([d.tokens + d.tokens[-1:] * (width - len(d.tokens)) for _, d in pairs]),
+        torch.tensor([[1] * len(d.tokens) + [0] * (width - len(d.tokens)) for _, d in pairs]),
+        torch.tensor([d.score for _, d in pairs]),
+        torch.arange(len(pairs)),
+        torch.ones(len(pairs), dtype=torch.bool),
+    )
+
+
+class Round(NamedTuple):
+    """Groups of one generation: of those that are kept the rows, before and after injection."""
+
+    rows: Rows
+    sampled: Rows
+    kept: list[int]
+    successes: list[int]
+    fired: list[bool]
+    tokens: int
+
+
+def sample_round(
+    model: Any,
+    task: Task,
+    questions: Sequence[str],
+    situations: Sequence[Situation],
+    settings: Settings,
+    generator: torch.Generator,
+    rng: random.Random,
+) -> Round:
+    """Sample a group a question, gate and inject; with `filter_groups` keep the groups whose scores differ."""
+    per_group = settings.rollouts
+    sampled = rows = task.rollouts(model, questions, per_group, generator)
+    successes = (sampled.score_B >= 1).view(-1, per_group).sum(1).tolist()
+    fired = [decide(settings.gate, *of, per_group, rng) for of in zip(situations, successes, strict=True)]
+    for prompt, wanted in enumerate(fired):
+        demonstration = task.demonstration(questions[prompt]) if wanted else None
+        if demonstration is not None:
+            group = range(prompt * per_group, (prompt + 1) * per_group)
+            rows = inject(rows, group, demonstration, settings.mode, rng)
+    kept, tokens = list(range(len(questions))), int(sampled.mask_BT.sum())
+    if settings.filter_groups:
+        kept = [prompt for prompt in kept if rows.score_B[rows.group_B == prompt].unique().numel() > 1]
+        rows, sampled = (
+            Rows(*(column[torch.isin(part.group_B, torch.tensor(kept))] for column in part)) for part in (rows, sampled)
+        )
+    return Round(rows, sampled, kept, successes, fired, tokens)
+
+
+def merge(parts: Sequence[Rows]) -> Rows:
+    """The groups of all rounds in one batch, each group with an id of its own."""
+    whole = Rows(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    apart = [part.group_B + 1_000_000 * number for number, part in enumerate(parts)]
+    return whole._replace(group_B=torch.cat(apart))
 
 
 def deviation(gradient: Sequence[Tensor], own: Sequence[Tensor]) -> float:
@@ -256,7 +374,7 @@ class Task:
         self._end = self.tokenizer.encode("<|im_end|>")[0]
         self._detour = settings.detour
         self._tokens = settings.digits + settings.detour + 1
-        total = settings.prompts * settings.steps
+        total = settings.prompts * settings.steps * (4 if settings.filter_groups else 1)
         self.questions, self._heldout = digits.problems(settings.digits, total, 100, settings.seed)
 
     def encode(self, questions: Sequence[str]) -> Tensor:
@@ -328,10 +446,12 @@ def mask_until(response_BT: Tensor, end: int) -> Tensor:
     return ((ended_BT == 0) | ((ended_BT == 1) & (response_BT == end))).long()
 
 
-def token_logp(model: Any, prompt_BS: Tensor, response_BT: Tensor) -> Tensor:
-    """(B, T) log-probabilities of the response's tokens."""
+def token_scores(model: Any, prompt_BS: Tensor, response_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T) log-probabilities of the response's tokens, and entropies of their distributions."""
     logits = model(torch.cat([prompt_BS, response_BT], dim=1)).logits[:, prompt_BS.size(1) - 1 : -1]
-    return logits.log_softmax(-1).gather(-1, response_BT.unsqueeze(-1)).squeeze(-1)
+    logp_BTV = logits.log_softmax(-1)
+    entropy_BT = -(logp_BTV.exp() * logp_BTV).sum(-1)
+    return logp_BTV.gather(-1, response_BT.unsqueeze(-1)).squeeze(-1), entropy_BT
 
 
 def settings_of(argv: Sequence[str] | None = None) -> Settings:

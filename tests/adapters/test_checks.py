@@ -207,3 +207,62 @@ def test_a_head_on_a_device_with_another_engine_is_refused(launch, monkeypatch):
         ConfigError, match=r"^hapo\.kernels\.head=linear_logprob: verl takes another training engine on"
     ):
         check_launch(launch(*HEAD))
+
+
+FSDP2 = "actor_rollout_ref.actor.strategy=fsdp2"
+REAL = (FSDP2, "hapo.objective.name=real", "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            (FSDP2, "hapo.objective.name=real"),
+            "actor_rollout_ref.actor.loss_agg_mode=token-mean: hapo.objective.name=real is defined in another. "
+            "Use actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean.",
+        ),
+        (
+            (*REAL, "actor_rollout_ref.actor.shuffle=true"),
+            "actor_rollout_ref.actor.shuffle=True: hapo.objective.name=real needs whole groups in a mini-batch. "
+            "Use actor_rollout_ref.actor.shuffle=false.",
+        ),
+        (
+            (*REAL, "algorithm.rollout_correction.rollout_is=token"),
+            "algorithm.rollout_correction.rollout_is=token: hapo.objective.name=real has no ratio that an importance "
+            "weight could correct. Use algorithm.rollout_correction.rollout_is=null.",
+        ),
+        (
+            ("hapo.objective.name=srft", *HEAD, "hapo.kernels.head=policy_head"),
+            "hapo.kernels.head=policy_head: hapo.objective.name=srft has a term that this head does not compute. "
+            "Use hapo.kernels.head=linear_logprob.",
+        ),
+        (
+            ("hapo.objective.name=srft",),
+            "actor_rollout_ref.actor.strategy=fsdp: hapo.objective.name=srft asks the policy in front of every "
+            "optimizer step, which is written for FSDP2. Use actor_rollout_ref.actor.strategy=fsdp2.",
+        ),
+    ],
+)
+def test_an_objective_that_the_launch_does_not_serve_is_refused(launch, overrides, message):
+    with pytest.raises(ConfigError) as error:
+        check_launch(launch(*overrides))
+    assert str(error.value) == message
+
+
+PRESETS = ("grpo", "dapo", "luffy", "srft", "real", "real_ssi", "paper", "plus")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_passes_its_own_checks(launch, name):
+    config = launch("actor_rollout_ref.rollout.n=8", preset=[f"+hapo={name}"])
+    hapo = check_launch(config)
+    assert (hapo.gate.name, hapo.injection.mode, hapo.objective.name) == {
+        "grpo": ("never", "replace", "surrogate"),
+        "dapo": ("never", "replace", "surrogate"),
+        "luffy": ("always", "replace", "surrogate"),
+        "srft": ("always", "append", "srft"),
+        "real": ("never", "replace", "real"),
+        "real_ssi": ("paper", "replace", "real"),
+        "paper": ("paper", "replace", "surrogate"),
+        "plus": ("annealed", "append", "surrogate"),
+    }[name]

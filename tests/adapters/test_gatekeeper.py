@@ -5,7 +5,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from hapo_verl.adapters.gatekeeper import STATE_FILE, Gatekeeper, row_name
-from hapo_verl.adapters.trainer import grown_mini_batch
+from hapo_verl.adapters.mini_batches import grown_mini_batch
 from hapo_verl.config import ConfigError, HapoConfig
 
 ROWS = [

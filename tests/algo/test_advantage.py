@@ -93,7 +93,7 @@ def test_sessions_take_appended_rows_apart():
     score_B = torch.tensor([0.0, 0.0, 1.0])
     group_B, session_B, output_B = torch.zeros(3, dtype=torch.int64), torch.arange(3), torch.zeros(3, dtype=torch.int64)
     appended_B = torch.tensor([False, False, True])
-    advantage_B = session_advantage(score_B, group_B, session_B, output_B, scale_by_std=False, appended_B=appended_B)
+    advantage_B = session_advantage(score_B, group_B, session_B, output_B, scale_by_std=False, apart_B=appended_B)
     assert advantage_B.tolist() == [0.0, 0.0, 1.0]
 
 

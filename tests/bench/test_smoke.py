@@ -42,15 +42,18 @@ def test_the_advantage_bench_measures_every_way(tmp_path):
     assert all(min(way["cpu_s"]) > 0 for way in content["ways"].values())
 
 
-def test_the_study_trains_reports_and_goes_on_where_it_stopped(tmp_path):
-    command = [sys.executable, REPOSITORY / "bench" / "study.py", "--smoke", "--processes", "1", "--out", tmp_path]
+@pytest.mark.parametrize(("study", "cell"), [("gates", "paper/append"), ("methods", "dapo")])
+def test_the_study_trains_reports_and_goes_on_where_it_stopped(tmp_path, study, cell):
+    out = ["--smoke", "--processes", "1", "--out", tmp_path]
+    command = [sys.executable, REPOSITORY / "bench" / "study.py", study, *out]
     for done in ("0 of 2", "2 of 2"):
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr[-2000:]
         assert run.stdout.startswith(f"{done} runs are done")
-    assert "| paper/append |" in (tmp_path / "study.md").read_text()
-    assert (tmp_path / "study.png").stat().st_size > 10_000
-    assert len((tmp_path / "study.json").read_text().splitlines()) == 2
+    assert f"| {cell} |" in (tmp_path / f"{study}.md").read_text()
+    assert f"<td>{cell}</td>" in (tmp_path / f"{study}.html").read_text()
+    assert (tmp_path / f"{study}.png").stat().st_size > 10_000
+    assert len((tmp_path / f"{study}.jsonl").read_text().splitlines()) == 2
 
 
 def test_the_memory_of_prompts_is_measured(tmp_path):

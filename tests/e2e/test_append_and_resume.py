@@ -13,7 +13,7 @@ from tests.e2e.conftest import PROMPTS, ROLLOUTS
 from tests.e2e.test_limits import SCRIPTED
 
 pytestmark = pytest.mark.e2e
-TRACED = ["+hapo=paper", "hapo.poll_interval=0.05", "hapo.trace_dir={folder}/trace", "hapo.injection.mode=append"]
+TRACED = ["hapo.poll_interval=0.05", "hapo.trace_dir={folder}/trace", "hapo.injection.mode=append"]
 STEPS = 3
 
 
@@ -21,11 +21,11 @@ STEPS = 3
 def asynchronous(trainer):
     return trainer(
         "append_async",
+        "+hapo=dapo",
+        "hapo.gate.name=paper",
         *TRACED,
         "trainer.v1.trainer_mode=hapo_colocate_async",
         "actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent",
-        "algorithm.filter_groups.enable=true",
-        "algorithm.filter_groups.metric=acc",
         "actor_rollout_ref.actor.ppo_mini_batch_size=4",
         "actor_rollout_ref.actor.use_dynamic_bsz=true",
         "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=true",
@@ -81,6 +81,7 @@ def test_appended_rows_make_the_two_mini_batches_larger_and_no_third_one(asynchr
 
 
 POSTERIOR = [
+    "+hapo=paper",
     *TRACED,
     "trainer.v1.trainer_mode=hapo_sync",
     "hapo.gate.name=posterior",

@@ -136,7 +136,7 @@ def test_the_plain_loop_makes_the_trainers_rows_advantages_and_gradient(annealed
         assert plain_loop.decide("paper", Situation(), successes, ROLLOUTS, rng)
         members = range(number * ROLLOUTS, (number + 1) * ROLLOUTS)
         rows = plain_loop.inject(rows, members, task.demonstration(question), "replace", rng)
-    advantage_B = plain_loop.advantages(rows, "replace", scale_by_std=True)
+    advantage_B = plain_loop.advantages(rows, "all", scale_by_std=True)
 
     for number, group in enumerate(groups):
         members = slice(number * ROLLOUTS, (number + 1) * ROLLOUTS)
@@ -153,7 +153,7 @@ def test_the_plain_loop_makes_the_trainers_rows_advantages_and_gradient(annealed
 
     tiny = AutoModelForCausalLM.from_pretrained(model)
     start = {name: value.clone() for name, value in tiny.state_dict().items()}
-    plain_loop.loss_of(tiny, rows, advantage_B, shaping=0.1).backward()
+    plain_loop.loss_of(tiny, rows, advantage_B, settings).backward()
     gradient = {name: parameter.grad for name, parameter in tiny.named_parameters()}
     norm = torch.cat([value.flatten() for value in gradient.values()]).norm().item()
     assert annealed.steps[0]["actor/grad_norm"] == pytest.approx(norm, rel=1e-5)

@@ -1,0 +1,43 @@
+"""SRFT (arXiv 2506.19767): fine-tuning and reinforcement in one step, weighed by the policy's entropy.
+
+    H              mean token entropy of the batch's responses, no gradient
+    demonstration  −0.5 e^{−H} log π  −  A f(π)         cross-entropy, and LUFFY's shaped term of `policy_loss.py`
+    success        −0.1 e^{H} log π
+    failure         log π
+
+A is relative to the group, demonstration included. Its authors published no code; the weights of the policy's own rows
+are those of the only public implementation, inside HPT's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hapo_verl.algo.objectives import Objective, Rows
+from hapo_verl.config import checked, positive
+
+_WEIGHT = "a weight must be positive."
+
+
+@dataclass(frozen=True)
+class Srft(Objective):
+    """Factors of the entropy weights, and the weight of failures."""
+
+    name: str = "srft"
+    demonstration_weight: float = checked(0.5, positive, f"{_WEIGHT} Use 0.5.")
+    success_weight: float = checked(0.1, positive, f"{_WEIGHT} Use 0.1.")
+    failure_weight: float = checked(1.0, positive, f"{_WEIGHT} Use 1.0.")
+    reads: ClassVar[frozenset[str]] = frozenset({"entropy"})
+    binary_scores: ClassVar[bool] = True
+
+    def advantage(self, advantage_B: Tensor, demonstration_B: Tensor) -> Tensor:
+        return torch.where(demonstration_B, advantage_B, 0.0)
+
+    def likelihood_weight(self, rows: Rows) -> Tensor:
+        entropy = (rows.entropy_B * rows.tokens_B).sum() / rows.tokens_B.sum().clamp(min=1)
+        own_B = torch.where(rows.score_B > 0.5, self.success_weight * entropy.exp(), -self.failure_weight)
+        return torch.where(rows.demonstration_B, self.demonstration_weight * (-entropy).exp(), own_B)

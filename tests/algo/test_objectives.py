@@ -1,0 +1,141 @@
+"""Objectives that weigh likelihoods: their gradient is that of the formula, by autograd in fp64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hapo_verl.algo.objectives import Objective, Rows, objectives
+from hapo_verl.algo.objectives.real import Real
+from hapo_verl.algo.objectives.srft import Srft
+from hapo_verl.algo.policy_loss import Aggregation, likelihood_loss
+
+LENGTHS = torch.tensor([3, 5, 2, 4, 1, 3, 5, 2, 4, 5, 1, 3])
+GROUP = torch.tensor([7, 7, 2, 2, 2, 7, 9, 9, 9, 4, 4, 4])
+SCORE = torch.tensor([1.0, 0, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1], dtype=torch.float64)
+DEMONSTRATION = torch.tensor([i in (0, 4, 9) for i in range(12)])
+MASK = torch.arange(5) < LENGTHS[:, None]
+
+
+def recorded(seed=0):
+    """log π, log π_old (B, T), fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = MASK.shape
+    old_BT = -3 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    return old_BT + torch.randn(shape, generator=generator, dtype=torch.float64), old_BT
+
+
+def rows_of(logp_BT, old_BT, entropy_B=None):
+    mean = ((logp_BT - old_BT) * MASK).sum(1) / LENGTHS
+    entropy_B = torch.zeros_like(mean) if entropy_B is None else entropy_B
+    return Rows(SCORE, GROUP, DEMONSTRATION, LENGTHS, mean.detach(), entropy_B, batch_size=16)
+
+
+def formula_of_real(logp_BT, old_BT, tau=0.5):
+    """L of the paper, written down group by group."""
+    s = ((logp_BT - old_BT) * MASK).sum(1) / LENGTHS
+    total, groups = 0.0, GROUP.unique().tolist()
+    for group in groups:
+        positive = [i for i in range(12) if GROUP[i] == group and SCORE[i] == 1]
+        negative = [i for i in range(12) if GROUP[i] == group and SCORE[i] == 0]
+        if positive and negative:
+            total = total + torch.log(1 + sum(torch.exp(-s[i] / tau) for i in positive))
+            total = total + torch.log(1 + sum(torch.exp(s[j] / tau) for j in negative))
+    return total / len(groups)
+
+
+def gradient(loss, logp_BT):
+    return torch.autograd.grad(loss, logp_BT)[0]
+
+
+@pytest.mark.parametrize("tau", [0.5, 2.0])
+def test_real_is_the_papers_loss_and_gradient(tau):
+    logp_BT, old_BT = recorded()
+    logp_BT.requires_grad_()
+    expected = formula_of_real(logp_BT, old_BT, tau)
+    method, rows = Real(temperature=tau), rows_of(logp_BT, old_BT)
+    term = likelihood_loss(
+        logp_BT,
+        method.likelihood_weight(rows),
+        MASK,
+        Aggregation(mode="seq-mean-token-mean", global_batch_size=rows.batch_size),
+    )
+    assert method.loss(rows).item() == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(gradient(term, logp_BT), gradient(expected, logp_BT), rtol=1e-7, atol=1e-12)
+
+
+def test_real_on_the_first_step_knows_the_counts_only():
+    weight_B = Real().likelihood_weight(rows_of(*[recorded()[1]] * 2)) * 4 / 16
+    # Group 7 has one success and two failures, group 2 two and one, the others one class.
+    assert weight_B[[0, 1, 5]].tolist() == pytest.approx([1, -2 / 3, -2 / 3])
+    assert weight_B[[2, 3, 4]].tolist() == pytest.approx([2 / 3, 2 / 3, -1])
+    assert weight_B[6:].tolist() == [0] * 6
+
+
+def test_real_with_an_injected_success_among_seven_failures():
+    score, group = torch.tensor([1.0] + [0.0] * 7), torch.zeros(8, dtype=torch.long)
+    nothing = torch.zeros(8)
+    rows = Rows(score, group, score > 0, torch.ones(8, dtype=torch.long), nothing, nothing, batch_size=8)
+    assert (Real().likelihood_weight(rows) / 8).tolist() == pytest.approx([1.0] + [-0.25] * 7)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-1e4, 1e4), min_size=12, max_size=12))
+def test_reals_weights_are_finite_and_bounded_by_1_over_tau(log_ratios):
+    rows = rows_of(*recorded())._replace(log_ratio_B=torch.tensor(log_ratios, dtype=torch.float64))
+    weight_B = Real().likelihood_weight(rows) * 4 / 16
+    assert bool(weight_B.isfinite().all())
+    assert float(weight_B.abs().max()) <= 2 + 1e-12
+    assert bool(Real().loss(rows).isfinite())
+
+
+def test_srft_is_its_formula():
+    logp_BT, old_BT = recorded()
+    logp_BT.requires_grad_()
+    entropy_B = torch.linspace(0.1, 1.2, 12, dtype=torch.float64)
+    entropy = sum(h * n for h, n in zip(entropy_B.tolist(), LENGTHS.tolist(), strict=True)) / int(LENGTHS.sum())
+    expected = 0.0
+    for i, t in itertools.product(range(12), range(5)):
+        if t < LENGTHS[i]:
+            own = 0.1 * math.exp(entropy) if SCORE[i] == 1 else -1
+            weight = 0.5 * math.exp(-entropy) if DEMONSTRATION[i] else own
+            expected = expected - weight * logp_BT[i, t]
+    expected = expected / int(LENGTHS.sum())
+    weight_B = Srft().likelihood_weight(rows_of(logp_BT, old_BT, entropy_B))
+    how = Aggregation(mode="token-mean", batch_num_tokens=int(LENGTHS.sum()))
+    term = likelihood_loss(logp_BT, weight_B, MASK, how)
+    assert term.item() == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(gradient(term, logp_BT), gradient(expected, logp_BT), rtol=1e-10, atol=1e-12)
+
+
+def test_advantages_that_the_objectives_leave():
+    advantage_B, demonstration_B = torch.tensor([3.0, -1.0]), torch.tensor([True, False])
+    assert Objective().advantage(advantage_B, demonstration_B).tolist() == [3.0, -1.0]
+    assert Srft().advantage(advantage_B, demonstration_B).tolist() == [3.0, 0.0]
+    assert Real().advantage(advantage_B, demonstration_B).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["real", "srft"])
+def test_weights_do_not_depend_on_the_order_of_rows(name):
+    method, rows = objectives()[name], rows_of(*recorded(), torch.rand(12, dtype=torch.float64))
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    shuffled = Rows(*(column[order] for column in rows[:-1]), rows.batch_size)
+    torch.testing.assert_close(method.likelihood_weight(shuffled), method.likelihood_weight(rows)[order])
+
+
+def test_what_is_masked_does_not_reach_the_likelihood():
+    logp_BT = torch.where(MASK, recorded()[0], float("nan")).requires_grad_()
+    term = likelihood_loss(logp_BT, torch.ones(12, dtype=torch.float64), MASK, Aggregation(mode="token-mean"))
+    slope = gradient(term, logp_BT)
+    assert math.isfinite(term.item())
+    assert torch.equal(slope, torch.where(MASK, -1 / LENGTHS.sum().double(), 0.0))
+
+
+def test_every_file_of_the_folder_is_a_method_and_the_base_weighs_nothing():
+    assert list(objectives()) == ["surrogate", "real", "srft"]
+    assert not Objective().weighs_likelihood
+    with pytest.raises(NotImplementedError, match="surrogate weighs no likelihood"):
+        Objective().likelihood_weight(rows_of(*recorded()))

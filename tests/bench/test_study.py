@@ -1,0 +1,34 @@
+"""The study's methods are the presets: what it sets in the plain loop is what the preset sets in verl."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from hapo_verl.config import HapoConfig
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+from study import METHODS, TASKS, Settings, gate_runs, method_runs
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_of_the_study_is_the_preset_of_its_name(launch, name):
+    config = launch(preset=[f"+hapo={name}"])
+    hapo = HapoConfig.parse({str(key): value for key, value in config.hapo.items()})
+    settings, actor = Settings(**METHODS[name]), config.actor_rollout_ref.actor
+    assert settings.gate == hapo.gate.name
+    assert settings.mode == hapo.injection.mode
+    assert settings.statistics == (hapo.advantage.statistics or "")
+    assert settings.objective == hapo.objective.name
+    assert settings.clip == hapo.loss.clip
+    assert settings.shaping == hapo.loss.shaping
+    assert settings.scale_by_std == config.algorithm.norm_adv_by_std_in_grpo
+    assert settings.aggregation == actor.loss_agg_mode
+    assert settings.entropy == actor.entropy_coeff
+    assert settings.filter_groups == bool(config.algorithm.filter_groups.enable)
+    assert not actor.use_kl_loss
+
+
+def test_every_run_has_a_name_of_its_own():
+    for runs in (gate_runs(TASKS, 5), method_runs(["never", "rarely", "sometimes"], 3)):
+        assert len({run.name for run in runs}) == len(runs)

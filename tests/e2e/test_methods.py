@@ -1,0 +1,108 @@
+"""The baselines' presets in verl's own trainer: what defines each, asserted on the rows that reached the loss."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.e2e.conftest import PROMPTS, ROLLOUTS
+from tests.e2e.test_limits import SCRIPTED
+
+pytestmark = pytest.mark.e2e
+TRACED = [
+    *SCRIPTED,
+    "trainer.save_freq=-1",
+    "trainer.v1.trainer_mode=hapo_sync",
+    "hapo.poll_interval=0.05",
+    "hapo.trace_dir={folder}/trace",
+]
+STEPS, EPOCHS, MINI_BATCHES = 2, 2, 2
+ROWS = PROMPTS * ROLLOUTS // MINI_BATCHES
+
+
+@pytest.fixture(scope="module")
+def real_ssi(trainer):
+    return trainer(
+        "real_ssi",
+        "+hapo=real_ssi",
+        *TRACED,
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS // MINI_BATCHES}",
+        f"actor_rollout_ref.actor.ppo_epochs={EPOCHS}",
+        steps=STEPS,
+    )
+
+
+def updates(run, rows_of_update):
+    """The traced rows of each optimizer step."""
+    rows = run.loss_rows
+    return [rows[start : start + rows_of_update] for start in range(0, len(rows), rows_of_update)]
+
+
+def test_real_sees_whole_groups_in_every_optimizer_step(real_ssi):
+    steps = updates(real_ssi, ROWS)
+    assert len(steps) == STEPS * EPOCHS * MINI_BATCHES
+    for rows in steps:
+        assert set(Counter(row["uid"] for row in rows).values()) == {ROLLOUTS}
+        assert all(value == 0 for row in rows for value in row["advantages"])
+
+
+def test_reals_first_weights_of_a_step_follow_from_the_counts_of_the_group(real_ssi):
+    group_of = {group["uid"]: group for group in real_ssi.groups}
+    per_step = EPOCHS * MINI_BATCHES
+    for rows in updates(real_ssi, ROWS)[::per_step]:
+        for uid in {row["uid"] for row in rows}:
+            group = group_of[uid]
+            successes = sum(group["successes"]) + (group["outcome"] == "injected")
+            mine = sorted(row["hapo_likelihood_weight"] for row in rows if row["uid"] == uid)
+            # s = 0: 1/τ/(1 + n) a row, times rows over groups of the optimizer step.
+            scale = ROWS / (PROMPTS // MINI_BATCHES) / 0.5
+            up, down = scale / (1 + successes), -scale / (1 + ROLLOUTS - successes)
+            expected = [down] * (ROLLOUTS - successes) + [up] * successes if successes < ROLLOUTS else [0.0] * ROLLOUTS
+            assert mine == pytest.approx(expected, rel=1e-4)
+        demonstrations = [row for row in rows if row["hapo_demonstration"]]
+        assert demonstrations
+        assert all(row["hapo_likelihood_weight"] > 0 for row in demonstrations)
+
+
+def test_later_weights_of_a_step_know_the_policy_that_has_moved(real_ssi):
+    first, _, third, _ = updates(real_ssi, ROWS)[:4]
+    weight = {(row["uid"], tuple(row["responses"])): row["hapo_likelihood_weight"] for row in first}
+    moved = [row["hapo_likelihood_weight"] - weight[row["uid"], tuple(row["responses"])] for row in third]
+    assert max(map(abs, moved)) > 1e-4
+    # What has become likelier needs less of a push, and the loss has fallen.
+    of_demonstrations = [row for row in third if row["hapo_demonstration"]]
+    for row in of_demonstrations:
+        assert row["hapo_likelihood_weight"] < weight[row["uid"], tuple(row["responses"])]
+    assert 0 < real_ssi.steps[0]["hapo/loss/real"] < 5
+
+
+@pytest.mark.long
+def test_luffys_preset_compares_all_rows_and_clips_nothing(trainer):
+    run = trainer("luffy", "+hapo=luffy", *TRACED, steps=STEPS)
+    for group in run.groups:
+        assert group["outcome"] == "injected"
+        rows = [row for row in run.loss_rows if row["uid"] == group["uid"]]
+        (demonstration,) = [row for row in rows if row["hapo_demonstration"]]
+        kept = [score for i, score in enumerate(group["scores"]) if i != group["replaced"]]
+        mean = (sum(kept) + 1) / ROLLOUTS
+        assert demonstration["advantages"][0] == pytest.approx(1 - mean, abs=1e-6)
+        expected = sorted([score - mean for score in kept] + [1 - mean])
+        assert sorted(row["advantages"][0] for row in rows) == pytest.approx(expected, abs=1e-6)
+    assert all(logged["actor/pg_clipfrac"] == 0 for logged in run.steps)
+
+
+@pytest.mark.long
+def test_srfts_preset_weighs_every_row_by_one_entropy(trainer):
+    run = trainer("srft", "+hapo=srft", *TRACED, steps=STEPS)
+    for rows in updates(run, len(run.loss_rows) // STEPS):
+        rows = [row for row in rows if any(row["response_mask"])]
+        demonstrations = [row for row in rows if row["hapo_demonstration"]]
+        assert len(demonstrations) == PROMPTS
+        (of_demonstrations,) = {round(row["hapo_likelihood_weight"], 6) for row in demonstrations}
+        own = {round(row["hapo_likelihood_weight"], 6) for row in rows if not row["hapo_demonstration"]}
+        failure, success = sorted(own)
+        assert failure == -1
+        entropy = torch.tensor(success / 0.1).log().item()
+        assert of_demonstrations == pytest.approx(0.5 * torch.tensor(-entropy).exp().item(), rel=1e-3)
+        assert all(row["advantages"][0] == 0 for row in rows if not row["hapo_demonstration"])
+        assert all(row["advantages"][0] >= 0 for row in demonstrations)
