@@ -23,13 +23,13 @@ class Launches(NamedTuple):
     segment: Launch  # scores of a group, tokens of a row: `segment_norm`
 
 
-# 8 elements a thread are one 128-bit load of 16-bit storage and two of fp32. On gfx942 a thread takes 4, one load of
-# fp32: with 8 the predicates spill scalar registers.
+# 8 elements a thread are one 128-bit load of 16-bit storage and two of fp32. Of tokens a thread takes 4 on gfx942, one
+# load of fp32: with 8 the predicates of the loss spill scalar registers.
 TABLE = {
     "sm_80": Launches(row=Launch(2048, 8), token=Launch(1024, 4), segment=Launch(1024, 4)),
     "sm_90": Launches(row=Launch(2048, 8), token=Launch(1024, 4), segment=Launch(1024, 4)),
     "sm_100": Launches(row=Launch(2048, 8), token=Launch(1024, 4), segment=Launch(1024, 4)),
-    "gfx942": Launches(row=Launch(2048, 8), token=Launch(1024, 4), segment=Launch(1024, 4)),
+    "gfx942": Launches(row=Launch(2048, 4), token=Launch(1024, 4), segment=Launch(1024, 4)),
 }
 
 

@@ -26,4 +26,4 @@ def test_a_block_is_a_power_of_two_that_fills_its_threads():
         for block, warps in launches:
             threads = warps * (64 if name.startswith("gfx") else 32)
             assert block & (block - 1) == 0
-            assert block % (4 * threads) == 0, f"{name}: 128-bit loads of fp32 take 4 elements a thread"
+            assert block % (4 * threads) == 0, f"{name}: a 128-bit load of fp32 takes 4 elements a thread"
