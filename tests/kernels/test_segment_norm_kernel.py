@@ -155,7 +155,8 @@ def test_the_ops_are_registered_so_that_compile_and_fake_tensors_work():
     score_B, segment_B = groups([3, 4])
     torch.library.opcheck(kernel.segment_norm_op, (score_B, segment_B, None, None, True, 1e-6))
     torch.library.opcheck(kernel.segment_stats_op, (score_B, segment_B, segment_B > 970, None))
-    torch.library.opcheck(kernel.spread_op, (score_B, torch.ones(7, device=DEVICE), torch.arange(8, device=DEVICE)))
+    mask_T, token_offset_B1 = torch.ones(14, device=DEVICE), torch.arange(0, 15, 2, device=DEVICE)
+    torch.library.opcheck(kernel.spread_op, (score_B, mask_T, token_offset_B1))
 
     def norm(score_B):
         return segment_norm(score_B, segment_B, scale_by_std=True, impl="triton")
