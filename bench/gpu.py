@@ -7,6 +7,7 @@ as soon as it is there (head.json, logits.json, ..., gpu.txt): a run cut short k
 """
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -21,6 +22,8 @@ TESTS = (
     "test_segment_norm_kernel.py",
     "test_linear_logprob_kernel.py",
     "test_policy_head.py",
+    "test_vocabulary_parallel.py",
+    "test_dispatch.py",
 )
 
 if __name__ == "__main__":
@@ -49,7 +52,12 @@ if __name__ == "__main__":
             log.flush()
         return process.wait()
 
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", *(REPOSITORY / "tests/kernels" / name for name in TESTS)]
+    folder = REPOSITORY / "tests/kernels"
+    # The kernels need torch, Triton and pytest: conftest.py one folder up imports verl with all it depends on.
+    options = ["-q", "-x", f"--confcutdir={folder}"]
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", "8"]  # most of the time is Triton's compiler
+    tests = [sys.executable, "-m", "pytest", *options, *(folder / name for name in TESTS)]
     code = run("tests", tests, 60 * arguments.minutes * SHARES["tests"])
     if code:
         sys.exit(f"the kernels' tests returned {code}: nothing is timed")

@@ -83,6 +83,6 @@ def measure(report: Report, kind: str) -> None:
 report = Report("group_norm", arguments)
 for kind in ("token-level groups of 1 to 16k", "groups of 8 rows", "one group, whitening"):
     if harness.time.monotonic() > arguments.deadline:
-        print(f"\n{kind} and later: not measured, the time is up")
+        report.say(f"\n{kind} and later: not measured, the time is up")
         break
     measure(report, kind)

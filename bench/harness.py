@@ -16,6 +16,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -106,6 +110,18 @@ class Measured:
         if len(self.milliseconds) < 2:
             return self.milliseconds[0] if self.milliseconds else float("nan")
         return statistics.quantiles(self.milliseconds, n=100, method="inclusive")[percentile - 1]
+
+
+def confidence(shape: tuple[int, ...], **random) -> torch.Tensor:
+    """How far the favourite token of an LLM-like row stands above noise of deviation 1: from lost in it to certain."""
+    import torch
+
+    return 5 + 15 * torch.rand(shape, **random)
+
+
+def drawn(logits_NV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A label from the softmax of each row."""
+    return logits_NV.float().softmax(1).multinomial(1, generator=generator)[:, 0]
 
 
 def synchronize() -> None:
@@ -233,38 +249,45 @@ def ceilings() -> dict[str, float]:
 
 
 class Report:
-    """Prints a table a case and rewrites the JSON after each, so that a run cut short keeps what it has."""
+    """Prints a table a case, and writes it as text and JSON at once: a run cut short keeps what it has."""
 
     def __init__(self, name: str, arguments: argparse.Namespace):
         self.smoke = arguments.smoke
         self.path = arguments.out / f"{name}{'-smoke' if arguments.smoke else ''}.json"
         self.content = {"machine": machine(), "smoke": arguments.smoke, "ceilings": ceilings(), "cases": []}
-        machine_line = " · ".join(f"{key} {value}" for key, value in self.content["machine"].items())
-        print(machine_line)
-        print(
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.table = self.path.with_suffix(".txt")
+        self.table.write_text("")
+        self.say(" · ".join(f"{key} {value}" for key, value in self.content["machine"].items()))
+        self.say(
             "ceilings of this run: "
             + ", ".join(f"{key} {value:,.0f}" for key, value in self.content["ceilings"].items())
         )
         if arguments.smoke:
-            print("SMOKE: tiny shapes; the times below say that the bench runs and nothing else")
+            self.say("SMOKE: tiny shapes; the times below say that the bench runs and nothing else")
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+        with self.table.open("a") as table:
+            print(line, file=table)
 
     def case(self, title: str, rows: list[Measured], *, work: float, unit: str, baseline: str) -> None:
         """`work` in flops or bytes of the task itself, the same for every contender; unit TFLOP/s or GB/s."""
         ceiling = self.content["ceilings"]["gemm_TFLOP_s" if unit == "TFLOP/s" else "copy_GB_s"]
         base = next((row.at(50) for row in rows if row.name == baseline), float("nan"))
         scale = 1e-9 if unit == "TFLOP/s" else 1e-6
-        print(f"\n{title}")
-        print(
+        self.say(f"\n{title}")
+        self.say(
             f"{'':34} {'ms p10':>9} {'p50':>9} {'p90':>9} {unit:>8} {'% ceil':>6} {'peak MiB':>9} {'first s':>8} "
             f"{'x base':>6}  max error / scale"
         )
         for row in rows:
             if row.note:
-                print(f"{row.name:34} {row.note}")
+                self.say(f"{row.name:34} {row.note}")
                 continue
             rate = work * scale / row.at(50)
             errors = " ".join(f"{name} {error:.1e}" for name, error in sorted(row.error.items()))
-            print(
+            self.say(
                 f"{row.name:34} {row.at(10):9.3f} {row.at(50):9.3f} {row.at(90):9.3f} "
                 f"{rate:8.1f} {100 * rate / ceiling:6.1f} "
                 f"{row.peak_mib:9.0f} {row.first_call_s:8.2f} {base / row.at(50):6.2f}  {errors}"
@@ -288,6 +311,4 @@ class Report:
                 ],
             }
         )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.content, indent=1))
-        sys.stdout.flush()

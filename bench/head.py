@@ -3,7 +3,8 @@
     python bench/head.py [--smoke] [--out DIR] [--minutes 9]
 
 Work is 6 T' H V flops (4 T' H V with a frozen weight, 2 T' H V for log-probabilities alone), T' the tokens that train:
-the same for every contender, whatever it does. All take bf16 hidden states and weight, and the same loss.
+the same for every contender, whatever it does. All take bf16 hidden states and weight, and the same loss. Random rows
+are flat, with labels from anywhere; LLM-like ones have a favourite token, and labels drawn from the row.
 The error is of ∂hidden, on a sample of tokens, against fp64; the first table compares every gradient in full.
 """
 
@@ -19,13 +20,14 @@ import torch  # noqa: E402  # after `options`, which chooses the interpreter
 from hapo_kernels.linear_logprob import linear_logprob  # noqa: E402
 from hapo_kernels.policy_head import policy_head  # noqa: E402
 from hapo_kernels.policy_loss import Aggregation, Clip, policy_loss  # noqa: E402
-from harness import Contender, Report, compare  # noqa: E402
+from harness import Contender, Report, compare, confidence, drawn  # noqa: E402
 
 CLIP = Clip(0.2, 0.28, float("inf"))  # no dual clip: not every peer has one
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 ROWS = 8  # sequences
 SAMPLE = 64  # tokens whose gradient is checked in a timed case
+LLM_LIKE = "LLM-like"
 FLOPS = {"train": 6, "frozen weight": 4, "log-probabilities": 2}
 
 
@@ -36,17 +38,21 @@ class Case:
     V: int
     share: float = 1.0  # of tokens that train
     task: str = "train"
+    rows: str = "random"
 
     def __str__(self) -> str:
-        return f"{self.task}: T = {self.T}, H = {self.H}, V = {self.V}, {self.share:.0%} of tokens train, {DTYPE}"
+        shape = f"T = {self.T}, H = {self.H}, V = {self.V}, {DTYPE}"
+        return f"{self.task}: {shape}, {self.share:.0%} of tokens train, {self.rows} rows"
 
 
 GATE = Case(512, 512, 8192) if CUDA else Case(16, 24, 300)
 HEADLINES = [
     Case(8192, 4096, 151936),
+    Case(8192, 4096, 151936, rows=LLM_LIKE),
     Case(8192, 4096, 151936, 0.6),
     Case(8192, 4096, 151936, 0.3),
     Case(8192, 4096, 151936, 1.0, "log-probabilities"),
+    Case(8192, 4096, 151936, 1.0, "log-probabilities", LLM_LIKE),
     Case(8192, 4096, 151936, 1.0, "frozen weight"),
     Case(4096, 2048, 151936),
     Case(16384, 3584, 152064),
@@ -60,8 +66,9 @@ GRID = itertools.product(
 
 def cases() -> list[Case]:
     if arguments.smoke:
-        return [Case(16, 24, 300, 0.6), Case(16, 24, 300, 1.0, "log-probabilities")]
-    return list(dict.fromkeys([*HEADLINES, *(Case(*point) for point in GRID)]))
+        return [Case(16, 24, 300, 0.6, rows=LLM_LIKE), Case(16, 24, 300, 1.0, "log-probabilities")]
+    grid = [Case(*point, rows=rows) for point in GRID for rows in ("random", LLM_LIKE)]
+    return list(dict.fromkeys([*HEADLINES, *grid]))
 
 
 class Batch:
@@ -72,6 +79,12 @@ class Batch:
         self.hidden = torch.randn(*shape, case.H, **random).to(DTYPE)
         self.weight = (torch.randn(case.V, case.H, **random) / case.H**0.5).to(DTYPE)
         self.label = torch.randint(0, case.V, shape, **random)
+        if case.rows == LLM_LIKE:
+            # A weight has length 1: the favourite's logit is its confidence, and noise as the others'.
+            self.hidden += (confidence(shape, **random)[..., None] * self.weight[self.label]).to(DTYPE)
+            chunks = self.hidden.flatten(0, 1).split(1024)
+            labels = [drawn(hidden @ self.weight.T, random["generator"]) for hidden in chunks]
+            self.label = torch.cat(labels).view(shape)
         self.mask = torch.rand(shape, **random) <= case.share
         self.advantage = torch.randn(ROWS, **random)
         with torch.no_grad():
@@ -265,7 +278,7 @@ def contenders(batch: Batch) -> list[Contender]:
 report = Report("head", arguments)
 for case in [GATE, *cases()]:
     if harness.time.monotonic() > arguments.deadline:
-        print(f"\n{case} and later: not measured, the time is up")
+        report.say(f"\n{case} and later: not measured, the time is up")
         break
     batch = Batch(case)
     rows = compare(

@@ -3,7 +3,8 @@
     python bench/logits.py [--smoke] [--out DIR] [--minutes 9]
 
 Work is the least traffic of the task: bf16 logits read once, ∂logits written once. The error is of ∂logits, on a
-sample of tokens, against fp64.
+sample of tokens, against fp64. Random rows are flat, with labels from anywhere; LLM-like ones have a favourite token,
+and labels drawn from the row.
 """
 
 import harness
@@ -14,22 +15,29 @@ import torch  # noqa: E402  # after `options`, which chooses the interpreter
 
 from hapo_kernels.policy_head import policy_loss_from_logits  # noqa: E402
 from hapo_kernels.policy_loss import Aggregation, Clip, policy_loss  # noqa: E402
-from harness import Contender, Report, compare  # noqa: E402
+from harness import Contender, Report, compare, confidence, drawn  # noqa: E402
 
 CLIP = Clip(0.2, 0.28, float("inf"))  # no dual clip: not every peer has one
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
-SHAPES = [(16, 300)] if arguments.smoke else [(8192, 151936), (4096, 128256), (16384, 151936)]
+LLM_LIKE = "LLM-like"
+CASES = [(8192, 151936, "random"), (8192, 151936, LLM_LIKE), (4096, 128256, "random"), (16384, 151936, "random")]
+if arguments.smoke:
+    CASES = [(16, 300, "random"), (16, 300, LLM_LIKE)]
 ROWS, SAMPLE = 8, 64
 EAGER = "torch eager"
 
 
 class Batch:
-    def __init__(self, tokens: int, V: int):
+    def __init__(self, tokens: int, V: int, rows: str):
         random = {"generator": torch.Generator(DEVICE).manual_seed(0), "device": DEVICE}
         shape = (ROWS, tokens // ROWS)
         self.logits = torch.randn(*shape, V, **random).to(DTYPE)
         self.label = torch.randint(0, V, shape, **random)
+        if rows == LLM_LIKE:
+            self.logits.scatter_add_(2, self.label[..., None], confidence(shape, **random)[..., None].to(DTYPE))
+            labels = [drawn(logits, random["generator"]) for logits in self.logits.flatten(0, 1).split(1024)]
+            self.label = torch.cat(labels).view(shape)
         self.mask = torch.ones(shape, dtype=torch.bool, device=DEVICE)
         self.advantage = torch.randn(ROWS, **random)
         self.how = Aggregation("token-mean", batch_num_tokens=tokens)
@@ -115,8 +123,8 @@ def flash_attention(batch: Batch):
     return from_logp(batch, logp_of)
 
 
-def measure(report: Report, tokens: int, V: int) -> None:
-    batch = Batch(tokens, V)
+def measure(report: Report, tokens: int, V: int, rows: str) -> None:
+    batch = Batch(tokens, V, rows)
     fast = torch.compile(eager_logp, backend="inductor" if CUDA else "aot_eager")
     found = compare(
         [
@@ -131,13 +139,13 @@ def measure(report: Report, tokens: int, V: int) -> None:
         repeats=3 if arguments.smoke else 30,
         budget_s=10,
     )
-    title = f"policy loss from logits, forward + backward: T = {tokens}, V = {V}, {DTYPE}"
+    title = f"policy loss from logits, forward + backward: T = {tokens}, V = {V}, {DTYPE}, {rows} rows"
     report.case(title, found, work=2.0 * batch.logits.nbytes, unit="GB/s", baseline=EAGER)
 
 
 report = Report("logits", arguments)
-for shape in SHAPES:
+for case in CASES:
     if harness.time.monotonic() > arguments.deadline:
-        print(f"\n{shape} and later: not measured, the time is up")
+        report.say(f"\n{case} and later: not measured, the time is up")
         break
-    measure(report, *shape)
+    measure(report, *case)

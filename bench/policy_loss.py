@@ -108,6 +108,6 @@ def measure(report: Report, rows: int, tokens: int) -> None:
 report = Report("policy_loss", arguments)
 for shape in SHAPES:
     if harness.time.monotonic() > arguments.deadline:
-        print(f"\n{shape} and later: not measured, the time is up")
+        report.say(f"\n{shape} and later: not measured, the time is up")
         break
     measure(report, *shape)

@@ -23,11 +23,14 @@ def smoke(bench, folder):
 @pytest.mark.parametrize("bench", ["head", "logits", "policy_loss", "group_norm"])
 def test_a_kernel_bench_times_ours_and_names_every_peer(bench, tmp_path):
     content = smoke(bench, tmp_path)
+    table = (tmp_path / f"{bench}-smoke.txt").read_text()
     assert content["smoke"]
     assert content["machine"]["commit"]
     assert content["cases"]
     for case in content["cases"]:
+        assert case["case"] in table
         for row in case["rows"]:
+            assert row["name"] in table
             assert row["note"] or row["calls"] >= 2, row
             if row["name"].startswith("hapo"):
                 assert not row["note"], row

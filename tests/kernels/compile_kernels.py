@@ -1,4 +1,6 @@
-"""Compile every kernel for every target, without a GPU, and print one JSON line a build.
+"""Compile every kernel for every target, with its entry in the table of launch settings, without a GPU.
+
+Prints one JSON line a build.
 
 Run by test_kernels_compile.py in a process of its own: under TRITON_INTERPRET=1 a kernel cannot be compiled. By hand:
 
@@ -16,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hapo_kernels.launch import TABLE, Launches
 from hapo_kernels.linear_logprob import kernel as linear_logprob
 from hapo_kernels.policy_head import kernel as policy_head
 from hapo_kernels.policy_loss import kernel as policy_loss
@@ -28,7 +31,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 STORAGE = ("fp32", "bf16", "fp16")
-INTEGERS = {"T": "i32", "advantage_stride": "i32", "V": "i32", "N": "i32"}
+INTEGERS = {"T": "i32", "advantage_stride": "i32", "V": "i32", "N": "i32", "first_label": "i32"}
 NOT_FP32 = {
     "*u8": ("mask_ptr", "teacher_row_ptr", "is_teacher_ptr"),
     "*i64": (
@@ -45,7 +48,7 @@ NOT_FP32 = {
 }
 
 
-def cases():
+def cases(launches: Launches):
     """(name, kernel, pointers in storage dtype, constexprs, num_warps)"""
     full = {
         "ADVANTAGE_PER_TOKEN": True,
@@ -67,14 +70,10 @@ def cases():
         "entropy_ptr",
         "gradient_ptr",
     )
+    block, warps = launches.token
     for name, flags in (("every term", full), ("surrogate only", plain)):
-        yield (
-            f"policy_loss, {name}",
-            policy_loss.policy_loss_kernel,
-            per_token,
-            flags | {"BLOCK": policy_loss.BLOCK},
-            policy_loss.WARPS,
-        )
+        yield f"policy_loss, {name}", policy_loss.policy_loss_kernel, per_token, flags | {"BLOCK": block}, warps
+    chunk, warps = launches.segment
     for gather in (False, True):
         where = "by ids" if gather else "by bounds"
         for kernel in (
@@ -83,21 +82,20 @@ def cases():
             segment_norm.merge_kernel,
             segment_norm.write_kernel,
         ):
-            flags = {"GATHER": gather, "BY_STD": True, "CHUNK": segment_norm.CHUNK}
+            flags = {"GATHER": gather, "BY_STD": True, "CHUNK": chunk}
             flags = {key: value for key, value in flags.items() if key in kernel.arg_names}
-            yield f"{kernel.__name__}, {where}", kernel, ("score_ptr",), flags, segment_norm.WARPS
-    yield "spread_kernel", segment_norm.spread_kernel, (), {"CHUNK": segment_norm.CHUNK}, segment_norm.WARPS
-    block, warps = linear_logprob.ROW_SETTINGS["cuda"]
-    assert linear_logprob.ROW_SETTINGS["hip"] == (block, warps)
+            yield f"{kernel.__name__}, {where}", kernel, ("score_ptr",), flags, warps
+    yield "spread_kernel", segment_norm.spread_kernel, (), {"CHUNK": chunk}, warps
+    block, warps = launches.row
     yield "stats_row_kernel", linear_logprob.stats_row_kernel, (), {"BLOCK": block}, warps
     for entropy in (False, True):
         name = f"dlogits_row_kernel, {'with' if entropy else 'no'} entropy"
         yield name, linear_logprob.dlogits_row_kernel, ("out_ptr",), {"HAS_ENTROPY": entropy, "BLOCK": block}, warps
     for name, flags in (("every term", full), ("surrogate only", plain)):
         flags = {key: value for key, value in flags.items() if key in policy_head.head_row_kernel.arg_names}
-        for whole, storage in ((False, ("out_ptr",)), (True, ("logits_ptr", "out_ptr"))):
-            title = f"head_row_kernel, {'logits, ' if whole else ''}{name}"
-            yield title, policy_head.head_row_kernel, storage, flags | {"WHOLE": whole, "BLOCK": block}, warps
+        for of, storage in (("", ("out_ptr",)), ("logits, ", ("logits_ptr", "out_ptr")), ("slice, ", ("out_ptr",))):
+            where = {"WHOLE": of == "logits, ", "SLICE": of == "slice, ", "BLOCK": block}
+            yield f"head_row_kernel, {of}{name}", policy_head.head_row_kernel, storage, flags | where, warps
 
 
 def build(kernel, storage_pointers, flags, num_warps, dtype, target):
@@ -147,7 +145,7 @@ def measure(binary, target):
 if __name__ == "__main__":
     for target_name in sys.argv[1:] or TARGETS:
         target = TARGETS[target_name]
-        for name, kernel, storage_pointers, flags, num_warps in cases():
+        for name, kernel, storage_pointers, flags, num_warps in cases(TABLE[target_name]):
             for dtype in STORAGE:
                 binary = build(kernel, storage_pointers, flags, num_warps, dtype, target)
                 found = {"kernel": name, "dtype": dtype, "target": target_name, "shared": binary.metadata.shared}

@@ -1,12 +1,9 @@
-"""The language-model head's reference: torch's own log-softmax, and a vocabulary spread over processes."""
+"""The language-model head's reference: torch's own log-softmax."""
 
 import math
-import os
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from exactness import DEVICE
 from hapo_kernels.linear_logprob import linear_logprob
@@ -71,53 +68,6 @@ def test_a_label_out_of_range_is_nan_and_an_error_in_debug_mode(impl, monkeypatc
     monkeypatch.setenv("HAPO_KERNELS_DEBUG", "1")
     with pytest.raises(ValueError, match=r"label_N\[3\]=11: a label lies in \[0, 11\). Use -100 to leave a row out"):
         linear_logprob(hidden, weight, label, impl=impl)
-
-
-def sliced_head(dtype):
-    """14 tokens; the second slice of seven holds no probability but for one token; one row left out."""
-    hidden, weight, label, bias = (tensor.detach() for tensor in head(V=14, dtype=dtype))
-    bias[7:] = -math.inf
-    bias[9] = 0.5
-    label[0], label[1] = -100, 9
-    return hidden, weight, label, bias
-
-
-def value_and_gradients(hidden, weight, label, bias, **settings):
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (hidden, weight, bias)]
-    result = linear_logprob(*leaves[:2], label, bias_V=leaves[2], temperature=0.7, with_entropy=True, **settings)
-    slope = torch.linspace(-1, 2, 6, dtype=hidden.dtype)
-    gradients = torch.autograd.grad((slope * (result.logp_N + 3 * result.entropy_N)).sum(), leaves)
-    return [tensor.detach() for tensor in (*result, *gradients)]
-
-
-def vocabulary_parallel_rank(rank, rendezvous, results):
-    os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    shard = slice(7 * rank, 7 * rank + 7)
-    found = {}
-    for impl, dtype in (("reference", torch.float64), ("triton", torch.float32)):
-        hidden, weight, label, bias = sliced_head(dtype)
-        settings = {"vocabulary_group": dist.group.WORLD, "chunk_rows": 4, "impl": impl}
-        found[impl] = value_and_gradients(hidden, weight[shard], label, bias[shard], **settings)
-    torch.save(found, f"{results}-{rank}")
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="two gloo processes and the interpreter run on a CPU")
-def test_a_vocabulary_over_two_processes_gives_the_whole_vocabularys_result(tmp_path):
-    mp.spawn(vocabulary_parallel_rank, args=(tmp_path / "rendezvous", tmp_path / "rank"), nprocs=2)
-    for impl, dtype, tolerance in (
-        ("reference", torch.float64, {"rtol": 1e-12, "atol": 1e-12}),
-        ("triton", torch.float32, {"rtol": 2e-5, "atol": 2e-6}),
-    ):
-        hidden, weight, label, bias = sliced_head(dtype)
-        whole = value_and_gradients(hidden.double(), weight.double(), label, bias.double())
-        for rank in range(2):
-            shard = slice(7 * rank, 7 * rank + 7)
-            expected = [*whole[:3], whole[3][shard], whole[4][shard]]
-            for ours, theirs in zip(torch.load(tmp_path / f"rank-{rank}")[impl], expected, strict=True):
-                torch.testing.assert_close(ours.double(), theirs, **tolerance)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The Triton language-model head against fp64 autograd, no less exact than PyTorch's own head in the same dtype."""
 
+import functools
 import math
 
 import pytest
@@ -78,7 +79,7 @@ def test_vocabularies_of_real_models(V):
     check(*head(3, V, H=8))
 
 
-@pytest.mark.parametrize("rows", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 127, 129])
+@pytest.mark.parametrize("rows", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 7, 127, 128, 129])
 def test_every_number_of_rows(rows):
     check(*head(rows, 37))
 
@@ -180,30 +181,38 @@ def test_keep_masks():
 
 def test_int32_labels_strided_inputs_and_expanded_upstream_gradients():
     hidden, weight, label = head(5, 997)
-    plain = run(ours, hidden, weight, label)
-    strided = run(ours, hidden.repeat(1, 2)[:, ::1][:, :37], weight.T.contiguous().T, label.int())
-    for name in plain:
-        torch.testing.assert_close(strided[name], plain[name], rtol=1e-5, atol=1e-6)
+    temperature = torch.linspace(0.5, 2, 5, device=DEVICE)
+    plain = run(ours, hidden, weight, label, temperature=temperature)
+    every_second = (tensor.repeat_interleave(2, 0)[::2] for tensor in (hidden, label.int(), temperature))
+    strided_hidden, strided_label, strided_temperature = every_second
+    unaligned = torch.cat([weight.flatten()[:1], weight.flatten()])[1:].view_as(weight)
+    for odd_weight in (weight.T.contiguous().T, unaligned):
+        odd = run(ours, strided_hidden, odd_weight, strided_label, temperature=strided_temperature)
+        for name in plain:
+            torch.testing.assert_close(odd[name], plain[name], rtol=1e-5, atol=1e-6)
     hidden.requires_grad_()
     (expanded,) = torch.autograd.grad(ours(hidden, weight, label).logp_N.sum(), hidden)
     (dense,) = torch.autograd.grad(ours(hidden, weight, label).logp_N @ torch.ones(5, device=DEVICE), hidden)
     assert torch.equal(expanded, dense)
 
 
-def test_two_runs_give_the_same_bits():
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_two_runs_give_the_same_bits(impl):
     arguments = head(9, 2049)
-    first, second = run(ours, *arguments), run(ours, *arguments)
+    function = functools.partial(linear_logprob, impl=impl, chunk_rows=CHUNK)
+    first, second = run(function, *arguments), run(function, *arguments)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_other_rows_do_not_change_a_rows_bits():
-    # A power-of-two H: on a CPU the GEMM itself rounds a row by its place in the matrix otherwise.
-    hidden, weight, label = head(9, 2049, H=32)
-    everything = linear_logprob(hidden, weight, label, with_entropy=True, impl="triton", chunk_rows=CHUNK)
+    # Powers of two: on a CPU the GEMM itself rounds a row by its place in the matrix otherwise.
+    hidden, weight, label = head(9, 2048, H=32)
+    slope = torch.linspace(-1, 2, 9, device=DEVICE)
     order = torch.tensor([8, 3, 3, 0, 5], device=DEVICE)
-    some = linear_logprob(hidden[order], weight, label[order], with_entropy=True, impl="triton", chunk_rows=CHUNK)
-    assert torch.equal(some.logp_N, everything.logp_N[order])
-    assert torch.equal(some.entropy_N, everything.entropy_N[order])
+    everything = run(ours, hidden, weight, label, slope, slope)
+    some = run(ours, hidden[order], weight, label[order], slope[order], slope[order])
+    for name in ("logp", "entropy", "dhidden"):
+        assert torch.equal(some[name], everything[name][order]), name
 
 
 @pytest.mark.parametrize("frozen", ["weight", "hidden"])
@@ -213,7 +222,7 @@ def test_a_frozen_tensor_gets_no_gradient_work(frozen, monkeypatch):
     free = weight if frozen == "hidden" else hidden
     made = []
     result_of = kernel.Gradients.result
-    monkeypatch.setattr(kernel.Gradients, "result", lambda self: (made.append(result_of(self)), result_of(self))[1])
+    monkeypatch.setattr(kernel.Gradients, "result", lambda *args: (made.append(result_of(*args)), made[-1])[1])
     free.requires_grad_()
     slope = torch.randn(2, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[0].to(DEVICE)
     (gradient,) = torch.autograd.grad((slope * ours(hidden, weight, label).logp_N).sum(), free)
@@ -278,6 +287,30 @@ def test_chunks_hold_at_most_a_gibibyte_of_logits():
         rows = kernel.rows_a_chunk(V)
         assert rows & (rows - 1) == 0
         assert rows in (16, 4096) or 2**29 < 4 * rows * V <= 2**30
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_a_loss_of_whole_sequences_takes_the_head_that_computes_again(impl):
+    """REAL, arXiv 2602.05630: s = mean log-ratio of a row, loss = log(1 + Σ₊ e^(-s/τ)) + log(1 + Σ₋ e^(s/τ))."""
+    hidden, weight, label = head(12, 37)
+    old_logp = eager(hidden, weight, label)[0].detach() + torch.linspace(-0.3, 0.4, 12, device=DEVICE)
+
+    def gradients(function, dtype):
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight)]
+        log_ratio = function(*leaves, label)[0] - old_logp.to(dtype)
+        success, failure = (log_ratio.view(4, 3).mean(1) / 0.5).split([1, 3])
+        loss = torch.log1p((-success).exp().sum()) + torch.log1p(failure.exp().sum())
+        return torch.autograd.grad(loss, leaves)
+
+    head_of = functools.partial(linear_logprob, impl=impl, chunk_rows=CHUNK)
+    found, same_dtype, exact = (
+        gradients(head_of, torch.float32),
+        gradients(eager, torch.float32),
+        gradients(eager, torch.float64),
+    )
+    for mine, theirs, truth in zip(found, same_dtype, exact, strict=True):
+        assert truth.abs().max() > 1e-2
+        assert_no_less_exact(mine, theirs, truth)
 
 
 @pytest.mark.gpu

@@ -119,6 +119,10 @@ def test_every_vocabulary_in_every_storage_dtype(V):
         check(batch(V=V, dtype=dtype))
 
 
+def test_the_vocabulary_of_a_real_model():
+    check(batch(rows=2, tokens=1, V=151936, H=8))
+
+
 @pytest.mark.parametrize("info", [{}, GLOBAL], ids=["local", "global"])
 @pytest.mark.parametrize("mode", AGGREGATION_MODES)
 def test_every_aggregation(mode, info):
@@ -174,12 +178,17 @@ def test_it_is_the_loss_of_the_heads_log_probabilities():
     assert not result.logp_BT.requires_grad
 
 
-def test_a_label_out_of_range_on_an_active_token_is_nan():
+def test_a_label_out_of_range_on_an_active_token_is_nan_and_an_error_in_debug_mode(monkeypatch):
     fields = batch()
     for label in (37, -1, -100):
         fields["label"][3, 0] = label
         for impl in ("reference", "triton"):
             assert ours(fields, impl)["loss"].isnan()
+    monkeypatch.setenv("HAPO_KERNELS_DEBUG", "1")
+    message = r"label_BT\[3, 0\]=-100: a label lies in \[0, 37\). Switch the token off in mask_BT"
+    for function in (ours, from_logits):
+        with pytest.raises(ValueError, match=message):
+            function(fields, "reference")
 
 
 def test_rows_enter_only_the_gemms_that_they_need(monkeypatch):
@@ -222,6 +231,11 @@ def test_all_tokens_masked_and_one_active_token(mask):
         assert all((value == 0).all() for value in found.values())
 
 
+def test_no_tokens_give_zero():
+    found = check(batch(tokens=0), info={})
+    assert all((value == 0).all() for value in found.values())
+
+
 def test_the_upstream_gradient_multiplies_and_a_frozen_weight_gets_none():
     fields = batch()
     hidden, weight, bias = leaves_of(fields)
@@ -241,10 +255,44 @@ def test_the_upstream_gradient_multiplies_and_a_frozen_weight_gets_none():
     assert torch.equal(once, ours(fields)["dhidden"])
 
 
+def test_int32_labels_and_strided_expanded_and_unaligned_inputs():
+    fields = batch()
+    fields["advantage"] = fields["teacher_logp"].sin()
+    fields["temperature"] = torch.linspace(0.5, 2, 20, device=DEVICE).view(4, 5)
+    plain = ours(fields, temperature=fields["temperature"])
+
+    def every_second(tensor):
+        return tensor.repeat_interleave(2, -1)[..., ::2]
+
+    strided = {name: every_second(tensor) for name, tensor in fields.items()}
+    found = ours(strided | {"label": every_second(fields["label"] % 2**31).int()}, temperature=strided["temperature"])
+    unaligned = {
+        name: torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view_as(tensor) for name, tensor in fields.items()
+    }
+    for odd in (found, ours(unaligned, temperature=unaligned["temperature"])):
+        for name in plain:
+            torch.testing.assert_close(odd[name], plain[name], rtol=1e-5, atol=1e-6, msg=name)
+
+    fields["behaviour"] = fields["advantage"][:1].expand(4, 5)
+    once = ours(fields)
+    fields["behaviour"] = fields["behaviour"].contiguous()
+    assert torch.equal(once["dhidden"], ours(fields)["dhidden"])
+
+
+def test_other_rows_do_not_change_a_rows_bits():
+    # Powers of two: on a CPU the GEMM itself rounds a row by its place in the matrix otherwise.
+    fields = batch(V=2048, H=32)
+    names = ("hidden", "label", "behaviour", "advantage", "mask", "teacher", "teacher_logp", "importance", "reference")
+    order = torch.tensor([3, 1, 3], device=DEVICE)
+    some = fields | {name: fields[name][order] for name in names}
+    assert torch.equal(ours(some)["dhidden"], ours(fields)["dhidden"][order])
+
+
 def test_two_runs_give_the_same_bits_and_chunks_change_only_the_order_of_the_weights_sum():
     fields = batch(V=2049, H=32)
-    first, second = ours(fields), ours(fields)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    for impl in ("reference", "triton"):
+        first, second = ours(fields, impl), ours(fields, impl)
+        assert all(torch.equal(first[name], second[name]) for name in first)
     whole = ours(fields, chunk_rows=16)
     for name in first:
         torch.testing.assert_close(whole[name], first[name], rtol=1e-5, atol=1e-7)
@@ -266,7 +314,7 @@ def test_the_op_is_registered_so_that_compile_and_fake_tensors_work():
     )  # fmt: skip
     torch.library.opcheck(
         policy_head_kernel.policy_head_op,
-        (hidden.detach().flatten(0, 1).requires_grad_(), weight, bias, 4, [True, True, True], *loss_arguments),
+        (hidden.detach().flatten(0, 1).requires_grad_(), weight, bias, "", 4, [True, True, True], *loss_arguments),
     )
     logits = (hidden.detach().flatten(0, 1) @ weight.detach().T).requires_grad_()
     torch.library.opcheck(policy_head_kernel.from_logits_op, (logits, True, *loss_arguments))
@@ -317,6 +365,26 @@ def test_the_loss_from_logits(V):
         assert (found["logp"][inactive] == 0).all()
 
 
+def test_logits_of_minus_infinity_of_1e4_and_one_hot():
+    for dtype in STORAGE:
+        fields = batch(rows=3, tokens=2, V=2049, dtype=dtype)
+        fields["weight"] = torch.zeros(2049, 24, device=DEVICE, dtype=dtype)
+        fields["label"][:] = 2048
+        nowhere = torch.zeros(2049, device=DEVICE, dtype=dtype)
+        first_block, only_label, one_hot, large, offset = (nowhere.clone() for _ in range(5))
+        first_block[:2048] = only_label[:2048] = -math.inf
+        one_hot[2048] = 1e4
+        large[:] = 1e4 * torch.linspace(-1, 1, 2049)
+        offset[:] = 1e4 + 8 * torch.linspace(0, 1, 2049).round()
+        for bias in (first_block, only_label, one_hot, large, offset):
+            found = from_logits(fields | {"bias": bias}, "triton")
+            same_dtype = from_logits(fields | {"bias": bias}, "reference")
+            exact = from_logits(fields | {"bias": bias}, "reference", torch.float64)
+            for name in exact:
+                assert_no_less_exact(found[name], same_dtype[name], exact[name], name)
+            assert found["dlogits"].isfinite().all()
+
+
 def test_the_loss_from_logits_scales_with_the_upstream_gradient_and_refuses_the_wrong():
     fields = batch()
     logits = torch.nn.functional.linear(fields["hidden"], fields["weight"]).requires_grad_()
@@ -328,5 +396,7 @@ def test_the_loss_from_logits_scales_with_the_upstream_gradient_and_refuses_the_
     assert torch.equal(scaled, -4 * once)
     with pytest.raises(RuntimeError, match="policy_loss_from_logits: create_graph=True"):
         torch.autograd.grad(result.loss, logits, create_graph=True)
-    with pytest.raises(ValueError, match=r"logits_BTV of shape \(20, 37\): \(B, T, V\) for labels"):
+    with pytest.raises(
+        ValueError, match=r"logits_BTV of shape \(20, 37\): three axes, the first two those of the labels"
+    ):
         policy_loss_from_logits(logits.flatten(0, 1), *tokens, **settings_of(fields))

@@ -167,6 +167,26 @@ def test_known_teacher_probabilities_divide():
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, policy)[0])
 
 
+def test_the_loss_of_luffy():
+    """arXiv 2504.14945: -A ρ without a clip on the policy's rows, -A π/(π+.1) on the teacher's, summed, over the length."""
+    policy, behaviour, advantage, mask = batch(dtype=torch.float64)
+    teacher_B = torch.arange(len(mask)) % 2 == 1
+    result, gradient = loss_and_gradient(
+        policy,
+        behaviour,
+        advantage,
+        mask,
+        clip=Clip(math.inf, math.inf, math.inf),
+        teacher=Teacher(teacher_B, 0.1),
+        aggregation=Aggregation("seq-mean-token-sum-norm", global_batch_size=1),
+    )
+    ratio, probability = (policy - behaviour).exp(), policy.exp()
+    weight = torch.where(teacher_B[:, None], probability / (probability + 0.1), ratio)
+    expected = (-advantage[:, None] * weight)[mask].sum() / mask.shape[1]
+    torch.testing.assert_close(result.loss, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, policy)[0])
+
+
 def test_teacher_rows_take_no_ratio_no_clip_no_weight_and_no_kl():
     policy, behaviour, advantage, mask = batch()
     teacher = Teacher(torch.ones(len(mask), dtype=torch.bool), 0.1)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed.tensor
 
 from exactness import DEVICE, STORAGE, assert_no_less_exact
 from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, Teacher, kernel, policy_loss
@@ -327,31 +326,6 @@ def test_a_second_derivative_is_refused():
         match=r"policy_loss: create_graph=True: the kernel has a first derivative only. Use impl='reference'",
     ):
         torch.autograd.grad(result.loss, policy, create_graph=True)
-
-
-def test_fp64_is_refused_by_the_kernel_and_taken_by_the_reference():
-    fields = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch().items()}
-    with pytest.raises(
-        TypeError, match=r"impl='triton' on torch.float64: the kernels store fp32, bf16 or fp16. Use impl='reference'"
-    ):
-        run(fields, "triton")
-    assert run(fields, "auto")["loss"].dtype == torch.float64
-
-
-def test_a_dtensor_is_refused(tmp_path):
-    if torch.distributed.is_initialized():
-        pytest.skip("a process group of another test is alive")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.device_mesh.init_device_mesh(DEVICE, (1,))
-        fields = batch()
-        fields["behaviour"] = torch.distributed.tensor.distribute_tensor(
-            fields["behaviour"], mesh, [torch.distributed.tensor.Replicate()]
-        )
-        with pytest.raises(TypeError, match=r"a DTensor: a kernel sees one rank's memory. Pass tensor.to_local\(\)"):
-            run(fields, "triton")
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.gpu

@@ -48,7 +48,7 @@ def test_bounds_are_the_same_groups_as_ids_and_may_be_empty():
     sizes = [0, 3, 0, 0, 1030, 5, 0]
     score_B, segment_B = groups(sizes, shuffle=False)
     offset_S1 = torch.tensor([0, *sizes], device=DEVICE).cumsum(0)
-    for bounds in (offset_S1, offset_S1.int()):
+    for bounds in (offset_S1, offset_S1.int(), offset_S1.repeat_interleave(2)[::2]):
         check(score_B, offset_S1=bounds)
         by_bounds = segment_norm(score_B, offset_S1=bounds, scale_by_std=True, impl="triton")
         assert torch.equal(by_bounds, segment_norm(score_B, segment_B, scale_by_std=True, impl="triton"))
@@ -123,6 +123,14 @@ def test_a_long_group_is_split_by_itself_and_is_exact():
     check(score_B, offset_S1=torch.tensor([0, 100_000], device=DEVICE))
 
 
+def test_names_of_groups_do_not_matter():
+    score_B, segment_B = groups([8, 3, 1, 5])
+    expected = segment_norm(score_B, segment_B, scale_by_std=True, impl="triton")
+    names = {1000: -(2**63), 963: 2**63 - 1, 926: 0, 889: -1}
+    renamed_B = torch.tensor([names[number] for number in segment_B.tolist()], device=DEVICE)
+    assert torch.equal(segment_norm(score_B, renamed_B, scale_by_std=True, impl="triton"), expected)
+
+
 def test_two_runs_give_the_same_bits_and_other_groups_do_not_change_a_groups_bits():
     score_B, segment_B = groups([8, 1500, 3, 8])
     first = segment_norm(score_B, segment_B, scale_by_std=True, impl="triton")
@@ -147,6 +155,8 @@ def test_the_ops_are_registered_so_that_compile_and_fake_tensors_work():
     score_B, segment_B = groups([3, 4])
     torch.library.opcheck(kernel.segment_norm_op, (score_B, segment_B, None, None, True, 1e-6))
     torch.library.opcheck(kernel.segment_stats_op, (score_B, segment_B, segment_B > 970, None))
+    mask_T, token_offset_B1 = torch.ones(14, device=DEVICE), torch.arange(0, 15, 2, device=DEVICE)
+    torch.library.opcheck(kernel.spread_op, (score_B, mask_T, token_offset_B1))
 
     def norm(score_B):
         return segment_norm(score_B, segment_B, scale_by_std=True, impl="triton")

@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -60,6 +61,8 @@ def linear_logprob(
         temperature: τ > 0, one number or one a row (N,).
         keep_N: bool, rows to compute; default all. What stands in the others is not read.
         with_entropy: also H. Its sums cost nothing in the forward sweep; its gradient is computed if asked for.
+        vocabulary_group: ranks that each hold a slice of V. They pass the same rows and upstream gradients, and all get
+            the whole result and ∂hidden.
         chunk_rows: rows of fp32 logits held at once. Every chunk is padded to this size, so that the bits of a row do
             not depend on how many rows there are. The default holds at most 1 GiB.
 
@@ -67,17 +70,9 @@ def linear_logprob(
     accumulation and fp32 logits, and accumulates the weight's gradient in fp32.
     """
     check_head(hidden_NH, weight_VH, label_N, bias_V, temperature, keep_N)
-    shards = vocabulary_group.size() if vocabulary_group else 1
-    if debug():
-        kept_N = label_N != IGNORED if keep_N is None else keep_N & (label_N != IGNORED)
-        bad_N = kept_N & ((label_N < 0) | (label_N >= shards * weight_VH.shape[0]))
-        if bad_N.any():
-            row = int(bad_N.nonzero()[0])
-            raise ValueError(
-                f"label_N[{row}]={int(label_N[row])}: a label lies in [0, {shards * weight_VH.shape[0]}). "
-                f"Use {IGNORED} to leave a row out."
-            )
     keep_N = label_N != IGNORED if keep_N is None else keep_N & (label_N != IGNORED)
+    V = vocabulary_size(weight_VH, vocabulary_group)
+    check_labels("label_N", label_N, keep_N, V, f"Use {IGNORED} to leave a row out.")
     arguments = (hidden_NH, weight_VH, label_N.long(), temperature_of(temperature, hidden_NH), bias_V, keep_N)
     if use_triton(impl, hidden_NH, weight_VH):
         from hapo_kernels.linear_logprob import kernel  # not before it is needed: Triton may be absent on a CPU
@@ -95,6 +90,31 @@ def temperature_of(temperature: float | Tensor, hidden_NH: Tensor) -> Tensor:
     dtype = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
     temperature = torch.as_tensor(temperature, device=hidden_NH.device).detach().to(dtype)
     return temperature.expand(hidden_NH.shape[0]).contiguous()
+
+
+def vocabulary_size(weight_VH: Tensor, group: ProcessGroup | None) -> int:
+    """Tokens of the whole vocabulary, of which `weight_VH` may be a slice; HAPO_KERNELS_DEBUG=1 compares the ranks'."""
+    if group is None:
+        return weight_VH.shape[0]
+    if debug():
+        sizes = [0] * group.size()
+        dist.all_gather_object(sizes, weight_VH.shape[0], group=group)
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"weight_VH of {sizes} tokens on the ranks: slices of one size. "
+                f"Pad the head to a multiple of {len(sizes)} tokens, with a bias of -inf."
+            )
+    return group.size() * weight_VH.shape[0]
+
+
+def check_labels(name: str, label: Tensor, kept: Tensor, V: int, fix: str) -> None:
+    """With HAPO_KERNELS_DEBUG=1: the labels that are read lie in [0, V)."""
+    if not debug():
+        return
+    wrong = kept & ((label < 0) | (label >= V))
+    if wrong.any():
+        first = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{name}{first}={int(label[tuple(first)])}: a label lies in [0, {V}). {fix}")
 
 
 def check_head(

@@ -21,10 +21,9 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
 
 from hapo_kernels.dispatch import refuse_double_backward
+from hapo_kernels.launch import launches
 from hapo_kernels.linear_logprob import reference
 
-# (elements a program takes at once, warps) by backend. Chosen from the compiler's registers; not yet tuned on a GPU.
-ROW_SETTINGS = {"cuda": (2048, 8), "hip": (2048, 8)}
 MOST_LOGITS = 2**28  # fp32 elements held at once, 1 GiB
 MOST_ROWS = 4096  # rows after which a GEMM gains nothing from more
 
@@ -110,8 +109,8 @@ def dlogits_row_kernel(
     )  # fmt: skip
 
 
-def row_settings() -> dict[str, int]:
-    block, warps = ROW_SETTINGS["hip" if torch.version.hip else "cuda"]
+def row_settings(device: torch.device) -> dict[str, int]:
+    block, warps = launches(device).row
     return {"BLOCK": block, "num_warps": warps}
 
 
@@ -177,8 +176,19 @@ class Gradients:
         if self.dbias_V is not None:
             self.dbias_V += dlogits.sum(0, dtype=torch.float32)
 
-    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def result(self, group: dist.ProcessGroup | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """∂hidden is summed over the slices of a vocabulary."""
+        if group is not None and self.hidden_NH is not None:
+            dist.all_reduce(self.hidden_NH, group=group)
         return self.hidden_NH, self.dweight_VH, self.dbias_V
+
+
+def row_stats(logits: Tensor, label: Tensor, temperature: Tensor) -> Tensor:
+    """(4, rows): max, Σ e^d, Σ d e^d and label logit of the first rows of `logits`, one for each label."""
+    rows, V = len(label), logits.shape[1]
+    stats = logits.new_empty(4, rows)
+    stats_row_kernel[(rows,)](logits, label, temperature, stats, V, rows, **row_settings(logits.device))
+    return stats
 
 
 def dlogits_buffer(logits: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
@@ -188,8 +198,17 @@ def dlogits_buffer(logits: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     return dlogits
 
 
-def group_of(name: str):
+def group_of(name: str) -> dist.ProcessGroup | None:
     return _resolve_process_group(name) if name else None
+
+
+def name_of(group: dist.ProcessGroup | None) -> str:
+    return group.group_name if group else ""
+
+
+def slice_of(group: dist.ProcessGroup | None, V: int) -> tuple[int, int]:
+    """This rank's first token, and the size of the whole vocabulary."""
+    return (0, V) if group is None else (dist.get_rank(group) * V, group.size() * V)
 
 
 def empty_or(value: Tensor | None, like: Tensor) -> Tensor:
@@ -212,27 +231,22 @@ def linear_logprob_op(
     """logp_N, entropy_N, max_N, log_sum_N; the last two are what the backward pass needs of the softmax."""
     N, V = hidden_NH.shape[0], weight_VH.shape[0]
     process_group = group_of(group)
-    first = dist.get_rank(process_group) * V if group else 0
+    first, size = slice_of(process_group, V)
     row = keep_N.nonzero()[:, 0]
     stats = torch.empty(4, len(row), dtype=torch.float32, device=hidden_NH.device)
     chunks, done = Chunks(row, chunk_rows), 0
     for piece in chunks:
         logits = logits_of(chunks.gather(hidden_NH, piece), weight_VH, bias_V)
-        chunk_stats = stats.new_empty(4, len(piece))
-        stats_row_kernel[(len(piece),)](
-            logits, label_N[piece] - first, temperature_N[piece], chunk_stats, V, len(piece), **row_settings()
-        )
-        stats[:, done : done + len(piece)] = chunk_stats
+        stats[:, done : done + len(piece)] = row_stats(logits, label_N[piece] - first, temperature_N[piece])
         done += len(piece)
     row_max, total, weighted, label_logit = stats
     temperature = temperature_N[row]
-    if group:
+    if process_group is not None:
         row_max, total, weighted, label_logit = reference.combine(
             row_max, total, weighted, label_logit, temperature, process_group
         )
     log_sum = total.log()
-    shards = process_group.size() if process_group else 1
-    inside = reference.clamped(label_N[row], V * shards)[1]
+    inside = reference.clamped(label_N[row], size)[1]
     logp = torch.where(inside, (label_logit - row_max) / temperature - log_sum, torch.nan)
     zero_N = torch.zeros(N, dtype=torch.float32, device=hidden_NH.device)
     return (
@@ -267,7 +281,8 @@ def linear_logprob_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """∂hidden, ∂weight and ∂bias; empty where not wanted. Rows without an upstream gradient enter no GEMM."""
     V = weight_VH.shape[0]
-    first = dist.get_rank(group_of(group)) * V if group else 0
+    process_group = group_of(group)
+    first, _ = slice_of(process_group, V)
     active_N = slope_N != 0
     if entropy_slope_N is not None:
         active_N = active_N | (entropy_slope_N != 0)
@@ -290,12 +305,10 @@ def linear_logprob_backward_op(
             slope_N if entropy_slope_N is None else entropy_slope_N[piece],
             V,
             HAS_ENTROPY=entropy_slope_N is not None,
-            **row_settings(),
+            **row_settings(logits.device),
         )
         gradients.add(piece, hidden, dlogits)
-    dhidden_NH, dweight_VH, dbias_V = gradients.result()
-    if group and dhidden_NH is not None:
-        dist.all_reduce(dhidden_NH, group=group_of(group))
+    dhidden_NH, dweight_VH, dbias_V = gradients.result(process_group)
     return (
         empty_or(dhidden_NH, hidden_NH),
         empty_or(None if dweight_VH is None else dweight_VH.to(weight_VH.dtype), weight_VH),
@@ -360,7 +373,7 @@ def linear_logprob(
         bias_V,
         keep_N,
         with_entropy,
-        group.group_name if group else "",
+        name_of(group),
         chunk_rows or rows_a_chunk(weight_VH.shape[0]),
     )
     return logp_N, entropy_N

@@ -19,9 +19,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from hapo_kernels.dispatch import Impl, use_triton
-from hapo_kernels.linear_logprob import check_head, temperature_of
+from hapo_kernels.linear_logprob import check_head, check_labels, temperature_of, vocabulary_size
 from hapo_kernels.policy_head import reference
 from hapo_kernels.policy_loss import Aggregation, Clip, KLPenalty, PolicyLossMetrics, Teacher, check_tokens
 
@@ -51,6 +52,7 @@ def policy_head(
     entropy_coefficient: float = 0.0,
     bias_V: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    vocabulary_group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
     impl: Impl = "auto",
 ) -> PolicyHead:
@@ -58,18 +60,24 @@ def policy_head(
 
     Args:
         hidden_BTH: the state that predicts label_BT, position for position.
+        weight_VH: the head, or this rank's slice of it as for `linear_logprob`.
         label_BT: int32 or int64 ids of the chosen tokens; only active ones are read, and those lie in [0, V) or give
-            NaN.
+            NaN, and an error with HAPO_KERNELS_DEBUG=1.
         behaviour_logp_BT ... kl: as for `policy_loss`.
         entropy_coefficient: c_H of - c_H · agg(H); with 0.0 the entropy is only measured.
         bias_V, chunk_rows: as for `linear_logprob`.
         temperature: τ > 0, one number or one a token (B, T).
+        vocabulary_group: ranks that each hold a slice of V. They pass the same batch and all get the whole loss,
+            metrics and ∂hidden; a chunk costs two all-reduces of three numbers a row at most.
     """
     flat_hidden = hidden_BTH.flatten(0, -2)
     flat_temperature = temperature.flatten() if isinstance(temperature, Tensor) else temperature
     active_BT = mask_BT.bool()
     check_head(flat_hidden, weight_VH, label_BT.flatten(), bias_V, flat_temperature, active_BT.flatten())
     check_tokens(behaviour_logp_BT, behaviour_logp_BT, advantage, mask_BT, teacher, importance_weight_BT, kl, None)
+    _check_positions("hidden_BTH", hidden_BTH, label_BT, mask_BT)
+    V = vocabulary_size(weight_VH, vocabulary_group)
+    check_labels("label_BT", label_BT, active_BT, V, "Switch the token off in mask_BT.")
     if use_triton(impl, hidden_BTH, weight_VH, behaviour_logp_BT):
         from hapo_kernels.policy_head import kernel  # not before it is needed: Triton may be absent on a CPU
 
@@ -92,6 +100,7 @@ def policy_head(
             entropy_coefficient=entropy_coefficient,
             bias_V=bias_V,
             temperature_N=temperature_of(flat_temperature, flat_hidden),
+            vocabulary_group=vocabulary_group,
             chunk_rows=chunk_rows,
         )
     )
@@ -119,7 +128,6 @@ def policy_loss_from_logits(
         logits_BTV: the gradient flows here and is as large; inactive positions are not read and get 0.
         label_BT ... temperature: as for `policy_head`.
     """
-    shape = logits_BTV.shape[:-1]
     active_BT = mask_BT.bool()
     flat_temperature = temperature.flatten() if isinstance(temperature, Tensor) else temperature
     flat_logits = logits_BTV.flatten(0, -2)
@@ -127,11 +135,8 @@ def policy_loss_from_logits(
     one_by_one = flat_logits.new_empty(1, 1)
     check_head(flat_logits[:, :1], one_by_one, label_BT.flatten(), None, flat_temperature, active_BT.flatten())
     check_tokens(behaviour_logp_BT, behaviour_logp_BT, advantage, mask_BT, teacher, importance_weight_BT, kl, None)
-    if label_BT.shape != shape or mask_BT.shape != shape:
-        raise ValueError(
-            f"logits_BTV of shape {tuple(logits_BTV.shape)}: (B, T, V) for labels and mask of shape (B, T). "
-            f"Use the logits of the {tuple(mask_BT.shape)} tokens."
-        )
+    _check_positions("logits_BTV", logits_BTV, label_BT, mask_BT)
+    check_labels("label_BT", label_BT, active_BT, logits_BTV.shape[-1], "Switch the token off in mask_BT.")
     if use_triton(impl, logits_BTV, behaviour_logp_BT):
         from hapo_kernels.policy_head import kernel
 
@@ -154,3 +159,11 @@ def policy_loss_from_logits(
             temperature_N=temperature_of(flat_temperature, flat_logits),
         )
     )
+
+
+def _check_positions(name: str, state: Tensor, label_BT: Tensor, mask_BT: Tensor) -> None:
+    if state.ndim != 3 or not state.shape[:2] == label_BT.shape == mask_BT.shape:
+        raise ValueError(
+            f"{name} of shape {tuple(state.shape)}: three axes, the first two those of the labels "
+            f"{tuple(label_BT.shape)} and of the mask {tuple(mask_BT.shape)}. Pass what predicts each token."
+        )

@@ -1,6 +1,8 @@
 """Statistics, loss and dlogits of a row in one Triton program, between the GEMMs of a chunk.
 
-The mathematics is imported: `sweep` and `write_dlogits` from the head, `token_loss` from the loss.
+The mathematics is imported: `sweep` and `write_dlogits` from the head, `token_loss` from the loss. Where the vocabulary
+is spread over ranks, the head's statistics kernel sweeps a slice, two small all-reduces a chunk combine the slices, and
+the program here starts from their result.
 """
 
 # Triton passes ints and bools for constexpr parameters and adds num_warps to every launch; pyright knows neither.
@@ -12,6 +14,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,12 +25,17 @@ from hapo_kernels.linear_logprob.kernel import (
     Gradients,
     dlogits_buffer,
     empty_or,
+    group_of,
     logits_of,
+    name_of,
     row_settings,
+    row_stats,
     rows_a_chunk,
+    slice_of,
     sweep,
     write_dlogits,
 )
+from hapo_kernels.linear_logprob.reference import clamped, combine
 from hapo_kernels.policy_loss.kernel import KL_CODE, PARTIALS, token_loss
 from hapo_kernels.policy_loss.reference import row_weight
 from hapo_kernels.policy_loss.terms import Aggregation, Clip, KLPenalty, PolicyLossMetrics, Teacher
@@ -36,13 +44,15 @@ from hapo_kernels.policy_loss.terms import Aggregation, Clip, KLPenalty, PolicyL
 @triton.jit
 def head_row_kernel(
     row_ptr, logits_ptr, out_ptr, label_ptr, temperature_ptr, behaviour_ptr, advantage_ptr, row_weight_ptr,
-    is_teacher_ptr, teacher_ptr, weight_ptr, reference_ptr, logp_ptr, entropy_ptr, partial_ptr, V,
-    low_edge, high_edge, dual, log_shaping, kl_coefficient, entropy_coefficient,
-    WHOLE: tl.constexpr, HAS_TEACHER_LOGP: tl.constexpr, HAS_WEIGHT: tl.constexpr, KL: tl.constexpr,
-    STRAIGHT_THROUGH: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    is_teacher_ptr, teacher_ptr, weight_ptr, reference_ptr, stats_ptr, logp_ptr, entropy_ptr, partial_ptr, V,
+    first_label, low_edge, high_edge, dual, log_shaping, kl_coefficient, entropy_coefficient,
+    WHOLE: tl.constexpr, SLICE: tl.constexpr, HAS_TEACHER_LOGP: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row: the token row_ptr[program]. Its logits stand at that row of all logits (WHOLE), or of a chunk's at the
-    program's own place.
+    program's own place. Those of a SLICE begin with the token first_label, and stats (4, programs) is of the whole
+    vocabulary, its label logit NaN where no slice has the label.
     """
     i_program = tl.program_id(0).to(tl.int64)
     i_row = tl.load(row_ptr + i_program)
@@ -50,9 +60,16 @@ def head_row_kernel(
     p_row = logits_ptr + i_logits * V
     inverse_temperature = 1.0 / tl.load(temperature_ptr + i_row)
     label = tl.load(label_ptr + i_row)
-    inside = (label >= 0) & (label < V)
-    label_logit = tl.load(p_row + label, mask=inside, other=float("nan")).to(tl.float32)
-    row_max, total, weighted = sweep(p_row, V, inverse_temperature, BLOCK)
+    if SLICE:
+        label -= first_label
+        p_stats = stats_ptr + i_program
+        rows = tl.num_programs(0)
+        row_max, total = tl.load(p_stats), tl.load(p_stats + rows)
+        weighted, label_logit = tl.load(p_stats + 2 * rows), tl.load(p_stats + 3 * rows)
+    else:
+        inside = (label >= 0) & (label < V)
+        label_logit = tl.load(p_row + label, mask=inside, other=float("nan")).to(tl.float32)
+        row_max, total, weighted = sweep(p_row, V, inverse_temperature, BLOCK)
     log_sum = tl.log(total)
     logp = (label_logit - row_max) * inverse_temperature - log_sum
     entropy = log_sum - weighted / total
@@ -129,14 +146,31 @@ class RowLoss(NamedTuple):
             trains_N = torch.zeros_like(self.active_N)
         return trains_N.nonzero()[:, 0], (self.active_N & ~trains_N).nonzero()[:, 0]
 
+    def slice_stats(self, row: Tensor, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """(4, rows): statistics of the whole vocabulary from the logits of this rank's slice."""
+        label, temperature = self.label_N[row], self.temperature_N[row]
+        first, size = slice_of(group, logits.shape[1])
+        stats = torch.stack(combine(*row_stats(logits, label - first, temperature), temperature, group))
+        stats[3].masked_fill_(~clamped(label, size)[1], torch.nan)
+        return stats
+
     def launch(
-        self, row: Tensor, logits: Tensor, dlogits: Tensor | None, logp_N: Tensor, entropy_N: Tensor, *, whole: bool
+        self,
+        row: Tensor,
+        logits: Tensor,
+        dlogits: Tensor | None,
+        logp_N: Tensor,
+        entropy_N: Tensor,
+        *,
+        whole: bool,
+        group: dist.ProcessGroup | None = None,
     ) -> Tensor:
         """Fills dlogits, logp_N and entropy_N of the tokens `row`; their sums, in the order of PolicyLossMetrics."""
         partial = torch.zeros(len(row), PARTIALS.value, dtype=torch.float32, device=row.device)
         if len(row):
             # A pointer that its flag switches off is never read; temperature_N stands in for it.
             absent = self.temperature_N
+            stats = absent if group is None else self.slice_stats(row, logits, group)
             head_row_kernel[(len(row),)](
                 row,
                 logits,
@@ -150,10 +184,12 @@ class RowLoss(NamedTuple):
                 absent if self.teacher_logp_N is None else self.teacher_logp_N,
                 absent if self.importance_weight_N is None else self.importance_weight_N,
                 absent if self.reference_logp_N is None else self.reference_logp_N,
+                stats,
                 logp_N,
                 entropy_N,
                 partial,
                 logits.shape[1],
+                slice_of(group, logits.shape[1])[0],
                 1.0 - self.clip_low,
                 1.0 + self.clip_high,
                 self.clip_dual,
@@ -161,13 +197,14 @@ class RowLoss(NamedTuple):
                 self.kl_coefficient,
                 self.entropy_coefficient,
                 WHOLE=whole,
+                SLICE=group is not None,
                 HAS_TEACHER_LOGP=self.teacher_logp_N is not None,
                 HAS_WEIGHT=self.importance_weight_N is not None,
                 KL=KL_CODE[self.kl_kind.removesuffix("+")],
                 STRAIGHT_THROUGH=self.kl_kind.endswith("+"),
                 HAS_ENTROPY=self.entropy_coefficient != 0,
                 HAS_GRADIENT=dlogits is not None,
-                **row_settings(),
+                **row_settings(logits.device),
             )
         return partial.double().sum(0)[: len(PolicyLossMetrics._fields)]
 
@@ -180,6 +217,7 @@ def policy_head_op(
     hidden_NH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
+    group: str,
     chunk_rows: int,
     wanted: list[bool],
     label_N: Tensor,
@@ -206,6 +244,7 @@ def policy_head_op(
         importance_weight_N, reference_logp_N, clip_low, clip_high, clip_dual, shaping, kl_kind, kl_coefficient,
         entropy_coefficient,
     )  # fmt: skip
+    process_group = group_of(group)
     gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted)
     logp_N, entropy_N = torch.zeros_like(temperature_N), torch.zeros_like(temperature_N)
     sums = torch.zeros(len(PolicyLossMetrics._fields), dtype=torch.float64, device=hidden_NH.device)
@@ -215,10 +254,10 @@ def policy_head_op(
             hidden = chunks.gather(hidden_NH, piece)
             logits = logits_of(hidden, weight_VH, bias_V)
             dlogits = dlogits_buffer(logits, len(piece), hidden_NH.dtype) if with_gradient else None
-            sums += loss.launch(piece, logits, dlogits, logp_N, entropy_N, whole=False)
+            sums += loss.launch(piece, logits, dlogits, logp_N, entropy_N, whole=False, group=process_group)
             if dlogits is not None:
                 gradients.add(piece, hidden, dlogits)
-    dhidden_NH, dweight_VH, dbias_V = gradients.result()
+    dhidden_NH, dweight_VH, dbias_V = gradients.result(process_group)
     return (
         loss.total(sums).float(),
         sums.float(),
@@ -237,7 +276,7 @@ def fake_values(temperature_N: Tensor) -> tuple[Tensor, ...]:
 
 
 @policy_head_op.register_fake
-def _(hidden_NH, weight_VH, bias_V, chunk_rows, wanted, label_N, temperature_N, *args):
+def _(hidden_NH, weight_VH, bias_V, group, chunk_rows, wanted, label_N, temperature_N, *args):
     dense, fp32 = {"memory_format": torch.contiguous_format}, {"dtype": torch.float32}
     return (
         *fake_values(temperature_N),
@@ -340,10 +379,10 @@ def row_loss(
 
     def per_token(value: Tensor) -> Tensor:
         value = value if value.ndim == 2 else value[:, None]
-        return value.detach().expand_as(active_BT).flatten()
+        return value.detach().expand_as(active_BT).flatten().contiguous()
 
     return RowLoss(
-        label_BT.flatten(),
+        per_token(label_BT),
         temperature_N,
         active_BT.flatten(),
         per_token(behaviour_logp_BT),
@@ -371,7 +410,13 @@ def result_of(
 
 
 def policy_head(
-    hidden_BTH: Tensor, weight_VH: Tensor, *tokens: Tensor, bias_V: Tensor | None, chunk_rows: int | None, **terms
+    hidden_BTH: Tensor,
+    weight_VH: Tensor,
+    *tokens: Tensor,
+    bias_V: Tensor | None,
+    vocabulary_group: dist.ProcessGroup | None,
+    chunk_rows: int | None,
+    **terms,
 ) -> tuple[Tensor, PolicyLossMetrics, Tensor, Tensor]:
     """See `hapo_kernels.policy_head.policy_head`; tokens and terms are those of `row_loss`."""
     loss = row_loss(*tokens, **terms)
@@ -380,6 +425,7 @@ def policy_head(
         hidden_BTH.flatten(0, -2),
         weight_VH,
         bias_V,
+        name_of(vocabulary_group),
         chunk_rows or rows_a_chunk(weight_VH.shape[0]),
         [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in leaves],
         *loss,

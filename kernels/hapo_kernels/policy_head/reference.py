@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from hapo_kernels.linear_logprob import reference as head
 from hapo_kernels.policy_loss import reference as loss
@@ -19,14 +20,17 @@ def policy_head(
     active_BT: Tensor,
     *,
     bias_V: Tensor | None,
+    vocabulary_group: ProcessGroup | None,
     chunk_rows: int | None,
     temperature_N: Tensor,
     **terms,
 ) -> tuple[Tensor, PolicyLossMetrics, Tensor, Tensor]:
     """See `hapo_kernels.policy_head.policy_head`; the logits are made at once: there are no chunks."""
-    logp_N, entropy_N = head.linear_logprob(
-        hidden_BTH.flatten(0, -2), weight_VH, label_BT.flatten(), temperature_N, bias_V, active_BT.flatten(), True
-    )
+    rows = (hidden_BTH.flatten(0, -2), weight_VH, label_BT.flatten(), temperature_N, bias_V, active_BT.flatten(), True)
+    if vocabulary_group is None:
+        logp_N, entropy_N = head.linear_logprob(*rows)
+    else:
+        logp_N, entropy_N = head.vocabulary_parallel(*rows, vocabulary_group)
     return _loss(logp_N, entropy_N, behaviour_logp_BT, advantage, active_BT, **terms)
 
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hapo_kernels.dispatch import refuse_double_backward
+from hapo_kernels.launch import launches
 from hapo_kernels.policy_loss.reference import row_weight
 from hapo_kernels.policy_loss.terms import (
     Aggregation,
@@ -32,9 +33,6 @@ from hapo_kernels.policy_loss.terms import (
     Teacher,
 )
 
-# The kernel only streams: 8 tokens a thread are one 128-bit load of bf16 and two of fp32. A warp has 64 lanes on AMD,
-# so there it is 4 tokens; with 8 the predicates spill scalar registers on gfx942.
-BLOCK, WARPS = 1024, 4
 PARTIALS = tl.constexpr(16)  # ten sums, padded to a power of two: one vector store a program
 
 KL_CODE = {"": 0, "k1": 1, "kl": 1, "abs": 2, "k2": 3, "mse": 3, "k3": 4, "low_var_kl": 4}
@@ -238,8 +236,9 @@ def policy_loss_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss (0-d fp32), sums in the order of PolicyLossMetrics (fp32), ∂loss/∂policy_logp_BT (empty if not wanted)."""
     B, T = policy_logp_BT.shape
+    block, warps = launches(policy_logp_BT.device).token
     gradient_BT = torch.empty_like(policy_logp_BT, memory_format=torch.contiguous_format) if with_gradient else None
-    programs = B * triton.cdiv(T, BLOCK)
+    programs = B * triton.cdiv(T, block)
     partial = torch.empty(programs, PARTIALS.value, dtype=torch.float32, device=policy_logp_BT.device)
     if programs:
         # A pointer that its flag switches off is never read; policy_logp_BT stands in for it.
@@ -272,8 +271,8 @@ def policy_loss_op(
             STRAIGHT_THROUGH=kl_kind.endswith("+"),
             HAS_ENTROPY=entropy_BT is not None,
             HAS_GRADIENT=with_gradient,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
+            BLOCK=block,
+            num_warps=warps,
         )
     sums = partial.double().sum(0)[: len(PolicyLossMetrics._fields)]
     loss = sums[0] + sums[1] + kl_coefficient * sums[2] - entropy_coefficient * sums[3]

@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hapo_kernels.launch import launches
 from hapo_kernels.segment_norm.reference import SegmentStats
 
-CHUNK, WARPS = 1024, 4
-# Mean scores a segment above which chunks are spread over programs. The bits are the same on both sides.
-SPLIT_ABOVE = 16 * CHUNK
+# Mean chunks a segment above which they are spread over programs. The bits are the same on both sides.
+SPLIT_ABOVE = 16
 
 
 @triton.jit
@@ -210,10 +210,11 @@ def run(
     out_N = torch.empty(N, dtype=torch.float32, device=score_N.device)
     mean_S, std_S = out_N.new_empty(S), out_N.new_empty(S)
     constant_S = torch.empty(S, dtype=torch.int8, device=score_N.device)
+    chunk, warps = launches(score_N.device).segment
     if split is None:
-        split = N > SPLIT_ABOVE * S
+        split = S * SPLIT_ABOVE * chunk < N
     # Without contraction to fused multiply-adds, which a compiler may place differently in one launch and in three.
-    flags = {"GATHER": segments.row_N is not None, "CHUNK": CHUNK, "num_warps": WARPS, "enable_fp_fusion": False}
+    flags = {"GATHER": segments.row_N is not None, "CHUNK": chunk, "num_warps": warps, "enable_fp_fusion": False}
     rows = (score_N, segments.offset_S1 if segments.row_N is None else segments.row_N, segments.offset_S1)
     if S and not split:
         segment_kernel[(S,)](
@@ -221,11 +222,11 @@ def run(
         )
     elif S:
         count_S = segments.offset_S1.diff()
-        chunk_offset_S1 = offsets((count_S + CHUNK - 1) // CHUNK)
+        chunk_offset_S1 = offsets((count_S + chunk - 1) // chunk)
         chunks = int(chunk_offset_S1[-1])
         segment_C = torch.repeat_interleave(chunk_offset_S1.diff(), output_size=chunks)
         start_C = segments.offset_S1[segment_C]
-        start_C += CHUNK * (torch.arange(chunks, device=score_N.device) - chunk_offset_S1[segment_C])
+        start_C += chunk * (torch.arange(chunks, device=score_N.device) - chunk_offset_S1[segment_C])
         moment_C = out_N.new_empty(4 * chunks)
         first_S, shift_S = out_N.new_empty(S), out_N.new_empty(S)
         if chunks:
@@ -244,7 +245,7 @@ def segments_of(segment_N: Tensor | None, keep_N: Tensor | None, offset_S1: Tens
     if segment_N is not None:
         return segments_of_ids(segment_N, keep_N)
     assert offset_S1 is not None
-    return Segments(None, offset_S1.to(torch.int64), offset_S1.diff().to(torch.int64), None)
+    return Segments(None, offset_S1.to(torch.int64).contiguous(), offset_S1.diff().to(torch.int64), None)
 
 
 @torch.library.custom_op("hapo_kernels::segment_norm", mutates_args=())
@@ -270,8 +271,9 @@ def spread_op(value_B: Tensor, mask_T: Tensor, token_offset_B1: Tensor) -> Tenso
     out_T = torch.empty(mask_T.shape, dtype=torch.float32, device=value_B.device)
     if value_B.shape[0]:
         offset_B1 = token_offset_B1.to(torch.int64).contiguous()
+        chunk, warps = launches(value_B.device).segment
         spread_kernel[(value_B.shape[0],)](
-            value_B, offset_B1, (mask_T != 0).view(torch.uint8), out_T, CHUNK=CHUNK, num_warps=WARPS
+            value_B, offset_B1, (mask_T != 0).view(torch.uint8), out_T, CHUNK=chunk, num_warps=warps
         )
     return out_T
 
