@@ -26,6 +26,7 @@ WAYS = {
     "segment_norm, (B, T) product": "ours inside the same interface: one sum over T, one product with the mask",
     "segment_norm, (B, T) view": "ours, returning a view of one number a row; verl's interface still has (B, T) read",
     "segment_norm, (B,)": "ours from one score a row to one advantage a row: what policy_loss takes",
+    "HAPO's trainer, jagged": "rewards and mask in, advantages out as verl's v1 trainer stores them: without padding",
 }
 
 
@@ -39,9 +40,11 @@ def measure(way: str, B: int, T: int, repeats: int) -> dict:
     score_B = (torch.rand(B, generator=generator) < 0.5).float()
     uid_B = numpy.array([f"{number:032x}" for number in group_B.tolist()], dtype=object)
     length_B = torch.randint(1, T + 1, (B,), generator=generator)
+    jagged_reward, jagged_mask = jagged_rows(score_B, length_B) if "jagged" in way else (None, None)
     mask_BT = torch.arange(T) < length_B[:, None]
-    reward_BT = torch.zeros(B, T).fill_(0.0)
-    reward_BT[torch.arange(B), length_B - 1] = score_B
+    reward_BT = torch.zeros(0 if jagged_reward is not None else B, T).fill_(0.0)
+    if jagged_reward is None:
+        reward_BT[torch.arange(B), length_B - 1] = score_B
 
     from verl.trainer.ppo.core_algos import (
         compute_grpo_outcome_advantage,
@@ -49,9 +52,18 @@ def measure(way: str, B: int, T: int, repeats: int) -> dict:
     )
 
     from hapo_kernels.segment_norm import segment_ids, segment_norm
+    from hapo_verl.adapters import jagged
+    from hapo_verl.algo.advantage import session_advantage
 
     def ours(score_B):
         return segment_norm(score_B, segment_ids(uid_B), scale_by_std=True)
+
+    def trainer():
+        row_B = torch.arange(B)
+        advantage_B = session_advantage(
+            jagged.row_sums(jagged_reward), segment_ids(uid_B), row_B, torch.zeros_like(row_B), scale_by_std=True
+        )
+        return jagged.spread(advantage_B, jagged_mask)
 
     call = {
         "verl grpo": lambda: compute_grpo_outcome_advantage(reward_BT, mask_BT, uid_B)[0],
@@ -59,6 +71,7 @@ def measure(way: str, B: int, T: int, repeats: int) -> dict:
         "segment_norm, (B, T) product": lambda: ours(reward_BT.sum(-1))[:, None] * mask_BT,
         "segment_norm, (B, T) view": lambda: ours(reward_BT.sum(-1))[:, None].expand(B, T),
         "segment_norm, (B,)": lambda: ours(score_B),
+        "HAPO's trainer, jagged": trainer,
     }[way]
     Path("/proc/self/clear_refs").write_text("5")  # peak := now
     before = peak_kib()
@@ -69,10 +82,23 @@ def measure(way: str, B: int, T: int, repeats: int) -> dict:
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu_start)
         peak = peak_kib() - before
-        column = advantage if advantage.ndim == 1 else advantage[:, 0]
+        if advantage.is_nested:
+            column = advantage.values()[advantage.offsets()[:-1]]
+        else:
+            column = advantage if advantage.ndim == 1 else advantage[:, 0]
         digest = column.double().abs().sum().item()
         del advantage, column
     return {"wall_s": seconds, "cpu_s": cpu_seconds, "peak_mib": peak / 1024, "abs_sum": digest}
+
+
+def jagged_rows(score_B, length_B):
+    """Rewards (the score on the last token) and masks of rows of these lengths, as TransferQueue hands them out."""
+    import torch
+
+    offset_B1 = torch.nn.functional.pad(length_B.cumsum(0), (1, 0))
+    reward, mask = torch.zeros(int(offset_B1[-1])).fill_(0.0), torch.ones(int(offset_B1[-1]), dtype=torch.int64)
+    reward[offset_B1[1:] - 1] = score_B
+    return tuple(torch.nested.nested_tensor_from_jagged(values, offsets=offset_B1) for values in (reward, mask))
 
 
 def cpu(row: dict) -> float:

@@ -12,15 +12,16 @@ def lengths(jagged_BT: Tensor) -> Tensor:
 
 
 def row_sums(jagged_BT: Tensor) -> Tensor:
-    """(B,) sum over the tokens of each row."""
-    rows = jagged_BT.size(0)
-    row_of_token = torch.arange(rows).repeat_interleave(lengths(jagged_BT))
-    return torch.zeros(rows, dtype=jagged_BT.dtype).index_add_(0, row_of_token, jagged_BT.values())
+    """(B,) sum over the tokens of each row, without a tensor as large as the tokens where they are floats."""
+    values, bounds = jagged_BT.values(), offsets(jagged_BT)
+    if values.is_floating_point():
+        return torch.segment_reduce(values, "sum", offsets=bounds, initial=0)
+    return torch.nn.functional.pad(values.cumsum(0), (1, 0))[bounds].diff()
 
 
 def spread(value_B: Tensor, mask_BT: Tensor) -> Tensor:
     """Each row's value on the tokens where the jagged mask is 1, 0 on the others; jagged like the mask."""
-    return _jagged(value_B.repeat_interleave(lengths(mask_BT)) * mask_BT.values(), like=mask_BT)
+    return _jagged(value_B.repeat_interleave(lengths(mask_BT)).mul_(mask_BT.values()), like=mask_BT)
 
 
 def cut(padded_BT: Tensor, like: Tensor) -> Tensor:

@@ -126,12 +126,13 @@ def test_weights_do_not_depend_on_the_order_of_rows(name):
     torch.testing.assert_close(method.likelihood_weight(shuffled), method.likelihood_weight(rows)[order])
 
 
-def test_what_is_masked_does_not_reach_the_likelihood():
+@pytest.mark.parametrize("mode", ["token-sum", "seq-mean-token-sum"])
+def test_what_is_masked_does_not_reach_the_likelihood(mode):
     logp_BT = torch.where(MASK, recorded()[0], float("nan")).requires_grad_()
-    term = likelihood_loss(logp_BT, torch.ones(12, dtype=torch.float64), MASK, Aggregation(mode="token-mean"))
+    term = likelihood_loss(logp_BT, torch.ones(12, dtype=torch.float64), MASK, Aggregation(mode=mode))
     slope = gradient(term, logp_BT)
     assert math.isfinite(term.item())
-    assert torch.equal(slope, torch.where(MASK, -1 / LENGTHS.sum().double(), 0.0))
+    torch.testing.assert_close(slope, MASK.double() * (-1 if mode == "token-sum" else -1 / 12))
 
 
 def test_every_file_of_the_folder_is_a_method_and_the_base_weighs_nothing():

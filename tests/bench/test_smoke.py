@@ -41,7 +41,7 @@ def test_a_kernel_bench_times_ours_and_names_every_peer(bench, tmp_path):
 def test_the_advantage_bench_measures_every_way(tmp_path):
     pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed")
     content = smoke("advantage", tmp_path)
-    assert len(content["ways"]) == 5
+    assert len(content["ways"]) == 6
     assert all(min(way["cpu_s"]) > 0 for way in content["ways"].values())
 
 

@@ -1,0 +1,36 @@
+"""Jagged tensors against the same rows one by one."""
+
+import pytest
+import torch
+
+from hapo_verl.adapters import jagged
+
+LENGTHS = [3, 0, 5, 1]
+
+
+def rows_of(dtype):
+    generator = torch.Generator().manual_seed(0)
+    return [(3 * torch.rand(length, generator=generator)).to(dtype) for length in LENGTHS]
+
+
+def as_jagged(rows):
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bool])
+def test_row_sums_are_the_sums_of_the_rows(dtype):
+    rows = rows_of(dtype)
+    expected = torch.stack([row.sum() for row in rows])
+    torch.testing.assert_close(jagged.row_sums(as_jagged(rows)), expected)
+
+
+def test_a_batch_without_rows_has_no_sums():
+    empty = torch.nested.nested_tensor_from_jagged(torch.zeros(0), offsets=torch.tensor([0]))
+    assert jagged.row_sums(empty).shape == (0,)
+
+
+def test_a_rows_value_is_spread_over_the_tokens_that_train():
+    masks = [torch.tensor(row) for row in ([1, 0, 1], [], [1, 1, 0, 0, 1], [1])]
+    spread = jagged.spread(torch.tensor([0.5, 1.0, -2.0, 3.0]), as_jagged([mask.long() for mask in masks]))
+    expected = [[0.5, 0, 0.5], [], [-2, -2, 0, 0, -2], [3]]
+    assert [row.tolist() for row in spread.unbind()] == expected
