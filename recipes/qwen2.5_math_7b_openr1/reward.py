@@ -11,6 +11,10 @@ from typing import Any
 import math_verify  # noqa: F401
 from verl.utils.reward_score.math_verify import compute_score as verify
 
+# math-verify gives up after 5 s by itself. This is for what it cannot interrupt, and for the start of the process that
+# verl runs it in: with verl's own 30 s, the first right answers on a busy machine would count as wrong.
+SECONDS = 300.0
+
 
 def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any] | None = None
@@ -23,5 +27,6 @@ def compute_score(
         ground_truth: in LaTeX, without a box.
         extra_info: of the row; not read.
     """
-    score = float(verify(solution_str.rpartition("</think>")[2], ground_truth))
+    answer = solution_str.rpartition("</think>")[2]
+    score = float(verify(answer, ground_truth, timeout=SECONDS))
     return {"score": score, "acc": score}
