@@ -112,9 +112,7 @@ class Rehearsal:
             for file in self._files(key):
                 missing = columns - set(read_schema(file).names)
                 if missing:
-                    raise ConfigError(
-                        f"data.{key}={file}: no column {', '.join(sorted(missing))}. Add what is missing."
-                    )
+                    raise ConfigError(f"data.{key}={file}: no column {', '.join(sorted(missing))}. Add it.")
                 looked_at += 1
         return f"{', '.join(sorted(needed))} in {looked_at} file(s), {self.hapo.demonstration_key} in those to train on"
 
