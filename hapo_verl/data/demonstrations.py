@@ -19,7 +19,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,15 @@ _judge: Judge | None = None
 
 def _enter(make_judge: Callable[[], Judge]) -> None:
     global _judge
+    # A reward function may have processes of its own, as math-verify's in verl has, and this one would wait for their
+    # end for ever.
+    Finalize(None, _end_children, exitpriority=0)
     _judge = make_judge()
+
+
+def _end_children() -> None:
+    for child in active_children():
+        child.terminate()
 
 
 def _choose_here(numbered: tuple[int, dict[str, Any]], column: str) -> str | Refusal:

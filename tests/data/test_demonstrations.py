@@ -12,9 +12,6 @@ from hapo_verl.data.__main__ import main
 from hapo_verl.data.demonstrations import Judge, choices, column_of
 from hapo_verl.data.parquet import DataError, read_parquet, write_parquet
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "quickstart"))
-import tiny_model
-
 
 def judge(limit=6):
     """One token a character; a text succeeds where it ends in the row's answer."""
@@ -80,6 +77,14 @@ def test_processes_answer_as_one_does_and_in_order():
     assert alone[20:] == [Refusal("overlong")] * 19
 
 
+def write_tokenizer(folder):
+    # Not at the top: the processes of the test above import this file, and torch is not for them.
+    sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "quickstart"))
+    import tiny_model
+
+    tiny_model.make_tokenizer("0123456789").save_pretrained(folder)
+
+
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     assert extra_info["split"] == "train"
@@ -101,7 +106,7 @@ def test_luffys_file_becomes_verls_with_a_report_of_what_was_left_out(tmp_path, 
     ]
     source, output = tmp_path / "openr1.parquet", tmp_path / "out" / "train.parquet"
     write_parquet(rows, source)
-    tiny_model.make_tokenizer("0123456789").save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
     (tmp_path / "reward.py").write_text(REWARD)
     command = ["demonstrations", "--input", source, "--output", output, "--tokenizer", tmp_path / "model"]
     command += ["--max-response-length", 6, "--reward", tmp_path / "reward.py", "--workers", 1]
@@ -125,7 +130,7 @@ def test_luffys_file_becomes_verls_with_a_report_of_what_was_left_out(tmp_path, 
 
 def test_a_reward_function_that_cannot_be_loaded_is_one_line(tmp_path, capsys):
     write_parquet([{"target": [message("12")]}], tmp_path / "in.parquet")
-    tiny_model.make_tokenizer("0123456789").save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
     command = ["demonstrations", "--input", tmp_path / "in.parquet", "--output", tmp_path / "out.parquet"]
     command += ["--tokenizer", tmp_path / "model", "--max-response-length", 6, "--reward", "no.py", "--workers", 1]
     assert main([str(part) for part in command]) == 1
