@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
 import hapo_verl
 from hapo_verl.adapters import contract
+from hapo_verl.adapters.rehearsal import Rehearsal, composed
 from hapo_verl.config import ConfigError, HapoConfig
 
 _MODES = ("hapo_sync", "hapo_colocate_async", "hapo_separate_async")
@@ -62,7 +61,7 @@ def findings(overrides: Sequence[str], *, ray: bool) -> Iterator[Finding]:
     if ray:
         checks.append(("plugin in a Ray worker", _ray_worker))
     if overrides:
-        checks += [("launch", partial(_launch, overrides)), ("demonstrations", partial(_demonstrations, overrides))]
+        checks += Rehearsal(overrides).checks()
     for name, check in checks:
         try:
             yield Finding(name, True, check())
@@ -134,25 +133,17 @@ def _trainers() -> str:
 
 
 def _preset() -> str:
-    config = _composed(["+hapo=paper"])
+    config = composed(["+hapo=paper"])
     if isinstance(config.hapo, str):
         raise ConfigError("is taken for a plain string, and verl would train GRPO. Make `import verl` load the plugin.")
     return f"sets trainer.v1.trainer_mode={config.trainer.v1.trainer_mode}"
-
-
-def _composed(overrides: Sequence[str]) -> Any:
-    import verl  # noqa: F401
-    from hydra import compose, initialize_config_module
-
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", overrides=list(overrides))
 
 
 def _kernels(overrides: Sequence[str]) -> str:
     """Which implementation the actor runs and why; the defaults' where no launch is given."""
     import torch
 
-    config = _composed(overrides).get("hapo") if overrides else None
+    config = composed(overrides).get("hapo") if overrides else None
     chosen = HapoConfig.parse(OmegaConf.to_container(config, resolve=True) if config else {}).kernels  # pyright: ignore[reportArgumentType]
     if torch.cuda.is_available():
         active, why = f"triton {_version('triton')}", "a GPU is visible"
@@ -177,28 +168,3 @@ def _ray_worker() -> str:
     finally:
         if started:
             ray.shutdown()
-
-
-def _launch(overrides: Sequence[str]) -> str:
-    from hapo_verl.adapters.checks import check_launch
-
-    hapo = check_launch(_composed(overrides))
-    keys = ", ".join(f"{name} {value}" for name, value in vars(hapo.gate).items() if name != "name")
-    return f"gate {hapo.gate.name}{' with ' + keys if keys else ''}; {hapo.injection.mode}"
-
-
-def _demonstrations(overrides: Sequence[str]) -> str:
-    import datasets
-    from transformers import AutoTokenizer
-
-    from hapo_verl.adapters.checks import check_demonstrations, check_launch
-
-    config = _composed(overrides)
-    files = config.data.train_files if not isinstance(config.data.train_files, str) else [config.data.train_files]
-    missing = [file for file in files if not Path(str(file)).is_file()]
-    if missing:
-        raise ConfigError(f"data.train_files={missing[0]}: no such file on this machine. Name local parquet files.")
-    rows = datasets.Dataset.from_parquet([str(file) for file in files])
-    tokenizer = AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
-    check_demonstrations(rows, tokenizer, config, check_launch(config))
-    return f"usable ones among {len(rows)} rows of {len(files)} file(s)"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hapo_verl.algo.demonstration import turn_end_token
+from hapo_verl.algo.demonstration import Refusal, demonstration_text, demonstration_tokens, turn_end_token
 
 _MARK = "hapo-marks-the-assistant"
 
@@ -56,4 +56,23 @@ class ChatFormat:
             generation_prompt=prompted[len(asked) :] if prompted.startswith(asked) else "",
             end_token=turn_end_token(encode(closing), end_tokens, tokenizer.eos_token_id),
             end_tokens=end_tokens,
+        )
+
+    def demonstration(self, value: Any, *, max_tokens: int) -> list[int] | Refusal:
+        """A data set's demonstration as this run's response tokens, end of sequence included, or why there is none.
+
+        Args:
+            value: a string, or a list with one message of the assistant.
+            max_tokens: `data.max_response_length`.
+        """
+        text = demonstration_text(value)
+        if isinstance(text, Refusal):
+            return text
+        return demonstration_tokens(
+            text,
+            encode=self.encode,
+            generation_prompt=self.generation_prompt,
+            end_token=self.end_token,
+            end_tokens=self.end_tokens,
+            max_tokens=max_tokens,
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from hapo_verl.adapters.reward import default_score
-from hapo_verl.data import DataError, gsm8k_records, verified_rows, write_parquet
+from hapo_verl.data.gsm8k import gsm8k_records, verified_rows
+from hapo_verl.data.parquet import DataError, write_parquet
 
 ROWS, HELDOUT = 48, 8
 

@@ -214,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         title = f"reverse {args.digits} digits, {args.preset}, seed {args.seed}"
     else:
         import gsm8k
-        from hapo_verl.data import GSM8K, DataError
+        from hapo_verl.data.gsm8k import GSM8K
+        from hapo_verl.data.parquet import DataError
 
         steps, data_source, reward = args.steps or 3, GSM8K, None
         try:

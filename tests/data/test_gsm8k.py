@@ -1,4 +1,4 @@
-"""Data sets with demonstrations: what is kept, what is left out and why, and one line for what cannot be read."""
+"""GSM8K: what is kept, what is left out and why, and one line for what cannot be read."""
 
 import json
 
@@ -6,7 +6,9 @@ import pandas
 import pytest
 
 from hapo_verl.adapters.reward import default_score
-from hapo_verl.data import DataError, Problem, gsm8k_problem, main, read_jsonl, verified_rows, write_parquet
+from hapo_verl.data.__main__ import main
+from hapo_verl.data.gsm8k import Problem, gsm8k_problem, read_jsonl, verified_rows
+from hapo_verl.data.parquet import DataError
 
 EGGS = {"question": "Two eggs and 1,232 more?", "answer": "2 + 1232 = <<2+1232=1234>>1,234 eggs.\n#### 1,234"}
 
@@ -74,24 +76,3 @@ def test_the_command_writes_verls_parquet_with_the_demonstration_and_says_what_i
         "left out        1  no #### line",
         f"kept            1  of 2, written to {tmp_path / 'out' / 'train.parquet'}",
     ]
-
-
-def test_nothing_to_write_is_an_error_and_leaves_no_file(tmp_path):
-    with pytest.raises(DataError, match="no row is left to write"):
-        write_parquet([], tmp_path / "train.parquet")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_half_of_a_new_one(tmp_path, monkeypatch):
-    path = tmp_path / "train.parquet"
-    write_parquet([{"a": 1}], path)
-
-    def full_disk(frame, target):
-        target.write_bytes(b"PAR1")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(pandas.DataFrame, "to_parquet", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        write_parquet([{"a": 2}], path)
-    assert [file.name for file in tmp_path.iterdir()] == ["train.parquet"]
-    assert pandas.read_parquet(path)["a"].tolist() == [1]

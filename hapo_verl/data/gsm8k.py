@@ -1,30 +1,23 @@
-"""Data sets with demonstrations: verl's parquet plus one column, `demonstration`.
+"""GSM8K (MIT licence): word problems with worked solutions by humans, which are the demonstrations.
 
-    python -m hapo_verl.data gsm8k --input train.jsonl --output data/gsm8k
-
-GSM8K (MIT licence) comes with worked solutions by humans. Every row's demonstration is scored by verl's own GSM8K
-reward; a row whose demonstration is no success is left out, counted and named.
+Every row's demonstration is scored by verl's own GSM8K reward; a row whose demonstration is no success is left out,
+counted and named.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hapo_verl.data.parquet import DataError
+
 GSM8K = "openai/gsm8k"
 INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
-
-
-class DataError(ValueError):
-    """Input that cannot be read; the message is one line: what, the rule, the fix."""
 
 
 @dataclass(frozen=True)
@@ -114,25 +107,6 @@ def verified_rows(
     return rows, left_out
 
 
-def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write a parquet file in one step: no reader ever sees half of it.
-
-    Raises:
-        DataError: when there is nothing to write.
-    """
-    import pandas
-
-    if not rows:
-        raise DataError(f"{path}: no row is left to write. See the reasons above.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        pandas.DataFrame(rows).to_parquet(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def gsm8k_records(path: Path | None) -> Iterable[dict[str, Any]]:
     """GSM8K's training records: of a JSON Lines file, or fetched where there is none.
 
@@ -150,37 +124,3 @@ def gsm8k_records(path: Path | None) -> Iterable[dict[str, Any]]:
             f"{GSM8K}: cannot be fetched ({type(error).__name__}). Give its JSON lines: --input train.jsonl, "
             "or GSM8K=train.jsonl to make."
         ) from None
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; 0 when at least one row was written."""
-    from tqdm import tqdm
-
-    from hapo_verl.adapters.reward import default_score
-
-    parser = argparse.ArgumentParser(
-        prog="python -m hapo_verl.data", description="Data sets with demonstrations for HAPO."
-    )
-    command = parser.add_subparsers(dest="dataset", required=True)
-    gsm8k = command.add_parser("gsm8k", help="GSM8K with its human solutions as demonstrations")
-    gsm8k.add_argument("--input", type=Path, help="JSON lines with question and answer; default: fetch it")
-    gsm8k.add_argument("--output", type=Path, required=True, help="folder for <split>.parquet")
-    gsm8k.add_argument("--split", default="train", help="names the file and is kept in extra_info")
-    args = parser.parse_args(argv)
-
-    try:
-        records = gsm8k_records(args.input)
-        rows, left_out = verified_rows(tqdm(records, desc="verifying", unit="row"), default_score, split=args.split)
-        for reason, count in left_out.most_common():
-            print(f"left out  {count:7}  {reason}")
-        path = args.output / f"{args.split}.parquet"
-        write_parquet(rows, path)
-    except DataError as error:
-        print(f"hapo_verl.data: {error}", file=sys.stderr)
-        return 1
-    print(f"kept      {len(rows):7}  of {len(rows) + left_out.total()}, written to {path}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

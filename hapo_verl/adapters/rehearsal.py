@@ -1,0 +1,198 @@
+"""What a launch would find out after an hour of queueing, from its configuration, its files and its tokenizer alone.
+
+Nothing is started and no model is loaded. Each check is one line of `python -m hapo_verl.doctor`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from hapo_verl.adapters.checks import check_demonstrations, check_launch
+from hapo_verl.adapters.head_memory import linear_logprob_bytes, policy_head_bytes, verl_head_bytes
+from hapo_verl.adapters.reward import success_of
+from hapo_verl.adapters.sizes import check_sizes, tokens_at_a_time
+from hapo_verl.adapters.tokens import ChatFormat
+from hapo_verl.algo.demonstration import Refusal
+from hapo_verl.config import ConfigError, HapoConfig
+
+GIB = 2**30
+LOOKED_AT, SCORED = 256, 10
+
+
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a launch with these overrides."""
+    import verl  # noqa: F401
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", overrides=list(overrides))
+
+
+class Rehearsal:
+    """A launch that is looked at, not started.
+
+    What several checks need is made once, by the first of them; where it cannot be made, each of them says so.
+    """
+
+    def __init__(self, overrides: Sequence[str]) -> None:
+        """A launch with these overrides, as on verl's command line."""
+        self._overrides = overrides
+
+    def checks(self) -> list[tuple[str, Callable[[], str]]]:
+        """Name and check, in order; a check returns what it found and raises where that is wrong."""
+        return [
+            ("launch", self.launch),
+            ("sizes", self.sizes),
+            ("columns", self.columns),
+            ("demonstrations", self.demonstrations),
+            ("reward function", self.reward),
+            ("model", self.model),
+            ("memory of the head", self.memory),
+        ]
+
+    @cached_property
+    def config(self) -> DictConfig:
+        return composed(self._overrides)
+
+    @cached_property
+    def hapo(self) -> HapoConfig:
+        return check_launch(self.config)
+
+    @cached_property
+    def rows(self) -> Any:
+        import datasets
+
+        return datasets.Dataset.from_parquet([str(file) for file in self._files("train_files")])
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.config.actor_rollout_ref.model.path)
+
+    @cached_property
+    def injectable(self) -> tuple[list[tuple[int, list[int]]], Counter[str]]:
+        """Of rows spread over the data: number and tokens of those that can be injected, reasons of the others."""
+        chat = ChatFormat.of(
+            self.tokenizer,
+            generation_config=None,
+            template_kwargs=dict(OmegaConf.select(self.config, "data.apply_chat_template_kwargs") or {}),
+        )
+        limit, found, reasons = int(self.config.data.max_response_length), [], Counter()
+        for number in range(0, len(self.rows), max(1, len(self.rows) // LOOKED_AT)):
+            tokens = chat.demonstration(self.rows[number][self.hapo.demonstration_key], max_tokens=limit)
+            if isinstance(tokens, Refusal):
+                reasons[tokens.reason] += 1
+            else:
+                found.append((number, tokens))
+        return found, reasons
+
+    def launch(self) -> str:
+        gate = self.hapo.gate
+        keys = ", ".join(f"{name} {value}" for name, value in vars(gate).items() if name != "name")
+        return f"gate {gate.name}{' with ' + keys if keys else ''}; {self.hapo.injection.mode}"
+
+    def sizes(self) -> str:
+        return check_sizes(self.config)
+
+    def columns(self) -> str:
+        """What verl reads of each file, and the demonstrations."""
+        from pyarrow.parquet import read_schema
+
+        data = self.config.data
+        needed = {data.prompt_key, "data_source", "reward_model"}
+        looked_at = 0
+        for key, columns in {"train_files": needed | {self.hapo.demonstration_key}, "val_files": needed}.items():
+            for file in self._files(key):
+                missing = columns - set(read_schema(file).names)
+                if missing:
+                    raise ConfigError(f"data.{key}={file}: no column {', '.join(sorted(missing))}. Add it.")
+                looked_at += 1
+        return f"{', '.join(sorted(needed))} in {looked_at} file(s), {self.hapo.demonstration_key} in those to train on"
+
+    def demonstrations(self) -> str:
+        check_demonstrations(self.rows, self.tokenizer, self.config, self.hapo, sample=LOOKED_AT)
+        found, reasons = self.injectable
+        looked_at = len(found) + reasons.total()
+        others = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common() if reason != "overlong")
+        longest = max(len(tokens) for _, tokens in found)
+        return (
+            f"{len(found)} of {looked_at} looked at can be injected, {reasons['overlong'] / looked_at:.1%} do not fit "
+            f"data.max_response_length={self.config.data.max_response_length} (longest that fits: {longest} tokens)"
+            f"{'; ' + others if others else ''}; {len(self.rows)} rows"
+        )
+
+    def reward(self) -> str:
+        """The run's own reward function on the first demonstrations that can be injected, as the run decodes them."""
+        succeeds = success_of(self.config, self.hapo.success_threshold)
+        tried = self.injectable[0][:SCORED]
+        successes = sum(
+            succeeds(self.rows[number], self.tokenizer.decode(tokens, skip_special_tokens=True))
+            for number, tokens in tried
+        )
+        if not successes:
+            path = OmegaConf.select(self.config, "reward.custom_reward_function.path")
+            raise ConfigError(
+                f"reward.custom_reward_function.path={path}: none of {len(tried)} demonstrations is a success, so none "
+                "would be injected. Use the reward function that these data were verified with."
+            )
+        return f"{successes} of {len(tried)} demonstrations are successes"
+
+    def model(self) -> str:
+        """Prompts and responses fit the model's positions."""
+        positions, data = self._hf_config.max_position_embeddings, self.config.data
+        longest = data.max_prompt_length + data.max_response_length
+        longest = max(longest, self.config.actor_rollout_ref.rollout.max_model_len or longest)
+        if longest > positions:
+            path = self.config.actor_rollout_ref.model.path
+            raise ConfigError(
+                f"actor_rollout_ref.model.path={path}: it has {positions} positions and the launch asks for {longest}. "
+                "Use a model with more of them, or shorter prompts and responses."
+            )
+        return f"{self._hf_config.model_type} with {positions} positions, {longest} asked for"
+
+    def memory(self) -> str:
+        """See `head_memory`; wrong where the head alone would not fit the GPU that is visible here."""
+        import torch
+
+        from hapo_kernels.linear_logprob.kernel import rows_a_chunk
+
+        tokens, text = tokens_at_a_time(self.config), self._hf_config.get_text_config()
+        sizes = (tokens, text.hidden_size, text.vocab_size)
+        rows = rows_a_chunk(text.vocab_size)
+        estimates = {
+            "off": verl_head_bytes(*sizes, temperature=self.config.actor_rollout_ref.rollout.temperature),
+            "linear_logprob": linear_logprob_bytes(*sizes, chunk_rows=rows),
+            "policy_head": policy_head_bytes(*sizes, chunk_rows=rows),
+        }
+        chosen = self.hapo.kernels.head
+        detail = ", ".join(f"{head} {size / GIB:.2f} GiB" for head, size in estimates.items())
+        if torch.cuda.is_available():
+            total = torch.cuda.get_device_properties(0).total_memory
+            if estimates[chosen] > total:
+                raise ConfigError(
+                    f"hapo.kernels.head={chosen}: at {tokens} tokens a rank {detail}, and the GPU has "
+                    f"{total / GIB:.2f} GiB. Use hapo.kernels.head=policy_head, or fewer tokens at a time."
+                )
+        return f"{chosen} is chosen; at {tokens} tokens a rank, estimated: {detail}"
+
+    @cached_property
+    def _hf_config(self) -> Any:
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.config.actor_rollout_ref.model.path)
+
+    def _files(self, key: str) -> list[Path]:
+        """The files of `data.<key>`, which have to lie on this machine."""
+        files = self.config.data[key]
+        files = [Path(str(file)) for file in ([files] if isinstance(files, str) else files)]
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            raise ConfigError(f"data.{key}={missing[0]}: no such file on this machine. Name local parquet files.")
+        return files

@@ -1,0 +1,151 @@
+"""Numbers of a launch that have to fit each other: what verl would assert after models and servers are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig
+
+from hapo_verl.config import ConfigError
+
+_ACTOR = "actor_rollout_ref.actor"
+_ROLLOUT = "actor_rollout_ref.rollout"
+
+
+def check_sizes(config: DictConfig) -> str:
+    """How a step's rows are cut, in one line.
+
+    Raises:
+        ConfigError: on the first number that does not fit.
+    """
+    for check in (_check_updates, _check_ranks, _check_micro_batches, _check_lengths, _check_servers):
+        check(config)
+    actor, n = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
+    prompts, ranks = config.data.train_batch_size, _ranks(config)
+    return (
+        f"{prompts} prompts x {n} rollouts = {prompts * n} rows a step, {prompts // actor.ppo_mini_batch_size} "
+        f"update(s) of {actor.ppo_mini_batch_size * n // ranks} rows on each of {ranks} rank(s)"
+    )
+
+
+def tokens_at_a_time(config: DictConfig) -> int:
+    """The most tokens that one rank of the actor puts through the model, and its head, at once."""
+    actor = config.actor_rollout_ref.actor
+    if actor.use_dynamic_bsz:
+        return actor.ppo_max_token_len_per_gpu
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    return (actor.ppo_micro_batch_size_per_gpu or 1) * longest // _sequence_parallel(config)
+
+
+def _sequence_parallel(config: DictConfig) -> int:
+    return config.actor_rollout_ref.actor.get("ulysses_sequence_parallel_size", 1) or 1
+
+
+def _ranks(config: DictConfig) -> int:
+    """Data-parallel ranks of the actor."""
+    return config.trainer.nnodes * config.trainer.n_gpus_per_node // _sequence_parallel(config)
+
+
+def _check_updates(config: DictConfig) -> None:
+    prompts, mini = config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size
+    if config.trainer.v1.trainer_mode.endswith("separate_async"):
+        syncs = config.trainer.v1.separate_async.parameter_sync_step
+        if prompts != syncs * mini:
+            raise ConfigError(
+                f"data.train_batch_size={prompts}: separate_async makes trainer.v1.separate_async.parameter_sync_step="
+                f"{syncs} updates of {_ACTOR}.ppo_mini_batch_size={mini}. Use data.train_batch_size={syncs * mini}."
+            )
+    elif prompts % mini:
+        raise ConfigError(
+            f"{_ACTOR}.ppo_mini_batch_size={mini}: data.train_batch_size={prompts} is no multiple of it, and the last "
+            f"update of a step would be filled with copies. Use {_ACTOR}.ppo_mini_batch_size={_divisor(prompts, mini)}."
+        )
+
+
+def _divisor(number: int, at_most: int) -> int:
+    return next(d for d in range(min(number, at_most), 0, -1) if number % d == 0)
+
+
+def _check_ranks(config: DictConfig) -> None:
+    gpus, parallel = config.trainer.nnodes * config.trainer.n_gpus_per_node, _sequence_parallel(config)
+    if gpus % parallel:
+        raise ConfigError(
+            f"{_ACTOR}.ulysses_sequence_parallel_size={parallel}: {gpus} GPUs train. Use a divisor of {gpus}."
+        )
+    mini, n = config.actor_rollout_ref.actor.ppo_mini_batch_size, config.actor_rollout_ref.rollout.n
+    if mini * n % _ranks(config):
+        raise ConfigError(
+            f"{_ACTOR}.ppo_mini_batch_size={mini}: its {mini} x {n} rows cannot be shared out evenly to "
+            f"{_ranks(config)} data-parallel ranks. Use a size whose product with {_ROLLOUT}.n={n} can."
+        )
+
+
+def _forward_settings(config: DictConfig) -> Iterator[tuple[str, Any, bool, int]]:
+    """Of each forward pass: the key of its fixed micro-batch, that, whether it is dynamic, and its token budget."""
+    from verl.trainer.ppo.utils import need_reference_policy
+
+    models = config.actor_rollout_ref
+    yield (
+        f"{_ACTOR}.ppo_micro_batch_size_per_gpu",
+        models.actor.ppo_micro_batch_size_per_gpu,
+        models.actor.use_dynamic_bsz,
+        models.actor.ppo_max_token_len_per_gpu,
+    )
+    for name in ("rollout", "ref") if need_reference_policy(config) else ("rollout",):
+        block = models[name]
+        yield (
+            f"actor_rollout_ref.{name}.log_prob_micro_batch_size_per_gpu",
+            block.log_prob_micro_batch_size_per_gpu,
+            block.log_prob_use_dynamic_bsz,
+            block.log_prob_max_token_len_per_gpu,
+        )
+
+
+def _check_micro_batches(config: DictConfig) -> None:
+    rows = config.actor_rollout_ref.actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n // _ranks(config)
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    for key, micro, dynamic, tokens in _forward_settings(config):
+        if not dynamic and not micro:
+            raise ConfigError(f"{key}={micro}: rows a GPU at a time are needed. Use {_ACTOR}.use_dynamic_bsz=true.")
+        if not dynamic and rows % micro:
+            raise ConfigError(
+                f"{key}={micro}: a rank has {rows} rows of a mini-batch. Use a divisor of {rows}, or "
+                f"{_ACTOR}.use_dynamic_bsz=true."
+            )
+        if dynamic and tokens * _sequence_parallel(config) < longest:
+            budget = key.replace("micro_batch_size", "max_token_len")
+            raise ConfigError(
+                f"{budget}={tokens}: a row may have data.max_prompt_length + data.max_response_length = {longest} "
+                f"tokens. Use {budget}={-(-longest // _sequence_parallel(config))} or more."
+            )
+
+
+def _check_lengths(config: DictConfig) -> None:
+    window = config.actor_rollout_ref.rollout.max_model_len
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    if window is not None and window < longest:
+        raise ConfigError(
+            f"{_ROLLOUT}.max_model_len={window}: prompts and responses may have {longest} tokens together. "
+            f"Use {_ROLLOUT}.max_model_len={longest}."
+        )
+
+
+def _check_servers(config: DictConfig) -> None:
+    rollout = config.actor_rollout_ref.rollout
+    server = rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
+    pools = [config.trainer.nnodes * config.trainer.n_gpus_per_node]
+    if config.trainer.v1.trainer_mode.endswith("separate_async"):
+        pools.append(rollout.nnodes * rollout.n_gpus_per_node)
+        if not pools[-1]:
+            raise ConfigError(f"{_ROLLOUT}.nnodes={rollout.nnodes}: separate_async needs nodes that generate. Use 1.")
+        if rollout.checkpoint_engine.backend == "naive":
+            raise ConfigError(
+                f"{_ROLLOUT}.checkpoint_engine.backend=naive: weights cannot leave their node with it. Use nccl."
+            )
+    for gpus in pools:
+        if gpus % server:
+            raise ConfigError(
+                f"{_ROLLOUT}.tensor_model_parallel_size={rollout.tensor_model_parallel_size}: a server takes {server} "
+                f"GPUs and there are {gpus}. Use a divisor of {gpus}."
+            )

@@ -1,0 +1,108 @@
+"""The command line of the data tools: exit code 0 when at least one row was written."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from hapo_verl.config import ConfigError, HapoConfig
+from hapo_verl.data import demonstrations as demonstrations_
+from hapo_verl.data import gsm8k as gsm8k_
+from hapo_verl.data.parquet import DataError, read_parquet, write_parquet
+
+
+def gsm8k(args: argparse.Namespace) -> None:
+    """GSM8K with its human solutions."""
+    from tqdm import tqdm
+
+    from hapo_verl.adapters.reward import default_score
+
+    records = tqdm(gsm8k_.gsm8k_records(args.input), desc="verifying", unit="row")
+    rows, left_out = gsm8k_.verified_rows(records, default_score, split=args.split)
+    path = args.output / f"{args.split}.parquet"
+    _print_left_out(left_out)
+    write_parquet(rows, path)
+    _print_kept(len(rows), left_out, path)
+
+
+def demonstrations(args: argparse.Namespace) -> None:
+    """Other projects' columns, verified."""
+    from tqdm import tqdm
+
+    rows = list(read_parquet(args.input))
+    column = demonstrations_.column_of(rows[0] if rows else (), args.column)
+    print(f"demonstrations are read from the column {column}")
+    judge = partial(
+        demonstrations_.judge_of,
+        str(args.tokenizer),
+        args.max_response_length,
+        args.reward and str(args.reward),
+        args.reward_name,
+        args.success_threshold,
+    )
+    chosen = demonstrations_.choices(rows, column, judge, workers=args.workers)
+    chosen = tqdm(chosen, total=len(rows), desc="verifying", unit="row")
+    kept, rejected = demonstrations_.verified(rows, chosen, column)
+    report = args.output.with_suffix(".rejected.jsonl")
+    left_out = demonstrations_.write_report(rejected, report)
+    _print_left_out(left_out)
+    print(f"report    {report}")
+    write_parquet(kept, args.output)
+    _print_kept(len(kept), left_out, args.output)
+
+
+def _print_left_out(left_out: Counter[str]) -> None:
+    for reason, count in left_out.most_common():
+        print(f"left out  {count:7}  {reason}")
+
+
+def _print_kept(kept: int, left_out: Counter[str], path: Path) -> None:
+    print(f"kept      {kept:7}  of {kept + left_out.total()}, written to {path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 0 when at least one row was written."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hapo_verl.data", description="Data sets with demonstrations for HAPO."
+    )
+    command = parser.add_subparsers(dest="dataset", required=True)
+
+    def subcommand(run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = command.add_parser(run.__name__, help=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = subcommand(gsm8k, "GSM8K with its human solutions as demonstrations")
+    sub.add_argument("--input", type=Path, help="JSON lines with question and answer; default: fetch it")
+    sub.add_argument("--output", type=Path, required=True, help="folder for <split>.parquet")
+    sub.add_argument("--split", default="train", help="names the file and is kept in extra_info")
+
+    sub = subcommand(demonstrations, "the columns of LUFFY (target), AMPO (target_lst) and Prefix-RFT (demos)")
+    sub.add_argument("--input", type=Path, required=True, help="parquet file")
+    sub.add_argument("--output", type=Path, required=True, help="parquet file; its .rejected.jsonl lies beside it")
+    sub.add_argument("--tokenizer", type=Path, required=True, help="folder of the model that is to be trained")
+    sub.add_argument("--max-response-length", type=int, required=True, help="tokens, as data.max_response_length")
+    sub.add_argument("--column", choices=demonstrations_.COLUMNS, help="where the file has more than one of them")
+    sub.add_argument("--reward", type=Path, help="the run's reward.custom_reward_function.path; default: verl's own")
+    sub.add_argument("--reward-name", default="compute_score", help="the run's reward.custom_reward_function.name")
+    sub.add_argument(
+        "--success-threshold", type=float, default=HapoConfig().success_threshold, help="hapo.success_threshold"
+    )
+    sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one a core")
+    args = parser.parse_args(argv)
+
+    try:
+        args.run(args)
+    except (DataError, ConfigError) as error:
+        print(f"hapo_verl.data: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

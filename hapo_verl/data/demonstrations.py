@@ -1,0 +1,217 @@
+"""One verified demonstration a prompt, out of the columns of other projects' data sets.
+
+    target       LUFFY: one demonstration, a list with one message of the assistant
+    target_lst   AMPO: several, each a text or a mapping with `content`
+    demos        Prefix-RFT: several texts
+
+Of a row's demonstrations the shortest is taken, in the run's tokens, that fits the run's response length and that the
+run's own reward function calls a success, token for token what a run would inject. It becomes the column
+`demonstration`; the columns it came from are left out, all others stay as they are. A row without one is left out,
+counted and named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
+from multiprocessing import active_children, get_context
+from multiprocessing.util import Finalize
+from pathlib import Path
+from typing import Any
+
+from hapo_verl.algo.demonstration import Refusal, demonstration_text
+from hapo_verl.data.parquet import DataError
+
+
+def _one(value: Any) -> list[Any]:
+    return [value]
+
+
+def _several(value: Any) -> list[Any]:
+    return [_message(item) for item in ([] if value is None else value)]
+
+
+def _message(item: Any) -> Any:
+    """AMPO's mappings carry a source and a quality score beside the text, and no role."""
+    return [{"role": "assistant", **item}] if isinstance(item, Mapping) else item
+
+
+# Column → the demonstrations in a value of it.
+COLUMNS: dict[str, Callable[[Any], list[Any]]] = {"target": _one, "target_lst": _several, "demos": _several}
+
+# How far a demonstration came; a row with several is reported by the one that came farthest.
+PROGRESS = ("missing", "empty", "malformed", "overlong", "rejected")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What a run would make of a demonstration.
+
+    Attributes:
+        tokens: a demonstration's text → the response tokens of the run, or why there are none.
+        decode: tokens → the text that the run's reward function is given.
+        succeeds: (row, text) → success.
+    """
+
+    tokens: Callable[[str], list[int] | Refusal]
+    decode: Callable[[list[int]], str]
+    succeeds: Callable[[Mapping[str, Any], str], bool]
+
+    def choose(self, row: Mapping[str, Any], column: str) -> str | Refusal:
+        """The row's shortest demonstration that a run would inject; of equally short ones the first."""
+        fitting: list[tuple[list[int], str]] = []
+        reasons = {"missing"}
+        for text in map(demonstration_text, COLUMNS[column](row[column])):
+            if isinstance(text, Refusal):
+                reasons.add(text.reason)
+                continue
+            tokens = self.tokens(text)
+            if isinstance(tokens, Refusal):
+                reasons.add(tokens.reason)
+            else:
+                fitting.append((tokens, text))
+        for tokens, text in sorted(fitting, key=lambda pair: len(pair[0])):
+            if self.succeeds(row, self.decode(tokens)):
+                return text
+            reasons.add("rejected")
+        return Refusal(max(reasons, key=PROGRESS.index))
+
+
+def judge_of(tokenizer: str, max_tokens: int, reward: str | None, reward_name: str, threshold: float) -> Judge:
+    """The judge of a run.
+
+    Args:
+        tokenizer: `actor_rollout_ref.model.path`.
+        max_tokens: `data.max_response_length`.
+        reward: `reward.custom_reward_function.path`, or None for verl's own functions.
+        reward_name: `reward.custom_reward_function.name`.
+        threshold: `hapo.success_threshold`.
+
+    Raises:
+        ConfigError: where the reward function cannot be loaded.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from hapo_verl.adapters.reward import reward_of, success_of
+    from hapo_verl.adapters.tokens import ChatFormat
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    try:
+        generation_config = GenerationConfig.from_pretrained(tokenizer)
+    except OSError:  # a model need not have one
+        generation_config = None
+    chat = ChatFormat.of(loaded, generation_config=generation_config, template_kwargs={})
+    return Judge(
+        tokens=partial(chat.demonstration, max_tokens=max_tokens),
+        decode=partial(loaded.decode, skip_special_tokens=True),
+        succeeds=success_of(reward_of(reward, reward_name), threshold),
+    )
+
+
+def column_of(names: Iterable[str], asked: str | None) -> str:
+    """The column with the demonstrations.
+
+    Raises:
+        DataError: where there is none, more than one, or not the one that was asked for.
+    """
+    names = list(names)
+    found = [name for name in COLUMNS if name in names]
+    if asked is not None:
+        if asked not in found:
+            raise DataError(f"--column {asked}: no such column. The file has {', '.join(sorted(names))}.")
+        return asked
+    if len(found) != 1:
+        what = f"both {' and '.join(found)}" if found else f"none of {', '.join(COLUMNS)}"
+        raise DataError(f"--input: the file has {what}. Name its column of demonstrations: --column.")
+    return found[0]
+
+
+def choices(
+    rows: Iterable[dict[str, Any]], column: str, make_judge: Callable[[], Judge], *, workers: int
+) -> Iterator[str | Refusal]:
+    """`Judge.choose` of each row, in order.
+
+    Args:
+        rows: of a data set with `column`.
+        column: one of `COLUMNS`.
+        make_judge: called once in each process; it travels there, so it can be pickled.
+        workers: processes; 1 judges in this one.
+
+    Raises:
+        DataError: where the reward function raises, naming the row.
+    """
+    numbered = enumerate(rows)
+    if workers == 1:
+        judge = make_judge()
+        for number, row in numbered:
+            yield _choose(judge, number, row, column)
+        return
+    # Spawned: the parent has threads of its own by now, and a forked child may wait for their locks for ever.
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_enter, initargs=(make_judge,)) as pool:
+        yield from pool.map(_choose_here, numbered, repeat(column), chunksize=16)
+
+
+_judge: Judge | None = None
+
+
+def _enter(make_judge: Callable[[], Judge]) -> None:
+    global _judge
+    # A reward function may have processes of its own, as math-verify's in verl has, and this one would wait for their
+    # end for ever.
+    Finalize(None, _end_children, exitpriority=0)
+    _judge = make_judge()
+
+
+def _end_children() -> None:
+    for child in active_children():
+        child.terminate()
+
+
+def _choose_here(numbered: tuple[int, dict[str, Any]], column: str) -> str | Refusal:
+    assert _judge is not None
+    return _choose(_judge, *numbered, column)
+
+
+def _choose(judge: Judge, number: int, row: dict[str, Any], column: str) -> str | Refusal:
+    try:
+        return judge.choose(row, column)
+    except Exception as error:
+        raise DataError(
+            f"row {number}: judging its demonstrations raised {type(error).__name__}: {error}. "
+            "Name the reward function of the run, which scores these rows: --reward."
+        ) from error
+
+
+def verified(
+    rows: Iterable[dict[str, Any]], chosen: Iterable[str | Refusal], column: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows with a demonstration, and a report of those without: row, index, data_source and reason.
+
+    Args:
+        rows: of the data set.
+        chosen: of each row its demonstration, or why there is none.
+        column: that the demonstrations were taken from.
+    """
+    kept, rejected = [], []
+    for number, (row, choice) in enumerate(zip(rows, chosen, strict=True)):
+        if isinstance(choice, Refusal):
+            index = (row.get("extra_info") or {}).get("index")
+            rejected.append(
+                {"row": number, "index": index, "data_source": row.get("data_source"), "reason": choice.reason}
+            )
+        else:
+            others = {name: value for name, value in row.items() if name not in COLUMNS}
+            kept.append(others | {"demonstration": choice})
+    return kept, rejected
+
+
+def write_report(rejected: list[dict[str, Any]], path: Path) -> Counter[str]:
+    """Write a JSON line for each row that was left out; how many for which reason."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in rejected))
+    return Counter(line["reason"] for line in rejected)

@@ -1,0 +1,128 @@
+"""A launch is rehearsed on its files: what is right is counted, what is wrong is named before anything is started."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hapo_verl.adapters.rehearsal import GIB, Rehearsal
+from hapo_verl.config import ConfigError
+from hapo_verl.data.parquet import write_parquet
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "quickstart"))
+import digits
+import tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of 64 positions, 20 rows to train on (one overlong, one missing, one wrong), and validation data."""
+    folder = tmp_path_factory.mktemp("launch")
+    tiny_model.write(folder / "model", alphabet="0123456789", hidden=64, layers=1, seed=0)
+    rows = [digits.row(f"{number:03d}", number, "train") for number in range(20)]
+    rows[0]["demonstration"], rows[1]["demonstration"], rows[2]["demonstration"] = "0" * 9, None, "7"
+    write_parquet(rows, folder / "train.parquet")
+    write_parquet([{key: value for key, value in rows[5].items() if key != "demonstration"}], folder / "val.parquet")
+    return folder
+
+
+def rehearsal(folder, *overrides):
+    return Rehearsal(
+        [
+            "+hapo=paper",
+            f"data.train_files={folder}/train.parquet",
+            f"data.val_files={folder}/val.parquet",
+            "data.train_batch_size=16",
+            "data.max_prompt_length=24",
+            "data.max_response_length=8",
+            f"actor_rollout_ref.model.path={folder}/model",
+            "actor_rollout_ref.rollout.n=8",
+            "actor_rollout_ref.rollout.max_model_len=32",
+            "actor_rollout_ref.actor.ppo_mini_batch_size=16",
+            "actor_rollout_ref.actor.use_dynamic_bsz=true",
+            f"reward.custom_reward_function.path={digits.__file__}",
+            *overrides,
+        ]
+    )
+
+
+def test_what_is_right_is_counted(folder):
+    positions = rehearsal(folder)._hf_config.max_position_embeddings
+    found = {name: check() for name, check in rehearsal(folder).checks()}
+    assert found | {"memory of the head": ""} == {
+        "launch": "gate paper with threshold 0.8, prior_success 1.0, prior_failure 1.0; replace",
+        "sizes": "16 prompts x 8 rollouts = 128 rows a step, 1 update(s) of 16 rows on each of 8 rank(s)",
+        "columns": "data_source, prompt, reward_model in 2 file(s), demonstration in those to train on",
+        "demonstrations": (
+            "18 of 20 looked at can be injected, 5.0% do not fit data.max_response_length=8 (longest that fits: 4 "
+            "tokens); 1 missing; 20 rows"
+        ),
+        "reward function": "9 of 10 demonstrations are successes",
+        "model": f"qwen2 with {positions} positions, 32 asked for",
+        "memory of the head": "",
+    }
+    assert found["memory of the head"].startswith("off is chosen; at 16384 tokens a rank, estimated: off 0.0")
+
+
+@pytest.mark.parametrize(
+    ("check", "overrides", "message"),
+    [
+        ("launch", ["critic.enable=true"], "critic.enable=True: HAPO's advantages are group-relative"),
+        (
+            "sizes",
+            ["actor_rollout_ref.actor.ppo_mini_batch_size=5"],
+            "actor_rollout_ref.actor.ppo_mini_batch_size=5: data.",
+        ),
+        (
+            "columns",
+            ["hapo.demonstration_key=target"],
+            "data.train_files={folder}/train.parquet: no column target. Add it.",
+        ),
+        (
+            "columns",
+            ["data.val_files=[{folder}/val.parquet,{folder}/no.parquet]"],
+            "data.val_files={folder}/no.parquet: no such file on this machine. Name local parquet files.",
+        ),
+        (
+            "demonstrations",
+            ["data.max_response_length=1"],
+            "hapo.demonstration_key=demonstration: none of 20 demonstrations looked at can be injected (19 overlong, 1 missing).",
+        ),
+        (
+            "reward function",
+            ["hapo.success_threshold=2.0"],
+            "reward.custom_reward_function.path="
+            + digits.__file__
+            + ": none of 10 demonstrations is a success, so none",
+        ),
+        (
+            "reward function",
+            ["reward.custom_reward_function.name=no_such"],
+            "reward.custom_reward_function.path=" + digits.__file__ + ": cannot be loaded (",
+        ),
+        (
+            "model",
+            ["actor_rollout_ref.rollout.max_model_len=1000000"],
+            "actor_rollout_ref.model.path={folder}/model: it has ",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(folder, check, overrides, message):
+    checks = dict(rehearsal(folder, *(override.format(folder=folder) for override in overrides)).checks())
+    with pytest.raises(ConfigError) as error:
+        checks[check]()
+    assert str(error.value).startswith(message.format(folder=folder))
+
+
+def test_a_head_that_does_not_fit_the_gpu_is_wrong(folder, monkeypatch):
+    small = SimpleNamespace(total_memory=GIB // 100)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: small)
+    huge = rehearsal(folder, "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=2000000000")
+    with pytest.raises(
+        ConfigError, match=r"^hapo\.kernels\.head=off: at 2000000000 tokens a rank off .* GPU has 0\.01 GiB"
+    ):
+        huge.memory()
+    assert rehearsal(folder).memory().startswith("off is chosen")

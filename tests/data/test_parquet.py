@@ -1,0 +1,43 @@
+"""Parquet files: written whole or not at all, read as plain values, and one line for what cannot be read."""
+
+import pandas
+import pytest
+
+from hapo_verl.data.parquet import DataError, read_parquet, write_parquet
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "1?"}], "extra_info": {"index": 3}, "demonstration": "1"}] * 2
+    write_parquet(rows, tmp_path / "deep" / "train.parquet")
+    assert list(read_parquet(tmp_path / "deep" / "train.parquet")) == rows
+
+
+def test_what_is_not_parquet_is_one_line(tmp_path):
+    path = tmp_path / "train.parquet"
+    with pytest.raises(DataError) as error:
+        list(read_parquet(path))
+    assert str(error.value) == f"{path}: no such file. Name a local parquet file."
+    path.write_text("prompt,target")
+    with pytest.raises(DataError, match=r"not a parquet file \(.*\)\. Name a parquet file\.$"):
+        list(read_parquet(path))
+
+
+def test_nothing_to_write_is_an_error_and_leaves_no_file(tmp_path):
+    with pytest.raises(DataError, match="no row is left to write"):
+        write_parquet([], tmp_path / "train.parquet")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_half_of_a_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "train.parquet"
+    write_parquet([{"a": 1}], path)
+
+    def full_disk(frame, target):
+        target.write_bytes(b"PAR1")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pandas.DataFrame, "to_parquet", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_parquet([{"a": 2}], path)
+    assert [file.name for file in tmp_path.iterdir()] == ["train.parquet"]
+    assert pandas.read_parquet(path)["a"].tolist() == [1]
