@@ -40,11 +40,10 @@ def measure(way: str, B: int, T: int, repeats: int) -> dict:
     score_B = (torch.rand(B, generator=generator) < 0.5).float()
     uid_B = numpy.array([f"{number:032x}" for number in group_B.tolist()], dtype=object)
     length_B = torch.randint(1, T + 1, (B,), generator=generator)
-    jagged_reward, jagged_mask = jagged_rows(score_B, length_B) if "jagged" in way else (None, None)
+    jagged_reward, jagged_mask = jagged_rows(score_B, length_B)
     mask_BT = torch.arange(T) < length_B[:, None]
-    reward_BT = torch.zeros(0 if jagged_reward is not None else B, T).fill_(0.0)
-    if jagged_reward is None:
-        reward_BT[torch.arange(B), length_B - 1] = score_B
+    reward_BT = torch.zeros(B, T).fill_(0.0)
+    reward_BT[torch.arange(B), length_B - 1] = score_B
 
     from verl.trainer.ppo.core_algos import (
         compute_grpo_outcome_advantage,

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 import hapo_verl
 from hapo_verl.adapters.contract import check_contract
 from hapo_verl.adapters.tokens import ChatFormat
-from hapo_verl.algo.demonstration import Refusal, demonstration_text, demonstration_tokens
+from hapo_verl.algo.demonstration import Refusal
 from hapo_verl.config import ConfigError, HapoConfig
 
 logger = logging.getLogger("verl." + __name__)
@@ -292,15 +292,5 @@ def check_demonstrations(dataset: Any, tokenizer: Any, config: DictConfig, hapo:
 
 
 def _usable(value: Any, chat: ChatFormat, limit: int) -> str:
-    text = demonstration_text(value)
-    if isinstance(text, Refusal):
-        return text.reason
-    tokens = demonstration_tokens(
-        text,
-        encode=chat.encode,
-        generation_prompt=chat.generation_prompt,
-        end_token=chat.end_token,
-        end_tokens=chat.end_tokens,
-        max_tokens=limit,
-    )
+    tokens = chat.demonstration(value, max_tokens=limit)
     return tokens.reason if isinstance(tokens, Refusal) else "usable"

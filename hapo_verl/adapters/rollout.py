@@ -23,7 +23,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from hapo_verl.adapters.rows import APPENDED, DEMONSTRATION, GROUP, SITUATION
 from hapo_verl.adapters.tokens import ChatFormat
-from hapo_verl.algo.demonstration import Refusal, demonstration_text, demonstration_tokens
+from hapo_verl.algo.demonstration import Refusal
 from hapo_verl.algo.gate import Situation, confidence, fires, firing_probabilities
 from hapo_verl.algo.injection import Rollout, is_success, worst_rollout
 from hapo_verl.config import HapoConfig
@@ -263,17 +263,7 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
 
     async def _demonstration(self, value: Any, replaced: _Session) -> AgentLoopOutput | Refusal:
         """The demonstration as an output like the one it replaces, verified by the run's own reward function."""
-        text = demonstration_text(value)
-        if isinstance(text, Refusal):
-            return text
-        tokens = demonstration_tokens(
-            text,
-            encode=self._chat.encode,
-            generation_prompt=self._chat.generation_prompt,
-            end_token=self._chat.end_token,
-            end_tokens=self._chat.end_tokens,
-            max_tokens=self.rollout_config.response_length,
-        )
+        tokens = self._chat.demonstration(value, max_tokens=self.rollout_config.response_length)
         if isinstance(tokens, Refusal):
             return tokens
         output = _demonstration_output(replaced.outputs, tokens)
