@@ -28,6 +28,8 @@ class Step(NamedTuple):
     packed: bool = True
     # Rows of padding that follow.
     padding: int = 0
+    # Micro-batches by tokens, balanced, in an order of verl's.
+    dynamic: bool = False
 
 
 def run(steps, processes, folder):
@@ -148,7 +150,8 @@ def _batch(step, rank, ranks):
         temperature=0.7,
         use_remove_padding=step.packed,
         calculate_entropy=False,
-        use_dynamic_bsz=False,
+        use_dynamic_bsz=step.dynamic,
+        max_token_len_per_gpu=20,
         micro_batch_size_per_gpu=step.micro_batch,
         global_batch_size=8 + step.padding,
     )

@@ -9,8 +9,13 @@ MIXED = (5, 0, 7, 3, 2, 6, 1, 4)
 ALONE = [Step(name, micro_batch=size) for name in ("real", "srft") for size in (1, 8)]
 ALONE += [Step("real", packed=False), Step("srft", order=MIXED, padding=2)]
 ALONE += [Step("real", head="linear_logprob"), Step("srft", head="linear_logprob")]
+ALONE += [Step("real", dynamic=True), Step("srft", dynamic=True)]
 PAIRED = [Step(name, order=order) for name in ("real", "srft") for order in (tuple(range(8)), MIXED)]
-PAIRED += [Step("real", order=MIXED, padding=4), Step("srft", order=MIXED, padding=4)]
+PAIRED += [
+    Step("real", order=MIXED, dynamic=True),
+    Step("real", order=MIXED, padding=4),
+    Step("srft", order=MIXED, padding=4),
+]
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from exactness import DEVICE, STORAGE, assert_no_less_exact
+from hapo_kernels.launch import rows_a_chunk
 from hapo_kernels.linear_logprob import kernel, linear_logprob
 
 CHUNK = 4
@@ -284,7 +285,7 @@ def test_a_second_derivative_is_refused():
 
 def test_chunks_hold_at_most_a_gibibyte_of_logits():
     for V in (1, 37, 32000, 128256, 151936, 152064, 2**24):
-        rows = kernel.rows_a_chunk(V)
+        rows = rows_a_chunk(V)
         assert rows & (rows - 1) == 0
         assert rows in (16, 4096) or 2**29 < 4 * rows * V <= 2**30
 

@@ -21,11 +21,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
 
 from hapo_kernels.dispatch import refuse_double_backward
-from hapo_kernels.launch import launches
+from hapo_kernels.launch import launches, rows_a_chunk
 from hapo_kernels.linear_logprob import reference
-
-MOST_LOGITS = 2**28  # fp32 elements held at once, 1 GiB
-MOST_ROWS = 4096  # rows after which a GEMM gains nothing from more
 
 LOWEST = tl.constexpr(-3.0e38)  # finite start of the running maximum: -inf - -inf is NaN
 FLOOR = tl.constexpr(-1.0e30)  # e^FLOOR is 0, and FLOOR · 0 is 0 where -inf · 0 is NaN
@@ -112,11 +109,6 @@ def dlogits_row_kernel(
 def row_settings(device: torch.device) -> dict[str, int]:
     block, warps = launches(device).row
     return {"BLOCK": block, "num_warps": warps}
-
-
-def rows_a_chunk(V: int) -> int:
-    """The largest power of two of rows within MOST_LOGITS, at least 16 and at most MOST_ROWS."""
-    return min(MOST_ROWS, max(16, 1 << ((MOST_LOGITS // max(V, 1)).bit_length() - 1)))
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hapo_kernels.dispatch import refuse_double_backward
+from hapo_kernels.launch import rows_a_chunk
 from hapo_kernels.linear_logprob.kernel import (
     Chunks,
     Gradients,
@@ -30,7 +31,6 @@ from hapo_kernels.linear_logprob.kernel import (
     name_of,
     row_settings,
     row_stats,
-    rows_a_chunk,
     slice_of,
     sweep,
     write_dlogits,
