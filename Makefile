@@ -1,6 +1,6 @@
 # make quickstart    HAPO through verl's real trainer on a laptop, with a picture
 # make test          every check and every test
-# make test-long     a trainer that is killed and resumed, ten minutes more
+# make test-long     a trainer that is killed and resumed, the presets of REAL, LUFFY and SRFT; twenty minutes more
 PYTHON ?= python3.11
 PRESET ?= plus
 SEED ?= 1
@@ -28,7 +28,7 @@ lint: env
 	$(BIN)/pyright --project . --pythonpath $(BIN)/python
 
 unit: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not e2e"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not e2e" --durations=15
 
 e2e: env
 	$(BIN)/python -m pytest -q -m "e2e and not long" --durations=0

@@ -21,7 +21,12 @@ def row_sums(jagged_BT: Tensor) -> Tensor:
 
 def spread(value_B: Tensor, mask_BT: Tensor) -> Tensor:
     """Each row's value on the tokens where the jagged mask is 1, 0 on the others; jagged like the mask."""
-    return _jagged(value_B.repeat_interleave(lengths(mask_BT)).mul_(mask_BT.values()), like=mask_BT)
+    mask = mask_BT.values()
+    values = torch.empty(mask.shape, dtype=value_B.dtype)
+    # A fill a row: an index of every token's row would be twice as large as the result.
+    for row, value in zip(values.split(lengths(mask_BT).tolist()), value_B.tolist(), strict=True):
+        row.fill_(value)
+    return _jagged(values.mul_(mask), like=mask_BT)
 
 
 def cut(padded_BT: Tensor, like: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ def updates(run, rows_of_update):
     return [rows[start : start + rows_of_update] for start in range(0, len(rows), rows_of_update)]
 
 
+@pytest.mark.long
 def test_real_sees_whole_groups_in_every_optimizer_step(real_ssi):
     steps = updates(real_ssi, ROWS)
     assert len(steps) == STEPS * EPOCHS * MINI_BATCHES
@@ -46,6 +47,7 @@ def test_real_sees_whole_groups_in_every_optimizer_step(real_ssi):
         assert all(value == 0 for row in rows for value in row["advantages"])
 
 
+@pytest.mark.long
 def test_reals_first_weights_of_a_step_follow_from_the_counts_of_the_group(real_ssi):
     group_of = {group["uid"]: group for group in real_ssi.groups}
     per_step = EPOCHS * MINI_BATCHES
@@ -64,6 +66,7 @@ def test_reals_first_weights_of_a_step_follow_from_the_counts_of_the_group(real_
         assert all(row["hapo_likelihood_weight"] > 0 for row in demonstrations)
 
 
+@pytest.mark.long
 def test_later_weights_of_a_step_know_the_policy_that_has_moved(real_ssi):
     first, _, third, _ = updates(real_ssi, ROWS)[:4]
     weight = {(row["uid"], tuple(row["responses"])): row["hapo_likelihood_weight"] for row in first}
