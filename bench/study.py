@@ -282,10 +282,12 @@ def draw(rows: Sequence[Sequence[Section]], labels: Sequence[str], path: Path) -
                 band.append(1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0)
             if steps:
                 axes.plot(steps, mean, label=label, color=f"C{number}")
-                low, high = zip(*[(m - b, m + b) for m, b in zip(mean, band, strict=True)], strict=True)
+                low = [max(0.0, m - b) for m, b in zip(mean, band, strict=True)]
+                high = [min(1.0, m + b) for m, b in zip(mean, band, strict=True)]
                 axes.fill_between(steps, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
         axes.set(title=panel.title, xlabel="step", ylim=(-0.02, 1.02))
-    grid[0][0].legend(fontsize="small")
+    shown = {label: line for axes in grid.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(shown.values()), list(shown), loc="outside right upper", fontsize="small")
     grid[0][0].set_ylabel("held-out success")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
