@@ -72,7 +72,7 @@ def hapo_loss(
             term = likelihood_loss(policy_logp_BT, weight_B, terms["mask_BT"], terms["aggregation"])
             loss = loss + term
             likelihood = _likelihood_metrics(term, hapo, data)
-    names = ("uid", "responses", DEMONSTRATION, "advantages", "response_mask", "old_log_probs", LIKELIHOOD_WEIGHT)
+    names = ("uid", "responses", DEMONSTRATION, "advantages", "response_mask", LIKELIHOOD_WEIGHT)
     Trace(hapo.trace_dir).loss_rows(data, names=[name for name in names if name in data])
     return loss, _metrics(metrics._asdict(), config, has_entropy=has_entropy) | likelihood
 
