@@ -242,6 +242,12 @@ class HapoConfig:
         lambda v: v is None or positive(v),
         "seconds between two polls must be positive. Use null for verl's 2.0.",
     )
+    # Seconds between two looks at the actors and servers that the run needs; null does not look.
+    watch_interval: float | None = checked(
+        5.0,
+        lambda v: v is None or positive(v),
+        "seconds between two looks must be positive. Use 5.0, or null to wait for ever where a worker has died.",
+    )
     # Folder for one JSON line a group and step, and the rows that reached the loss; null writes nothing.
     trace_dir: str | None = checked(
         None, lambda v: v is None or (isinstance(v, str) and bool(v)), "a folder is needed. Use null to write no trace."

@@ -136,6 +136,11 @@ def test_a_key_replaces_its_default_and_no_other():
             {"poll_interval": 0},
             "hapo.poll_interval=0: seconds between two polls must be positive. Use null for verl's 2.0.",
         ),
+        (
+            {"watch_interval": 0},
+            "hapo.watch_interval=0: seconds between two looks must be positive. "
+            "Use 5.0, or null to wait for ever where a worker has died.",
+        ),
         ({"demonstration_key": ""}, "hapo.demonstration_key='': a column name is needed. Use demonstration."),
         ("paper", "hapo='paper': a block of keys is needed. Launch with +hapo=paper."),
     ],

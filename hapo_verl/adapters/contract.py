@@ -66,6 +66,7 @@ OVERRIDES = (
         REPLACED,
     ),
     # Called, not overridden.
+    Override(_TRAINER, "_rollout_server_managers", ("self",)),
     Override(_ENGINE, "_gather_and_unpad_packed", ("self", "tensor", "pad_size")),
     Override(_WORKER, "_compute_score", ("self", "outputs", "kwargs")),
     Override(_WORKER, "_compute_multi_modal_inputs", ("self", "output", "input_ids")),

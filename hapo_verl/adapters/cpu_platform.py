@@ -1,7 +1,7 @@
-"""verl's trainer on a CPU: the platform and the four places where verl 0.9.1 takes an accelerator for granted.
+"""verl's trainer on a CPU: the platform and the five places where verl 0.9.1 takes an accelerator for granted.
 
 Loaded with VERL_PLATFORM=cpu and never otherwise: the CPU-only actors of a GPU cluster see no accelerator either, so
-nothing is detected. The fourth place lies in vLLM's processes and has its own module, `vllm_cpu`.
+nothing is detected. The fifth place lies in vLLM's processes and has its own module, `vllm_cpu`.
 """
 
 from __future__ import annotations
@@ -172,6 +172,23 @@ def _no_pinned_memory() -> None:
     CPUOffloadPolicy.__init__ = init
 
 
+def _saved_weights_are_copies() -> None:
+    """`separate_async` saves weights with `.cpu()` and goes on training: here that is the very tensor it trains."""
+    from wrapt import when_imported
+
+    @when_imported("verl.utils.fsdp_utils")
+    def _copy(module: Any) -> None:
+        original = module.fsdp2_sharded_save_to_cpu
+
+        @functools.wraps(original)
+        def save(model: torch.nn.Module) -> Any:
+            shards, spec = original(model)
+            return {name: (shard.clone(), own) for name, (shard, own) in shards.items()}, spec
+
+        module.fsdp2_sharded_save_to_cpu = save
+
+
 _one_gloo_backend()
 _vllm_is_vllm_cpu()
 _no_pinned_memory()
+_saved_weights_are_copies()

@@ -11,11 +11,12 @@ compares two policies, computes advantages from one score a row, and logs under 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import ray
 import torch
 import transfer_queue as tq
 from tensordict import TensorDict
@@ -51,6 +52,7 @@ from hapo_verl.adapters.rows import (
     plain_values,
 )
 from hapo_verl.adapters.trace import Trace
+from hapo_verl.adapters.watch import Watch
 from hapo_verl.algo.advantage import session_advantage
 from hapo_verl.config import ConfigError
 
@@ -69,6 +71,7 @@ class HapoTrainer(PPOTrainer):
         # Of the batch in training: rows, appended ones among them, rows of each group, and what mini-batches they make.
         self._rows, self._appended, self._group_sizes, self._prompts_per_mini_batch = 0, 0, [], None
         self._dp_size = 1
+        self._watch: Watch | None = None
         super().__init__(config)
 
     @property
@@ -151,9 +154,45 @@ class HapoTrainer(PPOTrainer):
         return buffer
 
     def on_init_end(self) -> None:
+        # What follows sends the first weights, which hangs where a server is dead.
+        self._start_watch()
         super().on_init_end()
         actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
         self.actor_rollout_wg.set_loss_fn(partial(hapo_loss, config=actor, hapo=self.hapo))
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        if self._watch:
+            self._watch.over(_named("agent loop worker", agent_loop_manager.agent_loop_workers))
+        try:
+            super().fit(agent_loop_manager)
+        finally:
+            if self._watch:
+                self._watch.stop()
+
+    def _start_watch(self) -> None:
+        """Watch all that this run waits for."""
+        interval, trainer = self.hapo.watch_interval, self.config.trainer
+        if interval is None:
+            return
+        replicas = [replica for manager in self._rollout_server_managers() for replica in manager.get_replicas()]
+        training = self.actor_rollout_wg.workers
+        self._watch = Watch(
+            interval=interval,
+            advice="Start it again with trainer.resume_mode=auto: it goes on from its last checkpoint."
+            if trainer.save_freq > 0
+            else f"No checkpoint is saved, for trainer.save_freq={trainer.save_freq}: start it again from step 1.",
+        )
+        engine = self.config.actor_rollout_ref.rollout.name
+        self._watch.over(
+            {"TransferQueue": ray.get_actor("TransferQueueController", namespace="transfer_queue")}
+            | _named("training worker", training)
+            | _named(f"{engine} server", [server for replica in replicas for server in replica.servers])
+            | _named("rollout worker", [w for replica in replicas for w in replica.workers if w not in training])
+            | _named("reward worker", self.reward_loop_manager.reward_loop_workers),
+            # Other engines answer other questions.
+            _named("vllm engine", [replica.server_address for replica in replicas]) if engine == "vllm" else {},
+        )
+        self._watch.start()
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
         """verl's, then: a demonstration was sampled by nobody, so its rollout log-probs are its old log-probs.
@@ -186,7 +225,8 @@ class HapoTrainer(PPOTrainer):
         fields = ["uid", "response_mask", "rm_scores", DEMONSTRATION, GROUP]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         demonstration_B = demonstration_flags(data)
-        output = self._correct_rollouts(batch, demonstration_B, metrics)
+        real_B = torch.tensor([not tag.get("is_padding", False) for tag in batch.tags])
+        output = self._correct_rollouts(batch, ~demonstration_B & real_B, metrics)
 
         mask = output["response_mask"] if "response_mask" in output else data["response_mask"]
         score_B = jagged.row_sums(data["rm_scores"])
@@ -204,14 +244,13 @@ class HapoTrainer(PPOTrainer):
         advantages = jagged.spread(advantage_B, mask)
         output.update({"advantages": advantages, "returns": advantages})
 
-        real = np.array([not tag.get("is_padding", False) for tag in batch.tags])
         groups = dict(zip(prompt_of, plain_values(data[GROUP]), strict=True))
-        groups = {uid: groups[uid] for uid, keep in zip(prompt_of, real, strict=True) if keep}
+        groups = {uid: groups[uid] for uid, keep in zip(prompt_of, real_B.tolist(), strict=True) if keep}
         metrics.update(
             group_metrics(
                 groups,
-                demonstration_B=demonstration_B[torch.from_numpy(real)],
-                tokens_B=jagged.row_sums(data["response_mask"])[torch.from_numpy(real)],
+                demonstration_B=demonstration_B[real_B],
+                tokens_B=jagged.row_sums(data["response_mask"])[real_B],
             )
         )
         self.gatekeeper.observe(groups.values())
@@ -235,7 +274,7 @@ class HapoTrainer(PPOTrainer):
                     "hapo.objective.name=surrogate."
                 )
 
-    def _correct_rollouts(self, batch: Any, demonstration_B: Tensor, metrics: dict) -> dict[str, Tensor]:
+    def _correct_rollouts(self, batch: Any, sampled_B: Tensor, metrics: dict) -> dict[str, Tensor]:
         """verl's rollout correction over the sampled rows; a demonstration keeps weight 1 and all of its tokens."""
         correction = self.config.algorithm.get("rollout_correction", None)
         if correction is None or not self.config.actor_rollout_ref.rollout.calculate_log_probs:
@@ -244,7 +283,6 @@ class HapoTrainer(PPOTrainer):
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         mask = data["response_mask"]
         padded = data.to_padded_tensor()
-        sampled_B = ~demonstration_B
         sampled, correction_metrics = compute_rollout_correction_and_add_to_batch(
             DataProto(batch=padded[sampled_B]), correction
         )
@@ -271,6 +309,11 @@ class HapoTrainer(PPOTrainer):
         for name in [name for name in metrics if name.startswith("actor/hapo/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         return batch
+
+
+def _named(what: str, members: Iterable[Any]) -> dict[str, Any]:
+    """Members by what they are and their number."""
+    return {f"{what} {number}": member for number, member in enumerate(members)}
 
 
 def _split_keys(keys: list[str]) -> tuple[list[str], list[str], Tensor]:

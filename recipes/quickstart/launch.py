@@ -47,6 +47,7 @@ class Launch:
         folder: receives `train.log` and `metrics.jsonl`.
         time_limit: seconds after which the run is ended.
         environment: added to this process's.
+        process: the child, once it was started.
     """
 
     overrides: Sequence[str]
@@ -56,6 +57,7 @@ class Launch:
     module: str = "verl.trainer.main_ppo"
     peak_bytes: int = 0
     seconds: float = 0.0
+    process: psutil.Popen | None = None
 
     @property
     def log(self) -> Path:
@@ -85,7 +87,7 @@ class Launch:
     def _run(self) -> Iterator[tuple[str, Any]]:
         started = time.monotonic()
         with self.log.open("w") as log:
-            child = psutil.Popen(
+            child = self.process = psutil.Popen(
                 self.command(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

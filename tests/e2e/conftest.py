@@ -66,20 +66,20 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trainer(tmp_path_factory, model):
-    """Runs the trainer: `trainer("name", *overrides, unusable=...)`.
+def prepared(tmp_path_factory, model):
+    """A run that is ready to start: `prepared("name", *overrides, unusable=...)` gives its launch and its folder.
 
-    With `killed_at` the run ends in the middle, at the end of that step; `rows` are those of the training data.
+    `rows` are those of the training data; `environment` is added to the run's.
     """
 
-    def run(
+    def prepare(
         name: str,
         *overrides: str,
         steps: int = 3,
         unusable: bool = False,
         rows: int = PROMPTS * 16,
-        killed_at: int | None = None,
-    ) -> Run:
+        environment: dict[str, str] | None = None,
+    ) -> tuple[Launch, Run]:
         folder = tmp_path_factory.mktemp(name)
         digits.write(folder / "data", digits=DIGITS, train=rows, heldout=16, seed=0)
         train = pandas.read_parquet(folder / "data" / "train.parquet")
@@ -115,16 +115,26 @@ def trainer(tmp_path_factory, model):
             overrides=["+hapo_platform=cpu", *(f"{key}={value}" for key, value in settings.items()), *overrides],
             folder=folder,
             time_limit=900,
-            environment=cpu_environment() | {"PYTHONPATH": str(ROOT)},
+            environment=cpu_environment() | {"PYTHONPATH": str(ROOT)} | (environment or {}),
         )
         launch.overrides = [item.replace("{folder}", str(folder)) for item in launch.overrides]
+        return launch, Run(folder, train)
+
+    return prepare
+
+
+@pytest.fixture(scope="session")
+def trainer(prepared):
+    """Runs the trainer to its end: `trainer("name", *overrides)` with the arguments of `prepared`."""
+
+    def run(name: str, *overrides: str, **settings) -> Run:
+        launch, prepared_run = prepared(name, *overrides, **settings)
         try:
-            for kind, value in launch.run():
-                if kind == "step" and value["step"] == killed_at:
-                    break
+            for _ in launch.run():
+                pass
         except TrainingError as error:
             tail = "\n".join(launch.log.read_text(errors="replace").splitlines()[-40:])
             pytest.fail(f"{name}: {error}\n{tail}", pytrace=False)
-        return Run(folder, train)
+        return prepared_run
 
     return run

@@ -7,10 +7,7 @@ import pytest
 import torch
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
-from hapo_verl.adapters.gatekeeper import Gatekeeper
-from hapo_verl.config import HapoConfig
 from tests.e2e.conftest import PROMPTS, ROLLOUTS
-from tests.e2e.test_limits import SCRIPTED
 
 pytestmark = pytest.mark.e2e
 TRACED = ["hapo.poll_interval=0.05", "hapo.trace_dir={folder}/trace", "hapo.injection.mode=append"]
@@ -78,54 +75,3 @@ def test_appended_rows_make_the_two_mini_batches_larger_and_no_third_one(asynchr
     assert len(asynchronous.loss_rows) == STEPS * 80
     trained = Counter(row["uid"] for row in asynchronous.loss_rows if any(row["response_mask"]))
     assert set(trained.values()) == {ROLLOUTS + 1}
-
-
-POSTERIOR = [
-    "+hapo=paper",
-    *TRACED,
-    "trainer.v1.trainer_mode=hapo_sync",
-    "hapo.gate.name=posterior",
-    "hapo.gate.threshold=0.3",
-    "hapo.budget.share=0.75",
-    *SCRIPTED,
-    "trainer.save_freq=2",
-]
-
-
-def decisions(run, step):
-    return {
-        group["index"]: {key: group[key] for key in ("key", "scores", "confidence", "firing", "fired", "outcome")}
-        for group in run.groups
-        if group["step"] == step
-    }
-
-
-@pytest.mark.long
-def test_a_run_killed_at_step_three_and_resumed_decides_as_if_nothing_had_happened(trainer):
-    # 16 prompts, 8 a step: from step 3 on every prompt was seen before.
-    killed = trainer("killed", *POSTERIOR, steps=6, rows=2 * PROMPTS, killed_at=3)
-    checkpoint = killed.folder / "checkpoints" / "global_step_2"
-    assert (checkpoint / "hapo_gate.npz").exists()
-    resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={checkpoint}"]
-    resumed = trainer("resumed", *POSTERIOR, *resume, steps=4, rows=2 * PROMPTS)
-
-    assert {group["step"] for group in resumed.groups} == {3, 4}
-    assert decisions(resumed, 3) == decisions(killed, 3)
-    outcomes = Counter(group["outcome"] for group in resumed.groups)
-    assert outcomes["injected"] > 0
-    assert outcomes["not_fired"] > 0
-    for step in (1, 2, 3):
-        assert sum(d["outcome"] == "injected" for d in decisions(killed, step).values()) <= 0.75 * PROMPTS
-    # And as the rule says, from the outcomes of the two steps before the kill.
-    keeper = Gatekeeper(HapoConfig.parse({"gate": {"name": "posterior", "threshold": 0.3}}), total_steps=6)
-    rows = resumed.train.to_dict("records")
-    keeper.know(rows, prompt_column="prompt")
-    for step in (1, 2):
-        keeper.observe([group for group in killed.groups if group["step"] == step])
-    for index, decision in decisions(resumed, 3).items():
-        (row,) = [row for row in rows if row["extra_info"]["index"] == index]
-        columns = {name: [row[name]] for name in ("data_source", "extra_info", "prompt")}
-        (given,) = keeper.situations(columns | {"raw_prompt": [row["prompt"]]}, 3, prompt_column="prompt")
-        a, b = given["prior_success"], given["prior_failure"]
-        assert (a, b) != (1.0, 1.0)
-        assert decision["confidence"] == (a + sum(decision["scores"])) / (a + b + ROLLOUTS)

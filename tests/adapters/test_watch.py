@@ -1,0 +1,145 @@
+"""Death of actors, engines and what only looks like it, with real Ray actors and HTTP servers."""
+
+import os
+import queue
+import signal
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import ray
+
+from hapo_verl.adapters.watch import Watch
+
+ADVICE = "Start it again."
+
+
+class Member:
+    """An actor of a run."""
+
+    def process(self):
+        return os.getpid()
+
+    def work(self, seconds):
+        time.sleep(seconds)
+
+
+@pytest.fixture(scope="module")
+def actors():
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    make = ray.remote(num_cpus=0)(Member).remote
+    yield lambda: make()
+    ray.shutdown()
+
+
+@pytest.fixture
+def server():
+    """An engine's HTTP server: what it answers can be set."""
+    answer = {"status": 200, "delay": 0.0}
+
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self):
+            assert self.path == "/health"
+            time.sleep(answer["delay"])
+            self.send_response(answer["status"])
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Health)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{http.server_port}", answer
+    http.shutdown()
+    http.server_close()
+
+
+def eventually(look, seconds=30):
+    """The first answer that is not empty."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline, "nothing was found"
+        time.sleep(0.1)
+    return found
+
+
+def test_a_busy_actor_is_alive_and_a_killed_one_is_named_with_its_cause(actors):
+    busy, idle = actors(), actors()
+    process = ray.get(busy.process.remote())
+    ray.get(idle.process.remote())
+    working = busy.work.remote(60)
+    watch = Watch(interval=0.1, advice=ADVICE)
+    watch.over({"busy": busy, "idle": idle})
+    for _ in range(5):
+        assert watch.dead() == {}
+        time.sleep(0.2)
+    os.kill(process, signal.SIGKILL)
+    found = eventually(watch.dead)
+    assert list(found) == ["busy"]
+    assert found["busy"].startswith("The actor is dead because its worker process has died.")
+    assert "\n" not in found["busy"]
+    assert "OOM" not in found["busy"]
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(working)
+
+
+def test_an_engine_is_dead_when_its_server_says_so(server):
+    address, answer = server
+    watch = Watch(interval=0.2, advice=ADVICE)
+    watch._engines = {"engine": address}
+    assert watch.dead() == {}
+    answer["status"] = 404  # another engine's server
+    assert watch.dead() == {}
+    answer["status"] = 503
+    assert watch.dead() == {"engine": f"{address}/health answers 503"}
+
+
+def test_a_slow_server_is_not_dead(server):
+    address, answer = server
+    answer["delay"] = 1.0
+    watch = Watch(interval=0.2, advice=ADVICE)
+    watch._engines = {"engine": address}
+    assert [watch.dead() for _ in range(3)] == [{}, {}, {}]
+
+
+def test_a_server_is_dead_when_it_refuses_twice_in_a_row(unused_port):
+    address = f"127.0.0.1:{unused_port}"
+    watch = Watch(interval=0.2, advice=ADVICE)
+    watch._engines = {"engine": address}
+    assert watch.dead() == {}
+    assert watch.dead() == {"engine": f"{address} refuses connections"}
+
+
+def test_the_run_ends_once_with_a_line_that_names_all_that_died(actors):
+    first, second, third = actors(), actors(), actors()
+    ray.get([actor.process.remote() for actor in (first, second, third)])
+    lines: queue.Queue[str] = queue.Queue()
+    watch = Watch(interval=0.1, advice=ADVICE, end=lines.put)
+    watch.over({"agent loop worker 0": first})
+    watch.over({"agent loop worker 1": second, "reward worker 0": third})
+    watch.start()
+    with pytest.raises(queue.Empty):
+        lines.get(timeout=1)
+    ray.kill(first)
+    ray.kill(third)
+    assert lines.get(timeout=30) == (
+        "agent loop worker 0, reward worker 0 died (The actor is dead because it was killed by `ray.kill`). "
+        "Start it again."
+    )
+    with pytest.raises(queue.Empty):
+        lines.get(timeout=3)
+    watch.stop()
+
+
+def test_a_stopped_watch_takes_no_end_for_a_death(actors):
+    actor = actors()
+    ray.get(actor.process.remote())
+    lines: list[str] = []
+    watch = Watch(interval=0.1, advice=ADVICE, end=lines.append)
+    watch.over({"worker": actor})
+    watch.start()
+    watch.stop()
+    ray.kill(actor)
+    time.sleep(3)
+    assert lines == []
