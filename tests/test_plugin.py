@@ -53,6 +53,23 @@ def test_the_cpu_platform_is_patched_in_only_where_it_is_asked_for():
     assert python(code, VERL_PLATFORM="cpu") == "True False"
 
 
+def test_both_ends_of_the_socket_for_weights_are_named_for_the_cluster_and_the_job():
+    code = (
+        "import os, types, ray, verl\nfrom hapo_verl.adapters import cpu_platform\n"
+        "ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
+        "context = ray.get_runtime_context()\n"
+        "class Sender:\n    def __init__(self):\n"
+        "        self.zmq_handle = f'ipc:///tmp/zmq-{context.get_job_id()}-replica-0.sock'\n"
+        "class Receiver:\n    def __init__(self):\n        os.environ['VERL_RAY_JOB_ID'] = context.get_job_id()\n"
+        "cpu_platform._socket_of_its_own(types.SimpleNamespace(ServerAdapter=Sender))\n"
+        "cpu_platform._server_of_that_socket(types.SimpleNamespace(vLLMHttpServer=Receiver))\n"
+        "sent, _ = Sender().zmq_handle, Receiver()\n"
+        "received = f\"ipc:///tmp/zmq-{os.environ['VERL_RAY_JOB_ID']}-replica-0.sock\"\n"
+        "print(sent == received, context.gcs_address.rpartition(':')[2] in sent, context.get_job_id() in sent)"
+    )
+    assert python(code, VERL_PLATFORM="cpu") == "True True True"
+
+
 def test_vllms_linear_layers_are_left_alone_without_the_cpu_platform(monkeypatch):
     from hapo_verl.adapters import vllm_cpu
 

@@ -1,7 +1,7 @@
-"""verl's trainer on a CPU: the platform and the five places where verl 0.9.1 takes an accelerator for granted.
+"""verl's trainer on a CPU: the platform and the places where verl 0.9.1 takes an accelerator for granted.
 
 Loaded with VERL_PLATFORM=cpu and never otherwise: the CPU-only actors of a GPU cluster see no accelerator either, so
-nothing is detected. The fifth place lies in vLLM's processes and has its own module, `vllm_cpu`.
+nothing is detected. One more lies in vLLM's processes and has its own module, `vllm_cpu`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from verl.plugin.platform import PlatformBase, PlatformRegistry
+from wrapt import when_imported
 
 # verl's engine registry knows the FSDP engine under "cuda" and "npu"; this is verl's own switch to say which to take.
 os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
@@ -172,23 +173,57 @@ def _no_pinned_memory() -> None:
     CPUOffloadPolicy.__init__ = init
 
 
-def _saved_weights_are_copies() -> None:
+def _saved_weights_are_copies(module: Any) -> None:
     """`separate_async` saves weights with `.cpu()` and goes on training: here that is the very tensor it trains."""
-    from wrapt import when_imported
+    original = module.fsdp2_sharded_save_to_cpu
 
-    @when_imported("verl.utils.fsdp_utils")
-    def _copy(module: Any) -> None:
-        original = module.fsdp2_sharded_save_to_cpu
+    @functools.wraps(original)
+    def save(model: torch.nn.Module) -> Any:
+        shards, spec = original(model)
+        return {name: (shard.clone(), own) for name, (shard, own) in shards.items()}, spec
 
-        @functools.wraps(original)
-        def save(model: torch.nn.Module) -> Any:
-            shards, spec = original(model)
-            return {name: (shard.clone(), own) for name, (shard, own) in shards.items()}, spec
+    module.fsdp2_sharded_save_to_cpu = save
 
-        module.fsdp2_sharded_save_to_cpu = save
+
+def _cluster_and_job() -> str:
+    """A job's name on this machine: the first job of every Ray cluster has the id 01000000."""
+    import ray
+
+    context = ray.get_runtime_context()
+    return f"{context.gcs_address.replace(':', '-')}-{context.get_job_id()}"
+
+
+def _socket_of_its_own(module: Any) -> None:
+    """New weights go through a socket in /tmp named for the job alone, which another cluster's trainer has as well."""
+    adapter = module.ServerAdapter
+    original = adapter.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        import ray
+
+        original(self, *args, **kwargs)
+        self.zmq_handle = self.zmq_handle.replace(ray.get_runtime_context().get_job_id(), _cluster_and_job())
+
+    adapter.__init__ = init
+
+
+def _server_of_that_socket(module: Any) -> None:
+    """The other end: vLLM's worker builds the name from this variable."""
+    server = module.vLLMHttpServer
+    original = server.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        os.environ["VERL_RAY_JOB_ID"] = _cluster_and_job()
+
+    server.__init__ = init
 
 
 _one_gloo_backend()
 _vllm_is_vllm_cpu()
 _no_pinned_memory()
-_saved_weights_are_copies()
+when_imported("verl.utils.fsdp_utils")(_saved_weights_are_copies)
+when_imported("verl.workers.rollout.vllm_rollout.vllm_rollout")(_socket_of_its_own)
+when_imported("verl.workers.rollout.vllm_rollout.vllm_async_server")(_server_of_that_socket)

@@ -163,11 +163,13 @@ class HapoTrainer(PPOTrainer):
     def fit(self, agent_loop_manager: Any) -> None:
         if self._watch:
             self._watch.over(_named("agent loop worker", agent_loop_manager.agent_loop_workers))
+        failed = True
         try:
             super().fit(agent_loop_manager)
+            failed = False
         finally:
             if self._watch:
-                self._watch.stop()
+                self._watch.stop(failed=failed)
 
     def _start_watch(self) -> None:
         """Watch all that this run waits for."""

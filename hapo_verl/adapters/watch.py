@@ -21,13 +21,12 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 SERVICE_UNAVAILABLE = 503  # vLLM's answer when its engine is dead
 # A server that refuses two connections in a row has no process any more.
 REFUSALS = 2
-# What dies with it needs a moment to be seen, and a line to reach the driver.
+# What dies with another needs a moment to be seen, and a line to reach the driver.
 MOMENT_SECONDS = 2.0
 
 
-def _end(line: str) -> None:
-    """Say it and end this process: its main thread may wait in C++, where no exception reaches it."""
-    print(f"hapo: {line}", file=sys.stderr, flush=True)
+def _end() -> None:
+    """End this process, whose main thread may wait in C++, where no exception reaches it."""
     threading.Event().wait(MOMENT_SECONDS)
     os._exit(1)
 
@@ -35,13 +34,13 @@ def _end(line: str) -> None:
 class Watch:
     """A thread that looks every few seconds between `start` and `stop`."""
 
-    def __init__(self, *, interval: float, advice: str, end: Callable[[str], None] = _end) -> None:
+    def __init__(self, *, interval: float, advice: str, end: Callable[[], None] = _end) -> None:
         """A watch over nothing yet.
 
         Args:
             interval: seconds between two looks.
             advice: what to do after a death, the last sentence of the line.
-            end: called with the line.
+            end: called behind the line.
         """
         self._interval, self._advice, self._end = interval, advice, end
         self._actors: dict[str, Any] = {}
@@ -68,11 +67,17 @@ class Watch:
         """Look from now on."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Look no more; what takes a run apart at its end is no death."""
+    def stop(self, *, failed: bool = False) -> None:
+        """Look no more; what takes a run apart at its end is no death.
+
+        Args:
+            failed: the trainer has raised by itself, perhaps for a death that it saw first: say the line then too.
+        """
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
+        if failed:
+            self._say_what_died()
 
     def dead(self) -> dict[str, str]:
         """Of each that has died its name and the cause."""
@@ -112,10 +117,18 @@ class Watch:
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval):
-            found = self.dead()
-            if found and not self._stop.wait(MOMENT_SECONDS):
-                self._end(self._line(found | self.dead()))
+            if self.dead() and not self._stop.is_set() and self._say_what_died():
+                self._end()
                 return
+
+    def _say_what_died(self) -> bool:
+        """The line to stderr, which Ray forwards to the driver; whether there was one to say."""
+        found = self.dead()
+        threading.Event().wait(MOMENT_SECONDS)
+        found |= self.dead()
+        if found:
+            print(f"hapo: {self._line(found)}", file=sys.stderr, flush=True)
+        return bool(found)
 
     def _line(self, found: Mapping[str, str]) -> str:
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}

@@ -7,8 +7,6 @@ child with everything that it started.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import subprocess
@@ -48,6 +46,9 @@ class Launch:
         time_limit: seconds after which the run is ended.
         environment: added to this process's.
         process: the child, once it was started.
+        peak_bytes: the most that its processes held at a look, pages they share counted once.
+        seconds: that it took so far.
+        memory: at each look the seconds and of each process, by name and id, the bytes that are its own.
     """
 
     overrides: Sequence[str]
@@ -58,6 +59,7 @@ class Launch:
     peak_bytes: int = 0
     seconds: float = 0.0
     process: psutil.Popen | None = None
+    memory: list[tuple[float, dict[str, int]]] = field(default_factory=list)
 
     @property
     def log(self) -> Path:
@@ -81,21 +83,23 @@ class Launch:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics.unlink(missing_ok=True)
-        with _alone_on_this_machine():
-            yield from self._run()
+        # Ray, vLLM and verl leave sockets, locks and logs in the temporary folder: theirs goes with them.
+        with tempfile.TemporaryDirectory(prefix="hapo-", ignore_cleanup_errors=True) as scratch:
+            yield from self._run(scratch)
 
-    def _run(self) -> Iterator[tuple[str, Any]]:
+    def _run(self, scratch: str) -> Iterator[tuple[str, Any]]:
         started = time.monotonic()
+        given = {"VERL_FILE_LOGGER_PATH": str(self.metrics), "TMPDIR": scratch}
         with self.log.open("w") as log:
             child = self.process = psutil.Popen(
                 self.command(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "VERL_FILE_LOGGER_PATH": str(self.metrics), **self.environment},
+                env={**os.environ, **given, **self.environment},
                 start_new_session=True,
             )
-        family: dict[int, psutil.Process] = {child.pid: child}
+        family = _Family(child)
         records, phases = _Lines(self.metrics), _Lines(self.log)
         pending, next_look = list(PHASES), 0.0
         try:
@@ -115,26 +119,57 @@ class Launch:
                 if self.seconds >= next_look:
                     # Looking at a family of twenty processes takes a while on two cores.
                     next_look = self.seconds + 5
-                    family |= {process.pid: process for process in _descendants(child)}
-                    self.peak_bytes = max(self.peak_bytes, sum(map(_memory, family.values())))
+                    shared_bytes, own = family.look()
+                    self.peak_bytes = max(self.peak_bytes, shared_bytes)
+                    self.memory.append((self.seconds, own))
                 time.sleep(0.5)
             if code != 0:
                 raise TrainingError(f"the trainer ended with exit code {code}; the log is {self.log}")
         finally:
-            _end(list(family.values()))
+            family.end()
 
 
-@contextlib.contextmanager
-def _alone_on_this_machine() -> Iterator[None]:
-    """Two trainers with Ray clusters of their own would share verl's socket for new weights, and both would hang."""
-    with (Path(tempfile.gettempdir()) / "hapo-verl-launch.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TrainingError(
-                "another run goes on on this machine, and verl's trainers share a socket there. Wait for its end."
-            ) from None
-        yield
+class _Family:
+    """A process and all that it has started, whether it still lives or not."""
+
+    def __init__(self, child: psutil.Process) -> None:
+        self._child = child
+        self._members: dict[int, psutil.Process] = {child.pid: child}
+        self._segments: set[Path] = set()
+
+    def look(self) -> tuple[int, dict[str, int]]:
+        """Bytes of all (shared pages divided among their users), and of each, by name and id, the bytes of its own."""
+        self._members |= {process.pid: process for process in _descendants(self._child)}
+        total, own = 0, {}
+        for process in self._members.values():
+            try:
+                name, info = name_of(process), process.memory_full_info()
+                if name.startswith("VLLM"):
+                    maps = (Path(part.path) for part in process.memory_maps(grouped=False))
+                    self._segments |= {path for path in maps if path.match("/dev/shm/psm_*")}
+            except psutil.Error:
+                continue
+            total += getattr(info, "pss", None) or info.rss
+            own[f"{name} {process.pid}"] = info.uss
+        return total, own
+
+    def end(self) -> None:
+        """End these processes and no others; psutil compares start times, so a reused process id is left alone.
+
+        vLLM's engine, which Ray ends without asking, would leave its shared memory behind.
+        """
+        members = list(self._members.values())
+        everyone = [*members, *(grandchild for process in members for grandchild in _descendants(process))]
+        alive = [process for process in dict.fromkeys(everyone) if process.is_running()]
+        for stop in ("terminate", "kill"):
+            for process in alive:
+                try:
+                    getattr(process, stop)()
+                except psutil.NoSuchProcess:
+                    continue
+            _, alive = psutil.wait_procs(alive, timeout=10)
+        for segment in self._segments:
+            segment.unlink(missing_ok=True)
 
 
 class _Lines:
@@ -153,33 +188,20 @@ class _Lines:
         return complete.decode(errors="replace").splitlines()
 
 
+def name_of(process: psutil.Process) -> str:
+    """What it calls itself, as `ray::WorkerDict` without the method it is in; empty where it is gone."""
+    try:
+        title = process.cmdline()[0]
+    except (psutil.Error, IndexError):
+        return ""
+    return title.partition(".")[0] if "::" in title else Path(title).name
+
+
 def _descendants(process: psutil.Process) -> list[psutil.Process]:
     try:
         return process.children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-
-
-def _memory(process: psutil.Process) -> int:
-    """Proportional set size in bytes (shared pages divided among their users); 0 for a process that is gone."""
-    try:
-        info = process.memory_full_info()
-        return getattr(info, "pss", None) or info.rss
-    except psutil.Error:
-        return 0
-
-
-def _end(family: list[psutil.Process]) -> None:
-    """End these processes and no others; psutil compares start times, so a reused process id is left alone."""
-    everyone = [*family, *(grandchild for process in family for grandchild in _descendants(process))]
-    alive = [process for process in dict.fromkeys(everyone) if process.is_running()]
-    for stop in ("terminate", "kill"):
-        for process in alive:
-            try:
-                getattr(process, stop)()
-            except psutil.NoSuchProcess:
-                continue
-        _, alive = psutil.wait_procs(alive, timeout=10)
 
 
 def cpu_environment() -> dict[str, str]:

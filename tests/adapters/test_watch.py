@@ -111,35 +111,38 @@ def test_a_server_is_dead_when_it_refuses_twice_in_a_row(unused_port):
     assert watch.dead() == {"engine": f"{address} refuses connections"}
 
 
-def test_the_run_ends_once_with_a_line_that_names_all_that_died(actors):
+def test_the_run_ends_once_with_a_line_that_names_all_that_died(actors, capsys):
     first, second, third = actors(), actors(), actors()
     ray.get([actor.process.remote() for actor in (first, second, third)])
-    lines: queue.Queue[str] = queue.Queue()
-    watch = Watch(interval=0.1, advice=ADVICE, end=lines.put)
+    ends: queue.Queue[None] = queue.Queue()
+    watch = Watch(interval=0.1, advice=ADVICE, end=lambda: ends.put(None))
     watch.over({"agent loop worker 0": first})
     watch.over({"agent loop worker 1": second, "reward worker 0": third})
     watch.start()
     with pytest.raises(queue.Empty):
-        lines.get(timeout=1)
+        ends.get(timeout=1)
     ray.kill(first)
     ray.kill(third)
-    assert lines.get(timeout=30) == (
-        "agent loop worker 0, reward worker 0 died (The actor is dead because it was killed by `ray.kill`). "
-        "Start it again."
+    ends.get(timeout=30)
+    assert capsys.readouterr().err == (
+        "hapo: agent loop worker 0, reward worker 0 died (The actor is dead because it was killed by `ray.kill`). "
+        "Start it again.\n"
     )
     with pytest.raises(queue.Empty):
-        lines.get(timeout=3)
+        ends.get(timeout=3)
     watch.stop()
 
 
-def test_a_stopped_watch_takes_no_end_for_a_death(actors):
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_stopped_watch_takes_no_end_for_a_death_but_names_one_that_the_trainer_saw_first(actors, capsys, failed):
     actor = actors()
     ray.get(actor.process.remote())
-    lines: list[str] = []
-    watch = Watch(interval=0.1, advice=ADVICE, end=lines.append)
+    ends: list[str] = []
+    watch = Watch(interval=60, advice=ADVICE, end=lambda: ends.append("ended"))
     watch.over({"worker": actor})
     watch.start()
-    watch.stop()
     ray.kill(actor)
-    time.sleep(3)
-    assert lines == []
+    watch.stop(failed=failed)
+    time.sleep(1)
+    assert ends == []
+    assert ("hapo: worker died (" in capsys.readouterr().err) == failed

@@ -15,10 +15,11 @@ import pytest
 
 from hapo_verl.adapters.gatekeeper import STATE_FILE, Gatekeeper
 from hapo_verl.config import HapoConfig
-from tests.e2e.conftest import PROMPTS, ROLLOUTS, TrainingError
+from tests.e2e.conftest import PROMPTS, ROLLOUTS, TrainingError, name_of
 from tests.e2e.test_limits import SCRIPTED
 
-pytestmark = [pytest.mark.e2e, pytest.mark.long]
+# Four launches in one fixture.
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(3600)]
 STEPS, SAVED_EVERY, MINUTE = 16, 2, 60
 GATE = {"gate": {"name": "posterior", "threshold": 0.3}, "budget": {"share": 0.75}}
 SETTINGS = [
@@ -37,6 +38,8 @@ SETTINGS = [
 
 
 DRIVER = "the process that was started"
+# Of a Ray node: they look for their raylet for a little more than a minute.
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 class Death:
@@ -57,19 +60,13 @@ class Death:
                     process.kill()
                     if victim == DRIVER:
                         _, alive = psutil.wait_procs(family, timeout=MINUTE)
-                        self.left_behind = [name_of(process) for process in alive]
+                        self.left_behind = [name for name in map(name_of, alive) if name not in AGENTS]
+                        _, alive = psutil.wait_procs(alive, timeout=MINUTE)
+                        self.left_behind += map(name_of, alive)
         except TrainingError as error:
             self.error, self.seconds = error, time.monotonic() - at
         self.log = launch.log.read_text(errors="replace")
         self.steps = sorted({group["step"] for group in self.run.groups})
-
-
-def name_of(process):
-    """What it calls itself, the state behind `::Name.` left out; empty where it is gone."""
-    try:
-        return process.cmdline()[0].split(".")[0]
-    except (psutil.Error, IndexError):
-        return ""
 
 
 @pytest.fixture(scope="module")

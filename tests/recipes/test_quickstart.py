@@ -112,18 +112,6 @@ def test_a_trainer_that_fails_is_one_line_with_the_log(tmp_path):
     assert str(error.value) == f"the trainer ended with exit code 3; the log is {launch.log}"
 
 
-def test_a_second_run_on_the_same_machine_is_refused_while_the_first_goes_on(tmp_path):
-    first = a_launch(tmp_path, METRICS + "log(1)\ntime.sleep(60)\n").run()
-    assert next(first)[0] == "step"
-    with pytest.raises(TrainingError) as error:
-        list(a_launch(tmp_path, METRICS).run())
-    assert str(error.value) == (
-        "another run goes on on this machine, and verl's trainers share a socket there. Wait for its end."
-    )
-    first.close()
-    assert list(a_launch(tmp_path, METRICS + "log(2)\n").run())
-
-
 def test_the_time_limit_ends_the_trainer_and_everything_it_started(tmp_path):
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     body = METRICS + (

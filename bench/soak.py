@@ -1,0 +1,145 @@
+"""Does a long run stay as it is? Each process's memory over 1,000 steps of verl's trainer, and what is left behind.
+
+    python bench/soak.py                  some 20 minutes on two cores
+    python bench/soak.py --steps 4        a look whether it runs
+
+A tiny model, 4 prompts x 4 rollouts a step, the gate that remembers prompts, a checkpoint every 250 steps. Memory is
+that which is a process's own (USS): pages that it shares belong to nobody. A process is flat where the median of no
+tenth of the run, from a fifth of it on, is more than 5 % from that of the first of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from bisect import bisect
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "quickstart"))
+import digits
+import quickstart
+import tiny_model
+from harness import machine
+from launch import Launch, cpu_environment
+
+QUICKSTART = Path(quickstart.__file__).parent
+MIB = 2**20
+FLAT = 0.05
+SETTINGS = [
+    "data.train_batch_size=4",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+    "actor_rollout_ref.rollout.n=4",
+    "hapo.gate.name=posterior",
+    "trainer.val_before_train=false",
+    "trainer.test_freq=-1",
+    "trainer.max_actor_ckpt_to_keep=1",
+]
+
+
+def prepared(folder: Path, steps: int) -> Launch:
+    """The run, its model and its data in a folder."""
+    tiny_model.write(folder / "model", alphabet="0123456789", hidden=64, layers=2, seed=1)
+    digits.write(folder / "data", digits=3, train=512, heldout=16, seed=1)
+    overrides = quickstart.overrides(
+        "plus", folder, steps=steps, seed=1, response_length=4, reward=QUICKSTART / "digits.py"
+    )
+    saving = f"trainer.save_freq={max(steps // 4, 1)}"
+    return Launch(
+        overrides=[*overrides, *SETTINGS, saving], folder=folder, time_limit=4 * 3600, environment=cpu_environment()
+    )
+
+
+def windows(
+    samples: Sequence[tuple[float, dict[str, int]]], times: Sequence[float], steps: int
+) -> dict[str, list[float | None]]:
+    """Of each process the median MiB of its own in each tenth of the run, from a fifth of it on.
+
+    Args:
+        samples: seconds, and bytes by process.
+        times: seconds at which step 1, 2, ... had ended.
+        steps: of the run.
+    """
+    tenths: dict[str, list[list[int]]] = {}
+    for seconds, own in samples:
+        tenth = bisect(times, seconds) * 10 // steps
+        for name, held in own.items():
+            tenths.setdefault(name, [[] for _ in range(10)])
+            if tenth < 10:
+                tenths[name][tenth].append(held)
+    return {
+        name: [statistics.median(held) / MIB if held else None for held in of[2:]]
+        for name, of in tenths.items()
+        if any(of[2:])
+    }
+
+
+def drift(medians: Sequence[float | None]) -> float:
+    """The largest deviation from the first median, relative to it."""
+    held = [value for value in medians if value is not None]
+    return max(abs(value - held[0]) for value in held) / held[0]
+
+
+def listing() -> set[str]:
+    """Files of shared memory and of the temporary folder."""
+    return {str(path) for folder in ("/dev/shm", tempfile.gettempdir()) for path in Path(folder).glob("*")}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 0 when every process is flat and nothing is left behind."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args(argv)
+
+    before = listing()
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        launch, times = prepared(Path(folder), args.steps), []
+        for kind, record in launch.run():
+            if kind == "step":
+                times.append(launch.seconds)
+                if record["step"] % 50 == 0:
+                    print(f"step {record['step']}, {launch.seconds:.0f} s", flush=True)
+        mark = f"VERL_FILE_LOGGER_PATH={launch.metrics}"
+        processes = [process.pid for process in psutil.process_iter() if mark in environment(process)]
+    files = sorted(listing() - before)
+
+    medians = windows(launch.memory, times, args.steps)
+    rows = sorted(medians.items(), key=lambda item: -drift(item[1]))
+    lines = ["| process | MiB of its own, by tenth of the run | drift |", "|---|---|---|"]
+    for name, held in rows:
+        shown = " ".join("–" if value is None else f"{value:.0f}" for value in held)
+        lines.append(f"| {name.rpartition(' ')[0]} | {shown} | {drift(held):.1%} |")
+    table = "\n".join(lines)
+    left = f"left behind: {len(processes)} processes, {len(files)} files {' '.join(files)}".rstrip()
+    args.out.mkdir(parents=True, exist_ok=True)
+    result = {
+        "machine": machine(),
+        "command": f"python bench/soak.py --steps {args.steps}",
+        "steps": len(times),
+        "seconds": round(launch.seconds),
+        "medians_mib": medians,
+        "drift": {name: round(drift(held), 4) for name, held in rows},
+        "processes_left": processes,
+        "files_left": files,
+    }
+    (args.out / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{table}\n\n{len(times)} steps in {launch.seconds:.0f} s; {left}")
+    return int(any(drift(held) > FLAT for _, held in rows) or bool(processes or files) or len(times) < args.steps)
+
+
+def environment(process: psutil.Process) -> list[str]:
+    """Of a process, as `name=value`; empty where it may not be read."""
+    try:
+        return [f"{name}={value}" for name, value in process.environ().items()]
+    except psutil.Error:
+        return []
+
+
+if __name__ == "__main__":
+    sys.exit(main())
