@@ -1,10 +1,13 @@
 # make quickstart    HAPO through verl's real trainer on a laptop, with a picture
 # make test          every check and every test
-# make test-long     a trainer that is killed and resumed, the presets of REAL, LUFFY and SRFT; twenty minutes more
+# make test-long     deaths and resumption, two Ray nodes, training and rollout apart, tools; half an hour more
 PYTHON ?= python3.11
 PRESET ?= plus
 SEED ?= 1
 GSM8K ?= $(wildcard ../shared/data/gsm8k/train.jsonl)
+
+# Trainers at a time: each takes 7 GiB and, while it starts, one core.
+JOBS ?= $(shell awk '/MemAvailable/ {print ($$2 > 16000000) ? 2 : 1}' /proc/meminfo)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,10 +34,10 @@ unit: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not e2e" --durations=15
 
 e2e: env
-	$(BIN)/python -m pytest -q -m "e2e and not long" --durations=0
+	$(BIN)/python -m pytest -q -m "e2e and not long" -n $(JOBS) --dist loadfile --durations=0
 
 test-long: env
-	$(BIN)/python -m pytest -q -m long --durations=0
+	$(BIN)/python -m pytest -q -m long -n $(JOBS) --dist loadfile --durations=0
 
 env: $(VENV)/.complete
 

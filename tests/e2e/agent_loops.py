@@ -38,6 +38,7 @@ class ScriptedLoop(AgentLoopBase):
 
 
 def scripted_answer(answer: str, session: int) -> str:
-    """What `ScriptedLoop` says in a session: three digits, right in every third one."""
+    """What `ScriptedLoop` says in a session: three digits, right in every third one, never for a multiple of 4."""
     number = int(answer)
-    return answer if (number + session) % 3 == 0 else f"{(number * 7 + session * 13) % 1000:03d}"
+    wrong = f"{(number * 7 + session * 13 + 1) % 1000:03d}"
+    return answer if (number + session) % 3 == 0 and number % 4 else wrong

@@ -1,21 +1,14 @@
-"""The baselines' presets in verl's own trainer: what defines each, asserted on the rows that reached the loss."""
+"""REAL in verl's own trainer, with demonstrations and without: what defines it, on the rows that reached the loss."""
 
 from collections import Counter
 
 import pytest
-import torch
 
 from tests.e2e.conftest import PROMPTS, ROLLOUTS
-from tests.e2e.test_limits import SCRIPTED
+from tests.e2e.test_limits import HAPO, SCRIPTED
 
 pytestmark = pytest.mark.e2e
-TRACED = [
-    *SCRIPTED,
-    "trainer.save_freq=-1",
-    "trainer.v1.trainer_mode=hapo_sync",
-    "hapo.poll_interval=0.05",
-    "hapo.trace_dir={folder}/trace",
-]
+TRACED = [*SCRIPTED, "trainer.save_freq=-1", *HAPO]
 STEPS, EPOCHS, MINI_BATCHES = 2, 2, 2
 ROWS = PROMPTS * ROLLOUTS // MINI_BATCHES
 
@@ -38,7 +31,6 @@ def updates(run, rows_of_update):
     return [rows[start : start + rows_of_update] for start in range(0, len(rows), rows_of_update)]
 
 
-@pytest.mark.long
 def test_real_sees_whole_groups_in_every_optimizer_step(real_ssi):
     steps = updates(real_ssi, ROWS)
     assert len(steps) == STEPS * EPOCHS * MINI_BATCHES
@@ -47,7 +39,6 @@ def test_real_sees_whole_groups_in_every_optimizer_step(real_ssi):
         assert all(value == 0 for row in rows for value in row["advantages"])
 
 
-@pytest.mark.long
 def test_reals_first_weights_of_a_step_follow_from_the_counts_of_the_group(real_ssi):
     group_of = {group["uid"]: group for group in real_ssi.groups}
     per_step = EPOCHS * MINI_BATCHES
@@ -66,7 +57,6 @@ def test_reals_first_weights_of_a_step_follow_from_the_counts_of_the_group(real_
         assert all(row["hapo_likelihood_weight"] > 0 for row in demonstrations)
 
 
-@pytest.mark.long
 def test_later_weights_of_a_step_know_the_policy_that_has_moved(real_ssi):
     first, _, third, _ = updates(real_ssi, ROWS)[:4]
     weight = {(row["uid"], tuple(row["responses"])): row["hapo_likelihood_weight"] for row in first}
@@ -79,33 +69,15 @@ def test_later_weights_of_a_step_know_the_policy_that_has_moved(real_ssi):
     assert 0 < real_ssi.steps[0]["hapo/loss/real"] < 5
 
 
-@pytest.mark.long
-def test_luffys_preset_compares_all_rows_and_clips_nothing(trainer):
-    run = trainer("luffy", "+hapo=luffy", *TRACED, steps=STEPS)
+def test_without_demonstrations_a_group_of_failures_weighs_nothing(trainer):
+    run = trainer("real", "+hapo=real", *TRACED, steps=STEPS)
+    assert not any(row["hapo_demonstration"] for row in run.loss_rows)
+    scale = ROLLOUTS / 0.5
+    failed = 0
     for group in run.groups:
-        assert group["outcome"] == "injected"
-        rows = [row for row in run.loss_rows if row["uid"] == group["uid"]]
-        (demonstration,) = [row for row in rows if row["hapo_demonstration"]]
-        kept = [score for i, score in enumerate(group["scores"]) if i != group["replaced"]]
-        mean = (sum(kept) + 1) / ROLLOUTS
-        assert demonstration["advantages"][0] == pytest.approx(1 - mean, abs=1e-6)
-        expected = sorted([score - mean for score in kept] + [1 - mean])
-        assert sorted(row["advantages"][0] for row in rows) == pytest.approx(expected, abs=1e-6)
-    assert all(logged["actor/pg_clipfrac"] == 0 for logged in run.steps)
-
-
-@pytest.mark.long
-def test_srfts_preset_weighs_every_row_by_one_entropy(trainer):
-    run = trainer("srft", "+hapo=srft", *TRACED, steps=STEPS)
-    for rows in updates(run, len(run.loss_rows) // STEPS):
-        rows = [row for row in rows if any(row["response_mask"])]
-        demonstrations = [row for row in rows if row["hapo_demonstration"]]
-        assert len(demonstrations) == PROMPTS
-        (of_demonstrations,) = {round(row["hapo_likelihood_weight"], 6) for row in demonstrations}
-        own = {round(row["hapo_likelihood_weight"], 6) for row in rows if not row["hapo_demonstration"]}
-        failure, success = sorted(own)
-        assert failure == -1
-        entropy = torch.tensor(success / 0.1).log().item()
-        assert of_demonstrations == pytest.approx(0.5 * torch.tensor(-entropy).exp().item(), rel=1e-3)
-        assert all(row["advantages"][0] == 0 for row in rows if not row["hapo_demonstration"])
-        assert all(row["advantages"][0] >= 0 for row in demonstrations)
+        successes = sum(group["successes"])
+        failed += successes == 0
+        up, down = (scale / (1 + successes), -scale / (1 + ROLLOUTS - successes)) if successes else (0.0, 0.0)
+        weights = sorted(row["hapo_likelihood_weight"] for row in run.loss_rows if row["uid"] == group["uid"])
+        assert weights == pytest.approx([down] * (ROLLOUTS - successes) + [up] * successes, rel=1e-4)
+    assert failed

@@ -1,4 +1,4 @@
-"""Demonstrations as rows of their own, in the asynchronous trainer, and a gate that remembers across a kill."""
+"""DAPO's preset: with demonstrations as rows of their own, in the asynchronous trainer, and without, in the synchronous one."""
 
 from collections import Counter, defaultdict
 
@@ -8,6 +8,7 @@ import torch
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
 from tests.e2e.conftest import PROMPTS, ROLLOUTS
+from tests.e2e.test_limits import HAPO, SCRIPTED
 
 pytestmark = pytest.mark.e2e
 TRACED = ["hapo.poll_interval=0.05", "hapo.trace_dir={folder}/trace", "hapo.injection.mode=append"]
@@ -75,3 +76,13 @@ def test_appended_rows_make_the_two_mini_batches_larger_and_no_third_one(asynchr
     assert len(asynchronous.loss_rows) == STEPS * 80
     trained = Counter(row["uid"] for row in asynchronous.loss_rows if any(row["response_mask"]))
     assert set(trained.values()) == {ROLLOUTS + 1}
+
+
+def test_without_demonstrations_every_trained_group_has_a_signal_and_others_were_sampled_anew(trainer):
+    run = trainer("dapo", "+hapo=dapo", *SCRIPTED, "trainer.save_freq=-1", *HAPO, steps=2)
+    assert len(run.groups) == 2 * PROMPTS
+    for group in run.groups:
+        assert group["outcome"] == "not_fired"
+        assert 0 < sum(group["successes"]) < ROLLOUTS
+    assert sum(logged["training/filter_groups/evicted_samples"] for logged in run.steps) > 0
+    assert not any(row["hapo_demonstration"] for row in run.loss_rows)
