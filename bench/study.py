@@ -43,9 +43,9 @@ TASKS = {
 GATES = ("paper", "zero", "annealed", "adaptive", "posterior", "always")
 # Held-out success of the policy before the run: about none, one in a hundred, one in five.
 METHOD_TASKS = {
-    "never": Settings(digits=3, hidden=64, steps=120),
-    "rarely": Settings(digits=3, hidden=64, steps=120, warm=0.01),
-    "sometimes": Settings(digits=3, hidden=64, steps=120, warm=0.2),
+    "never": Settings(digits=3, hidden=64, steps=200),
+    "rarely": Settings(digits=3, hidden=64, steps=200, warm=0.01),
+    "sometimes": Settings(digits=3, hidden=64, steps=200, warm=0.2),
 }
 RATES = (5e-4, 1e-3, 2e-3)
 # The presets of `hapo_verl/presets/hapo`, as far as one update a step tells them apart: there no ratio is clipped.
