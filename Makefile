@@ -18,7 +18,8 @@ TORCH := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend
 .PHONY: quickstart quickstart-gsm8k test test-long lint unit e2e env clean
 
 quickstart: env
-	$(BIN)/python recipes/quickstart/quickstart.py --preset $(PRESET) --seed $(SEED) $(if $(STEPS),--steps $(STEPS))
+	$(BIN)/python recipes/quickstart/quickstart.py --preset $(PRESET) --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) \
+		$(if $(LR),--lr $(LR))
 
 quickstart-gsm8k: env
 	$(BIN)/python recipes/quickstart/quickstart.py --task gsm8k --preset $(PRESET) --seed $(SEED) $(if $(GSM8K),--gsm8k $(GSM8K))

@@ -3,9 +3,10 @@
     python bench/study.py gates                             gates and modes, one line a run; goes on where it stopped
     python bench/study.py methods                           GRPO, DAPO, LUFFY, SRFT, REAL, HAPO; three seeds
     python bench/study.py gates --task digits4 --seeds 2    a part of it
+    python bench/study.py trainer                           the methods that decide in verl's trainer, 10 minutes a run
     python bench/study.py gates --report                    tables, picture and page of the runs that there are
 
-Every run is the plain loop (`recipes/plain_loop/plain_loop.py`): the functions of `hapo_verl.algo`, without verl. Cells
+Every other run is the plain loop (`recipes/plain_loop/plain_loop.py`): the functions of `hapo_verl.algo`, without verl. Cells
 of one task differ in what is compared only: same model, questions and steps at each seed. The gates share a learning
 rate; each method runs at every rate of `RATES` and is shown, task by task, at its best.
 """
@@ -18,8 +19,11 @@ import html
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -33,6 +37,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "plain_loop"))
 from plain_loop import Settings, train
 
 from harness import machine
+
+RESULTS = Path(__file__).parent / "results"
+QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart" / "quickstart.py"
+# Presets that run in verl's trainer as well, on the quickstart's task and learning rate (the best of each in the plain
+# loop), those that learn a task without a first success and two that are known; shown up to the step that all reach.
+TRAINER = ("plus", "real_ssi", "luffy", "paper", "grpo")
+SHOWN = 120
 
 TASKS = {
     "digits3": Settings(digits=3, hidden=64, steps=120),
@@ -166,14 +177,21 @@ COLUMNS = {
         "generated tokens": lambda r: sum(value for _, value in r["history"]["generated_tokens"]),
         "CPU seconds": lambda r: r["seconds"],
     },
+    "trainer": CURVE
+    | {
+        "learning rate": lambda r: r["settings"]["lr"],
+        "seconds of the whole run": lambda r: r["seconds"],
+        "peak GiB": lambda r: r["peak_memory_gib"],
+    },
 }
 
 
 class Section(NamedTuple):
-    """A task's table: runs by cell."""
+    """A task's table: runs by cell, and the columns that they have."""
 
     title: str
     cells: dict[str, list[dict[str, Any]]]
+    columns: dict[str, Any]
 
 
 def load(path: Path) -> list[dict[str, Any]]:
@@ -188,7 +206,10 @@ def gate_sections(records: Iterable[dict[str, Any]]) -> list[Section]:
     for record in records:
         found[record["task"], record["settings"]["scale_by_std"]][record["cell"]].append(record)
     keys = sorted(found, key=lambda key: (key[0], not key[1]))
-    return [Section(f"{task}, {'std' if scaled else 'no std'}", dict(found[task, scaled])) for task, scaled in keys]
+    return [
+        Section(f"{task}, {'std' if scaled else 'no std'}", dict(found[task, scaled]), COLUMNS["gates"])
+        for task, scaled in keys
+    ]
 
 
 def method_sections(records: Iterable[dict[str, Any]]) -> list[Section]:
@@ -206,10 +227,48 @@ def method_sections(records: Iterable[dict[str, Any]]) -> list[Section]:
                 method: max(rates.values(), key=lambda runs: statistics.fmean(map(_area, runs)))
                 for method, rates in found[task].items()
             },
+            COLUMNS["methods"],
         )
         for task in METHOD_TASKS
         if task in found
     ]
+
+
+def trainer_file(preset: str, seed: int) -> Path:
+    """Where the result of a run of verl's trainer lies; `make quickstart` writes the same."""
+    return RESULTS / "quickstart" / f"{preset}-seed{seed}.json"
+
+
+def trainer_sections() -> list[Section]:
+    """The runs of verl's trainer, as far as all presets have gone."""
+    cells: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for preset in TRAINER:
+        for path in sorted((RESULTS / "quickstart").glob(f"{preset}-seed*.json")):
+            result = json.loads(path.read_text())
+            curves = {name: [point for point in of if point[0] <= SHOWN] for name, of in result["curves"].items()}
+            shares = curves.get("teacher share of rows") or [(0, 0.0)]
+            cells[preset].append(
+                result
+                | {
+                    "settings": {"steps": SHOWN, "lr": result.get("lr", 0.002)},
+                    "history": {"heldout_success": curves["held-out success"], "teacher_share": shares},
+                    "machine": {"commit": result["commit"], "device": result["machine"]},
+                }
+            )
+    return [Section("verl's trainer, four digits, never", dict(cells), COLUMNS["trainer"])] if cells else []
+
+
+def train_in_verl(seeds: int) -> None:
+    """Run what is missing, one trainer at a time."""
+    jobs = [(preset, seed) for seed in range(1, seeds + 1) for preset in TRAINER]
+    missing = [job for job in jobs if not trainer_file(*job).exists()]
+    print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are done", flush=True)
+    for preset, seed in missing:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, QUICKSTART, "--preset", preset, "--seed", str(seed), "--output", folder]
+            subprocess.run(command, check=True)
+            (result,) = Path(folder).glob("*/result.json")
+            shutil.copy(result, trainer_file(preset, seed))
 
 
 def summary(values: Sequence[float]) -> str:
@@ -223,11 +282,11 @@ def summary(values: Sequence[float]) -> str:
     return text if len(there) == len(values) else f"{text} ({len(there)} of {len(values)})"
 
 
-def table(section: Section, columns: dict[str, Any]) -> list[list[str]]:
+def table(section: Section) -> list[list[str]]:
     """Header and rows, cells in the order of the area under their held-out curve."""
     order = sorted(section.cells, key=lambda cell: -statistics.fmean(map(_area, section.cells[cell])))
-    return [["", *columns]] + [
-        [cell, *(summary([measure(run) for run in section.cells[cell]]) for measure in columns.values())]
+    return [["", *section.columns]] + [
+        [cell, *(summary([measure(run) for run in section.cells[cell]]) for measure in section.columns.values())]
         for cell in order
     ]
 
@@ -253,6 +312,7 @@ def panels(study: str, sections: Sequence[Section]) -> list[list[Section]]:
                     for cell, runs in section.cells.items()
                     if cell.endswith(f"/{mode}") or cell == "never/replace"
                 },
+                section.columns,
             )
             for section in scaled
         ]
@@ -297,13 +357,15 @@ def draw(rows: Sequence[Sequence[Section]], labels: Sequence[str], path: Path) -
 def report(study: str, out: Path) -> None:
     """`<study>.md`, `.png` and `.html` from the curves in `<study>.jsonl`."""
     records = load(out / f"{study}.jsonl")
-    sections = (gate_sections if study == "gates" else method_sections)(records)
+    sections = gate_sections(records) if study == "gates" else [*method_sections(records), *trainer_sections()]
     commits = sorted({record["machine"]["commit"] for record in records})
     head = (
         f"{len(records)} runs of the plain loop, commit {', '.join(commits)}, {records[0]['machine']['device']}; "
         f"mean ± deviation over seeds. `python bench/study.py {study}` makes them again."
     )
-    tables = [(heading(section), table(section, COLUMNS[study])) for section in sections]
+    if study == "methods":
+        head += " The runs of verl's trainer are those of `bench/results/quickstart`, each with its commit and command."
+    tables = [(heading(section), table(section)) for section in sections]
     draw(panels(study, sections), (*GATES, "never") if study == "gates" else tuple(METHODS), out / f"{study}.png")
     markdown = [head]
     for title, (header, *rows) in tables:
@@ -329,8 +391,8 @@ def page(study: str, head: str, tables: Sequence[tuple[str, list[list[str]]]], p
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=("gates", "methods"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "study")
+    parser.add_argument("study", choices=("gates", "methods", "trainer"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "study")
     parser.add_argument("--task", nargs="+", help="some of the study's tasks")
     parser.add_argument("--seeds", type=int, help="5 for gates, 3 for methods")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="one thread each")
@@ -338,6 +400,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="two short runs, no claim")
     args = parser.parse_args(argv)
 
+    if args.study == "trainer":
+        train_in_verl(args.seeds or 3)
+        return 0
     known, of, seeds = (TASKS, gate_runs, 5) if args.study == "gates" else (METHOD_TASKS, method_runs, 3)
     unknown = set(args.task or ()) - set(known)
     if unknown:

@@ -40,9 +40,11 @@ PRESETS = {
         "trainer.v1.sampler.custom_sampler.name=EagerReplayBuffer",
     ],
 }
+# The baselines; grpo above is verl's own.
+PRESETS |= {name: [f"+hapo={name}", *HAPO] for name in ("dapo", "luffy", "srft", "real", "real_ssi")}
 
-# Enough for each to learn the digits, with room; grpo gets as many as paper.
-STEPS = {"plus": 120, "paper": 180, "grpo": 180}
+# Enough for each to learn the digits, with room; grpo gets as many as paper, the other baselines as many as plus.
+STEPS = dict.fromkeys(PRESETS, 120) | {"paper": 180, "grpo": 180}
 
 # Curves: label and the metric's name in verl's logger; {} is the data source. verl's own `critic/score` is the
 # on-policy success only where nothing is injected.
@@ -56,7 +58,14 @@ ON_POLICY_WITHOUT_HAPO = "critic/score/mean"
 
 
 def overrides(
-    preset: str, folder: Path, *, steps: int, seed: int, response_length: int, reward: Path | None
+    preset: str,
+    folder: Path,
+    *,
+    steps: int,
+    seed: int,
+    response_length: int,
+    reward: Path | None,
+    lr: float | None = None,
 ) -> list[str]:
     """The command line of one run: the shared configuration, the task's paths, the preset."""
     shared = [f"{key}={value}" for key, value in yaml.safe_load((HERE / "config.yaml").read_text()).items()]
@@ -73,6 +82,8 @@ def overrides(
         f"trainer.experiment_name={preset}",
         f"trainer.default_local_dir={folder / 'checkpoints'}",
     ]
+    if lr is not None:
+        task.append(f"actor_rollout_ref.actor.optim.lr={lr:g}")
     if reward is not None:
         task += [f"reward.custom_reward_function.path={reward}", "reward.custom_reward_function.name=compute_score"]
     return ["+hapo_platform=cpu", *shared, *task, *PRESETS[preset]]
@@ -201,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gsm8k", type=Path, help="GSM8K as JSON lines with question and answer")
     parser.add_argument("--steps", type=int, help="default: 3 (gsm8k), else 120 (plus) or 180 (paper, grpo)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--lr", type=float, help="learning rate; default: that of config.yaml")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--time-limit", type=float, default=1800, help="seconds for the trainer")
     args = parser.parse_args(argv)
@@ -228,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     launch = Launch(
         overrides=overrides(
-            args.preset, folder, steps=steps, seed=args.seed, response_length=response_length, reward=reward
+            args.preset, folder, steps=steps, seed=args.seed, response_length=response_length, reward=reward, lr=args.lr
         )
         + extra,
         folder=folder,
@@ -252,7 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "preset": args.preset,
         "seed": args.seed,
         "steps": steps,
-        "command": f"make {target} PRESET={args.preset} SEED={args.seed} STEPS={steps}",
+        "lr": args.lr or yaml.safe_load((HERE / "config.yaml").read_text())["actor_rollout_ref.actor.optim.lr"],
+        "command": f"make {target} PRESET={args.preset} SEED={args.seed} STEPS={steps}"
+        + (f" LR={args.lr:g}" if args.lr else ""),
     }
     report(launch, points, title, settings)
     return 0
