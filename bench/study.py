@@ -3,10 +3,10 @@
     python bench/study.py gates                             gates and modes, one line a run; goes on where it stopped
     python bench/study.py methods                           GRPO, DAPO, LUFFY, SRFT, REAL, HAPO; three seeds
     python bench/study.py gates --task digits4 --seeds 2    a part of it
-    python bench/study.py trainer                           the methods that decide in verl's trainer, 10 minutes a run
+    python bench/study.py trainer                           those that decide in verl's trainer, 10 minutes a run
     python bench/study.py gates --report                    tables, picture and page of the runs that there are
 
-Every other run is the plain loop (`recipes/plain_loop/plain_loop.py`): the functions of `hapo_verl.algo`, without verl. Cells
+Every other run is the plain loop (`recipes/plain_loop/plain_loop.py`): `hapo_verl.algo` without verl. Cells
 of one task differ in what is compared only: same model, questions and steps at each seed. The gates share a learning
 rate; each method runs at every rate of `RATES` and is shown, task by task, at its best.
 """

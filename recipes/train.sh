@@ -46,5 +46,6 @@ if [[ -n ${DRY:-} ]]; then
     printf '%q ' "${command[@]}"
     echo
 else
+    if [[ -n ${RAY_ADDRESS:-} ]]; then . "$here/ray_token.sh"; fi
     exec "${command[@]}"
 fi

@@ -9,6 +9,7 @@
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 port="${RAY_PORT:-6379}"
+. "$here/../ray_token.sh"
 
 run() {
     if [[ -n ${DRY:-} ]]; then

@@ -32,6 +32,8 @@ else
     address="$(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname --ip-address | awk '{print $1}')"
 fi
 
+. "$root/recipes/ray_token.sh"
+
 # One Ray process a node, in the foreground of its srun: when the job ends, so do they.
 on() {
     local node="$1"

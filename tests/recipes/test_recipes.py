@@ -118,6 +118,23 @@ def test_a_ray_cluster_is_started_by_hand_and_waited_for():
     assert waits == ["python3", str(RECIPES / "ray_cluster" / "wait_for_nodes.py"), "3"]
 
 
+@pytest.mark.parametrize(
+    ("token", "given", "expected"),
+    [(True, {}, "token"), (False, {}, "none"), (True, {"RAY_AUTH_MODE": "disabled"}, "disabled")],
+)
+def test_a_driver_is_told_of_the_clusters_token(tmp_path, token, given, expected):
+    if token:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("secret")
+    python = tmp_path / "python"
+    python.write_text("#!/usr/bin/env bash\necho ${RAY_AUTH_MODE:-none}\n")
+    python.chmod(0o755)
+    environment = {"DRY": "", "NODES": "2", "HOME": str(tmp_path), "PYTHON": str(python)} | given
+    run = shell(RECIPES / "ray_cluster" / "launch.sh", "train", **environment)
+    # Both programs that join the cluster: the one that waits for nodes, and the trainer.
+    assert run.stdout.split() == [expected, expected], run.stderr
+
+
 def test_a_slurm_job_starts_ray_on_each_node_before_it_trains():
     head, one, worker, both, _ = dry(RECIPES / "slurm" / "launch.sh")
     assert head[-4:] == ["--nodelist=node0", str(RECIPES / "ray_cluster" / "launch.sh"), "head", "--block"]
