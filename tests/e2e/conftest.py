@@ -17,7 +17,9 @@ QUICKSTART = ROOT / "recipes" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
 import digits  # noqa: E402
 import tiny_model  # noqa: E402
-from launch import Launch, TrainingError, cpu_environment  # noqa: E402
+from launch import Launch, TrainingError, cpu_environment, name_of  # noqa: E402
+
+__all__ = ["DIGITS", "PROMPTS", "QUICKSTART", "ROLLOUTS", "ROOT", "UNUSABLE", "Run", "TrainingError", "name_of"]
 
 DIGITS, PROMPTS, ROLLOUTS = 3, 8, 8
 
