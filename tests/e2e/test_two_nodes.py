@@ -3,8 +3,10 @@ server and one agent loop worker on each. Then one of the nodes dies.
 """
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 
@@ -78,7 +80,9 @@ class TwoNodes:
         launch, self.run = prepare("two_nodes", *overrides, steps=1000, environment=environment)
         on_nodes = launch.environment | {"VERL_FILE_LOGGER_PATH": str(launch.metrics)}
         del on_nodes["RAY_ADDRESS"]
-        first = Node(folders[0], ADDRESSES[0], on_nodes, "--head", f"--port={port}", f"--temp-dir={folders[0]}/ray")
+        # Not below the test's folder: the name of a socket has at most 107 characters.
+        scratch = tempfile.mkdtemp(prefix="hapo-")
+        first = Node(folders[0], ADDRESSES[0], on_nodes, "--head", f"--port={port}", f"--temp-dir={scratch}")
         self.nodes = [first]
         self.error, self.found = None, {}
         try:
@@ -97,6 +101,7 @@ class TwoNodes:
         finally:
             for node in self.nodes:
                 node.kill()
+            shutil.rmtree(scratch, ignore_errors=True)
         self.log = launch.log.read_text(errors="replace")
 
 
