@@ -82,11 +82,19 @@ class TwoNodes:
         del on_nodes["RAY_ADDRESS"]
         # Not below the test's folder: the name of a socket has at most 107 characters.
         scratch = tempfile.mkdtemp(prefix="hapo-")
-        first = Node(folders[0], ADDRESSES[0], on_nodes, "--head", f"--port={port}", f"--temp-dir={scratch}")
+        first = Node(
+            folders[0],
+            ADDRESSES[0],
+            on_nodes,
+            "--head",
+            f"--port={port}",
+            f"--temp-dir={scratch}",
+            "--include-dashboard=false",
+        )
         self.nodes = [first]
         self.error, self.found = None, {}
         try:
-            wait_for(lambda: "RAY_ADDRESS" in (folders[0] / "ray.log").read_text())
+            wait_for(lambda: "Ray runtime started" in (folders[0] / "ray.log").read_text())
             self.nodes.append(Node(folders[1], ADDRESSES[1], on_nodes, f"--address={ADDRESSES[0]}:{port}"))
             wait_for(lambda: "Ray runtime started" in (folders[1] / "ray.log").read_text())
             at = 0.0
