@@ -273,13 +273,9 @@ def check_demonstrations(dataset: Any, tokenizer: Any, config: DictConfig, hapo:
             f"hapo.demonstration_key={key}: data.train_files has no such column (it has {', '.join(sorted(columns))}). "
             "Add one with a worked solution a row, or name yours."
         )
-    chat = ChatFormat.of(
-        tokenizer,
-        generation_config=None,
-        template_kwargs=dict(OmegaConf.select(config, "data.apply_chat_template_kwargs") or {}),
-    )
+    chat = ChatFormat.of_launch(config, tokenizer)
     stride = max(1, len(rows) // sample)
-    outcomes = Counter(_usable(rows[i][key], chat, limit) for i in range(0, len(rows), stride))
+    outcomes = Counter(_usable(rows[i], key, chat, limit) for i in range(0, len(rows), stride))
     looked_at, usable = outcomes.total(), outcomes.pop("usable", 0)
     reasons = ", ".join(f"{count} {reason}" for reason, count in outcomes.most_common())
     if not usable:
@@ -291,6 +287,6 @@ def check_demonstrations(dataset: Any, tokenizer: Any, config: DictConfig, hapo:
         logger.warning("hapo: of %d demonstrations looked at %d can be injected; %s", looked_at, usable, reasons)
 
 
-def _usable(value: Any, chat: ChatFormat, limit: int) -> str:
-    tokens = chat.demonstration(value, max_tokens=limit)
-    return tokens.reason if isinstance(tokens, Refusal) else "usable"
+def _usable(row: Mapping[str, Any], key: str, chat: ChatFormat, limit: int) -> str:
+    response = chat.demonstration(row[key], row, max_tokens=limit)
+    return response.reason if isinstance(response, Refusal) else "usable"
