@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
@@ -69,7 +71,8 @@ def model(tmp_path_factory) -> Path:
 def trainer(tmp_path_factory, model):
     """Runs the trainer: `trainer("name", *overrides, unusable=...)`.
 
-    With `killed_at` the run ends in the middle, at the end of that step; `rows` are those of the training data.
+    With `killed_at` the run ends in the middle, at the end of that step; `rows` are those of the training data;
+    `demonstration` makes a row's own out of its answer and index.
     """
 
     def run(
@@ -79,6 +82,7 @@ def trainer(tmp_path_factory, model):
         unusable: bool = False,
         rows: int = PROMPTS * 16,
         killed_at: int | None = None,
+        demonstration: Callable[[str, int], Any] | None = None,
     ) -> Run:
         folder = tmp_path_factory.mktemp(name)
         digits.write(folder / "data", digits=DIGITS, train=rows, heldout=16, seed=0)
@@ -89,6 +93,10 @@ def trainer(tmp_path_factory, model):
                 UNUSABLE[index % 8][0] if index % 8 in UNUSABLE else text
                 for index, text in zip(indices, train["demonstration"], strict=True)
             ]
+            train.to_parquet(folder / "data" / "train.parquet")
+        if demonstration is not None:
+            indices = [info["index"] for info in train["extra_info"]]
+            train["demonstration"] = list(map(demonstration, train["demonstration"], indices))
             train.to_parquet(folder / "data" / "train.parquet")
         settings = yaml.safe_load((QUICKSTART / "config.yaml").read_text()) | {
             "data.train_files": folder / "data" / "train.parquet",
