@@ -20,6 +20,7 @@ from jinja2.exceptions import TemplateError
 from omegaconf import DictConfig, OmegaConf
 
 from hapo_verl.algo.demonstration import Call, Refusal, Response, Turn
+from hapo_verl.config import ConfigError
 
 _ROLLOUT = "actor_rollout_ref.rollout"
 _QUESTION = {"role": "user", "content": "?"}
@@ -48,9 +49,13 @@ class ToolLoop:
             tokenizer: the run's.
             load_tools: the tools of an agent loop worker.
             load_model: the model's `model_type`, and its processor or None, by which verl chooses its builder.
+
+        Raises:
+            ConfigError: where `multi_turn` has keys that verl does not know.
         """
         self._config, self.tokenizer = config, tokenizer
         self._load_tools, self._load_model = load_tools, load_model
+        self.limits = _limits(_select(config, "multi_turn") or {})
 
     @classmethod
     def of_launch(cls, config: DictConfig, tokenizer: Any) -> ToolLoop:
@@ -82,10 +87,8 @@ class ToolLoop:
         name = row.get("agent_name") or _select(self._config, "agent.default_agent_loop")
         if not self._is_tool_loop(name):
             return None
-        selection, tools = (row.get("extra_info") or {}).get("tool_selection"), self.tools
-        if selection is not None and len(selection):
-            tools = {name: tools[name] for name in selection if name in tools}
-        return Conversation(self, tools)
+        selection = (row.get("extra_info") or {}).get("tool_selection")
+        return Conversation(self, [] if selection is None else list(selection))
 
     def _is_tool_loop(self, name: str | None) -> bool:
         from hydra.utils import get_class
@@ -108,13 +111,6 @@ class ToolLoop:
     @cached_property
     def tools(self) -> dict[str, Any]:
         return {tool.name: tool for tool in self._load_tools()}
-
-    @cached_property
-    def limits(self) -> Any:
-        """`actor_rollout_ref.rollout.multi_turn`, with verl's defaults."""
-        from verl.workers.config import MultiTurnConfig
-
-        return OmegaConf.merge(OmegaConf.structured(MultiTurnConfig), _select(self._config, "multi_turn") or {})
 
     @cached_property
     def parser(self) -> Any:
@@ -162,11 +158,20 @@ class ToolLoop:
 class Conversation:
     """One demonstration's way through the tool loop: the messages so far, and what the loop would do next."""
 
-    def __init__(self, loop: ToolLoop, tools: Mapping[str, Any]) -> None:
-        self._loop, self._tools = loop, tools
-        self._schemas = [tool.tool_schema.model_dump(exclude_unset=True, exclude_none=True) for tool in tools.values()]
+    def __init__(self, loop: ToolLoop, selection: Sequence[str]) -> None:
+        """With the tools that the row selects; with all where it selects none."""
+        self._loop, self._selection = loop, selection
         # verl has the row's prompt here; what it writes behind an answer does not depend on it.
         self._messages: list[dict[str, Any]] = [_QUESTION]
+
+    @cached_property
+    def _tools(self) -> dict[str, Any]:
+        tools = self._loop.tools
+        return {name: tools[name] for name in self._selection if name in tools} if self._selection else tools
+
+    @cached_property
+    def _schemas(self) -> list[dict[str, Any]]:
+        return [tool.tool_schema.model_dump(exclude_unset=True, exclude_none=True) for tool in self._tools.values()]
 
     def admits(self, turns: Sequence[Turn]) -> bool:
         """The loop goes on to the last of these turns, and makes every call."""
@@ -207,7 +212,8 @@ class Conversation:
         Malformed where the run's parser does not read one call an answer in the turn, or where a call is none that this
         run's tools would take: verl itself would then answer in their place.
         """
-        schemas = [tool.tool_schema for tool in self._tools.values()]
+        # Tools may be dear to make, and a turn without answers needs none.
+        schemas = [tool.tool_schema for tool in self._tools.values()] if turn.answers else []
         content, calls = _result_of(self._loop.parser.extract_tool_calls(list(tokens), schemas))
         if turn.calls and [call.name for call in calls] != [call.name for call in turn.calls]:
             return Refusal("malformed")
@@ -227,6 +233,18 @@ class Conversation:
         merged = loop.builder.merge_context_tokens(before, self._messages, response.tokens, tools=self._schemas)
         mask, _ = loop.builder.align_response_metadata(merged, response.mask)
         return Response(merged.token_ids, mask, response.turns, response.answers + len(answers))
+
+
+def _limits(given: Any) -> Any:
+    """`actor_rollout_ref.rollout.multi_turn` with verl's defaults."""
+    from verl.workers.config import MultiTurnConfig
+
+    known = OmegaConf.structured(MultiTurnConfig)
+    for key in given:
+        if key not in known:
+            names = ", ".join(sorted(name for name in known if not name.startswith("_")))
+            raise ConfigError(f"{_ROLLOUT}.multi_turn.{key}: no such key. Use one of {names}.")
+    return OmegaConf.merge(known, given)
 
 
 def _assistant(text: str, calls: Sequence[Call]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def judge_of(
         multi_turn: `key=value` of `actor_rollout_ref.rollout.multi_turn` in a run of verl's tool loop; None in another.
 
     Raises:
-        ConfigError: where the reward function cannot be loaded.
+        ConfigError: where the reward function cannot be loaded, or `multi_turn` has no such key.
     """
     from omegaconf import OmegaConf
     from transformers import AutoTokenizer, GenerationConfig
