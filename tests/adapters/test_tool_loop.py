@@ -7,6 +7,7 @@ token, and with tools that answer what the demonstration's tools answer.
 import asyncio
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from hapo_verl.adapters.tool_loop import ToolLoop
 from hapo_verl.algo.demonstration import Refusal
 from tests.adapters.tool_chat import DEAF, GLM, HERMES, QWEN, make_tokenizer
 
+REVERSE = Path(__file__).parents[1] / "e2e" / "reverse_tool.py"
 TOOL_AGENT = "actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent"
 MULTI_TURN = "actor_rollout_ref.rollout.multi_turn"
 PROMPT = [{"role": "system", "content": "Reverse."}, {"role": "user", "content": "12"}]
@@ -370,13 +372,6 @@ def test_a_list_with_one_message_is_the_string_bit_for_bit(a_run):
 def test_a_launch_loads_its_own_tools_loops_and_model(a_run, tmp_path):
     """The driver, the doctor and the data tools have no agent loop worker to ask."""
     run = a_run()
-    (tmp_path / "tools.py").write_text(
-        "from verl.tools.function_tool import function_tool\n\n\n"
-        "@function_tool\n"
-        "def reverse(digits: str) -> str:\n"
-        '    """Reverses.\n\n    Args:\n        digits: what to reverse\n    """\n'
-        "    return digits[::-1]\n"
-    )
     (tmp_path / "loops.yaml").write_text(
         "- name: own\n  _target_: verl.experimental.agent_loop.tool_agent_loop.ToolAgentLoop\n"
     )
@@ -387,7 +382,7 @@ def test_a_launch_loads_its_own_tools_loops_and_model(a_run, tmp_path):
         run.config,
         OmegaConf.from_dotlist(
             [
-                f"{MULTI_TURN}.function_tool_path={tmp_path}/tools.py",
+                f"{MULTI_TURN}.function_tool_path={REVERSE}",
                 f"actor_rollout_ref.model.path={tmp_path}",
                 f"actor_rollout_ref.rollout.agent.agent_loop_config_path={tmp_path}/loops.yaml",
                 "actor_rollout_ref.rollout.agent.default_agent_loop=own",
