@@ -1,6 +1,7 @@
 # make quickstart    HAPO through verl's real trainer on a laptop, with a picture
 # make test          every check and every test
-# make test-long     a trainer that is killed and resumed, the presets of REAL, LUFFY and SRFT; twenty minutes more
+# make test-long     a trainer that is killed and resumed, demonstrations that call tools, the presets of REAL, LUFFY and
+#                    SRFT; twenty minutes more
 PYTHON ?= python3.11
 PRESET ?= plus
 SEED ?= 1

@@ -259,6 +259,12 @@ def test_a_template_that_cannot_render_calls_takes_them_as_text(a_run):
     assert_equal(run.ours(spelt), run.verls([hermes("12") + END, f"21{END}"], ["21"]))
 
 
+def test_a_template_that_closes_turns_with_plain_text_leaves_it_out_of_the_policys(a_run):
+    run = a_run(template=QWEN.replace(END, "~"), model_type="unheard_of")
+    demonstration = [say("", call("12")), answer("21"), say("21")]
+    assert_equal(run.ours(demonstration), run.verls([hermes("12") + END, f"21{END}"], ["21"]))
+
+
 def test_a_template_that_raises_at_a_call_makes_it_malformed(a_run):
     run = a_run(template=QWEN.replace("| tojson }}\n{{- '}", "+ 1 }}\n{{- '}"))
     assert run.ours([say("", call("12")), answer("21"), say("21")]) == Refusal("malformed")
