@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 import hapo_verl
 from hapo_verl.adapters.contract import check_contract
 from hapo_verl.adapters.tokens import ChatFormat
-from hapo_verl.algo.demonstration import Refusal
+from hapo_verl.algo.demonstration import Refusal, demonstration_turns
 from hapo_verl.config import ConfigError, HapoConfig
 
 logger = logging.getLogger("verl." + __name__)
@@ -273,24 +273,33 @@ def check_demonstrations(dataset: Any, tokenizer: Any, config: DictConfig, hapo:
             f"hapo.demonstration_key={key}: data.train_files has no such column (it has {', '.join(sorted(columns))}). "
             "Add one with a worked solution a row, or name yours."
         )
-    chat = ChatFormat.of(
-        tokenizer,
-        generation_config=None,
-        template_kwargs=dict(OmegaConf.select(config, "data.apply_chat_template_kwargs") or {}),
-    )
+    chat = ChatFormat.of_launch(config, tokenizer)
     stride = max(1, len(rows) // sample)
-    outcomes = Counter(_usable(rows[i][key], chat, limit) for i in range(0, len(rows), stride))
+    outcomes = Counter(_usable(rows[i], key, chat, limit) for i in range(0, len(rows), stride))
+    several = any(_has_several_turns(rows[i][key]) for i in range(0, len(rows), stride))
     looked_at, usable = outcomes.total(), outcomes.pop("usable", 0)
     reasons = ", ".join(f"{count} {reason}" for reason, count in outcomes.most_common())
     if not usable:
         raise ConfigError(
             f"hapo.demonstration_key={key}: none of {looked_at} demonstrations looked at can be injected ({reasons}). "
             f"Fill the column; they must fit data.max_response_length={limit} with their end of sequence."
+            f"{_SEVERAL_TURNS if several else ''}"
         )
     if reasons:
         logger.warning("hapo: of %d demonstrations looked at %d can be injected; %s", looked_at, usable, reasons)
 
 
-def _usable(value: Any, chat: ChatFormat, limit: int) -> str:
-    tokens = chat.demonstration(value, max_tokens=limit)
-    return tokens.reason if isinstance(tokens, Refusal) else "usable"
+_SEVERAL_TURNS = (
+    " Those in which tools answer need actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent, and in "
+    "actor_rollout_ref.rollout.multi_turn these tools, format=... of the calls and room for the turns."
+)
+
+
+def _has_several_turns(value: Any) -> bool:
+    turns = demonstration_turns(value)
+    return not isinstance(turns, Refusal) and len(turns) > 1
+
+
+def _usable(row: Mapping[str, Any], key: str, chat: ChatFormat, limit: int) -> str:
+    response = chat.demonstration(row[key], row, max_tokens=limit)
+    return response.reason if isinstance(response, Refusal) else "usable"

@@ -41,6 +41,7 @@ _TRAINER = "verl.trainer.ppo.v1.trainer_base.PPOTrainer"
 _WORKER = "verl.experimental.agent_loop.agent_loop.AgentLoopWorker"
 _ENGINE = "verl.workers.engine.fsdp.transformer_impl.FSDPEngineWithLMHead"
 _WORKER_TQ = "verl.trainer.ppo.v1.agent_loop_tq.AgentLoopWorkerTQ"
+_TOOL_LOOP = "verl.experimental.agent_loop.tool_agent_loop.ToolAgentLoop"
 
 OVERRIDES = (
     Override(_TRAINER, "_init_dataloader", ("self",)),
@@ -65,6 +66,16 @@ OVERRIDES = (
         ("self", "output", "output_args", "micro_batch", "logits_processor_func"),
         REPLACED,
     ),
+    # `tool_loop.py` says what these would have written.
+    Override(
+        _TOOL_LOOP,
+        "_handle_generating_state",
+        ("self", "agent_data", "sampling_params", "ignore_termination"),
+        REPLACED,
+    ),
+    Override(_TOOL_LOOP, "_handle_processing_tools_state", ("self", "agent_data"), REPLACED),
+    Override(_TOOL_LOOP, "_build_assistant_message", ("self", "content", "agent_data"), REPLACED),
+    Override(_TOOL_LOOP, "_call_tool", ("self", "tool_call", "tools_kwargs", "agent_data"), REPLACED),
     # Called, not overridden.
     Override(_TRAINER, "_rollout_server_managers", ("self",)),
     Override(_ENGINE, "_gather_and_unpad_packed", ("self", "tensor", "pad_size")),

@@ -18,7 +18,7 @@ from hapo_verl.adapters.head_memory import linear_logprob_bytes, policy_head_byt
 from hapo_verl.adapters.reward import success_of
 from hapo_verl.adapters.sizes import check_sizes, tokens_at_a_time
 from hapo_verl.adapters.tokens import ChatFormat
-from hapo_verl.algo.demonstration import Refusal
+from hapo_verl.algo.demonstration import Refusal, Response
 from hapo_verl.config import ConfigError, HapoConfig
 
 GIB = 2**30
@@ -77,20 +77,17 @@ class Rehearsal:
         return AutoTokenizer.from_pretrained(self.config.actor_rollout_ref.model.path)
 
     @cached_property
-    def injectable(self) -> tuple[list[tuple[int, list[int]]], Counter[str]]:
-        """Of rows spread over the data: number and tokens of those that can be injected, reasons of the others."""
-        chat = ChatFormat.of(
-            self.tokenizer,
-            generation_config=None,
-            template_kwargs=dict(OmegaConf.select(self.config, "data.apply_chat_template_kwargs") or {}),
-        )
+    def injectable(self) -> tuple[list[tuple[int, Response]], Counter[str]]:
+        """Of rows spread over the data: number and response of those that can be injected, reasons of the others."""
+        chat = ChatFormat.of_launch(self.config, self.tokenizer)
         limit, found, reasons = int(self.config.data.max_response_length), [], Counter()
         for number in range(0, len(self.rows), max(1, len(self.rows) // LOOKED_AT)):
-            tokens = chat.demonstration(self.rows[number][self.hapo.demonstration_key], max_tokens=limit)
-            if isinstance(tokens, Refusal):
-                reasons[tokens.reason] += 1
+            row = self.rows[number]
+            response = chat.demonstration(row[self.hapo.demonstration_key], row, max_tokens=limit)
+            if isinstance(response, Refusal):
+                reasons[response.reason] += 1
             else:
-                found.append((number, tokens))
+                found.append((number, response))
         return found, reasons
 
     def launch(self) -> str:
@@ -121,7 +118,7 @@ class Rehearsal:
         found, reasons = self.injectable
         looked_at = len(found) + reasons.total()
         others = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common() if reason != "overlong")
-        longest = max(len(tokens) for _, tokens in found)
+        longest = max(len(response.tokens) for _, response in found)
         return (
             f"{len(found)} of {looked_at} looked at can be injected, {reasons['overlong'] / looked_at:.1%} do not fit "
             f"data.max_response_length={self.config.data.max_response_length} (longest that fits: {longest} tokens)"
@@ -133,8 +130,10 @@ class Rehearsal:
         succeeds = success_of(self.config, self.hapo.success_threshold)
         tried = self.injectable[0][:SCORED]
         successes = sum(
-            succeeds(self.rows[number], self.tokenizer.decode(tokens, skip_special_tokens=True))
-            for number, tokens in tried
+            succeeds(
+                self.rows[number], self.tokenizer.decode(response.tokens, skip_special_tokens=True), response.num_turns
+            )
+            for number, response in tried
         )
         if not successes:
             path = OmegaConf.select(self.config, "reward.custom_reward_function.path")

@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from hapo_verl.algo.injection import is_success
 from hapo_verl.config import ConfigError
 
-# (row of verl's parquet, solution's text) -> success
-Succeeds = Callable[[Mapping[str, Any], str], bool]
+# (row of verl's parquet, solution's text with what tools answered in it, its `num_turns`) -> success
+Succeeds = Callable[[Mapping[str, Any], str, int], bool]
 
 
 def default_score(data_source: str, solution: str, ground_truth: str) -> float:
@@ -63,12 +63,12 @@ def success_of(config: DictConfig, threshold: float) -> Succeeds:
             "Name a Python file with the function of reward.custom_reward_function.name."
         ) from error
 
-    def succeeds(row: Mapping[str, Any], solution: str) -> bool:
+    def succeeds(row: Mapping[str, Any], solution: str, num_turns: int) -> bool:
         result: Any = function(
             data_source=row["data_source"],
             solution_str=solution,
             ground_truth=row["reward_model"]["ground_truth"],
-            extra_info=dict(row.get("extra_info") or {}),
+            extra_info={**(row.get("extra_info") or {}), "num_turns": num_turns},
         )
         if inspect.isawaitable(result):
             result = asyncio.run(_value(result))

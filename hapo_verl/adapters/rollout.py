@@ -7,6 +7,7 @@ group. That is inside the last session's own task, before verl publishes the pro
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import random
@@ -23,7 +24,8 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from hapo_verl.adapters.rows import APPENDED, DEMONSTRATION, GROUP, SITUATION
 from hapo_verl.adapters.tokens import ChatFormat
-from hapo_verl.algo.demonstration import Refusal
+from hapo_verl.adapters.tool_loop import ToolLoop
+from hapo_verl.algo.demonstration import Refusal, Response
 from hapo_verl.algo.gate import Situation, confidence, fires, firing_probabilities
 from hapo_verl.algo.injection import Rollout, is_success, worst_rollout
 from hapo_verl.config import HapoConfig
@@ -54,6 +56,7 @@ class _Group:
     expected: int
     demonstration: Any
     situation: dict[str, Any] = field(default_factory=dict)
+    agent_name: str | None = None
     settled: int = 0
     sessions: dict[int, _Session] = field(default_factory=dict)
 
@@ -76,6 +79,12 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
             self.tokenizer,
             generation_config=getattr(self.model_config, "generation_config", None),
             template_kwargs=dict(self.config.data.get("apply_chat_template_kwargs", {}) or {}),
+            tool_loop=ToolLoop(
+                self.config,
+                self.tokenizer,
+                load_tools=lambda: self.tools,
+                load_model=lambda: (self.hf_model_type, self.processor),
+            ),
         )
 
     async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
@@ -85,7 +94,7 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
         if trajectory["validate"]:
             return await super()._run_prompt(prompt, sampling_params, trajectory, trace)
         expected = prompt.get("__rollout_n__", self.config.actor_rollout_ref.rollout.n)
-        self._groups[prompt["uid"]] = _Group(int(expected), demonstration, situation)
+        self._groups[prompt["uid"]] = _Group(int(expected), demonstration, situation, prompt.get("agent_name"))
         try:
             return await super()._run_prompt(prompt, sampling_params, trajectory, trace)
         finally:
@@ -153,7 +162,7 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
             return self._all_rows(group, description)
 
         worst = list(rollouts)[worst_rollout(list(rollouts.values()), rng)]
-        demonstration = await self._demonstration(group.demonstration, group.sessions[worst])
+        demonstration = await self._demonstration(group, group.sessions[worst])
         if isinstance(demonstration, Refusal):
             return self._all_rows(group, description | {"outcome": demonstration.reason})
         description |= {"outcome": "injected"}
@@ -261,12 +270,18 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
         accuracy = (output.extra_fields.get("reward_extra_info") or {}).get("acc")
         return is_success(score, accuracy, self._hapo.success_threshold)
 
-    async def _demonstration(self, value: Any, replaced: _Session) -> AgentLoopOutput | Refusal:
+    async def _demonstration(self, group: _Group, replaced: _Session) -> AgentLoopOutput | Refusal:
         """The demonstration as an output like the one it replaces, verified by the run's own reward function."""
-        tokens = self._chat.demonstration(value, max_tokens=self.rollout_config.response_length)
-        if isinstance(tokens, Refusal):
-            return tokens
-        output = _demonstration_output(replaced.outputs, tokens)
+        # In a thread: verl's parsers of tool calls are waited for.
+        response = await asyncio.to_thread(
+            self._chat.demonstration,
+            group.demonstration,
+            replaced.fields | {"agent_name": group.agent_name},
+            max_tokens=self.rollout_config.response_length,
+        )
+        if isinstance(response, Refusal):
+            return response
+        output = _demonstration_output(replaced.outputs, response)
         await self._compute_score([output], kwargs=replaced.fields)
         score = output.reward_score
         return output if score is not None and self._succeeded(output, score) else Refusal("rejected")
@@ -291,24 +306,27 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _demonstration_output(replaced: list[AgentLoopOutput], tokens: list[int]) -> AgentLoopOutput:
-    """The replaced rollout's output with the demonstration's tokens.
+def _demonstration_output(replaced: list[AgentLoopOutput], response: Response) -> AgentLoopOutput:
+    """The replaced rollout's output with the demonstration's response.
 
     Copied from the loser, so that it has every field the other rows have: a field that one row of a batch lacks
     disappears for all rows. Its rollout log-probs are NaN until the trainer knows better (`_compute_old_log_prob`);
-    zeros would read as probability 1.
+    zeros would read as probability 1. What its tools would have been rewarded with is not known, so it is what verl
+    notes of a tool that gives no reward.
     """
     first, final = replaced[0], replaced[-1]
-    extra_fields = {key: value for key, value in final.extra_fields.items() if key != "reward_extra_info"}
+    of_tools = {"turn_scores": [], "tool_rewards": [0.0] * response.answers}
+    extra_fields = {key: of_tools.get(key, value) for key, value in final.extra_fields.items()}
+    extra_fields.pop("reward_extra_info", None)
     return final.model_copy(
         update={
             "prompt_ids": list(first.prompt_ids),
-            "response_ids": tokens,
-            "response_mask": [1] * len(tokens),
-            "response_logprobs": None if final.response_logprobs is None else [float("nan")] * len(tokens),
+            "response_ids": response.tokens,
+            "response_mask": response.mask,
+            "response_logprobs": None if final.response_logprobs is None else [float("nan")] * len(response.tokens),
             "multi_modal_data": first.multi_modal_data,
             "reward_score": None,
-            "num_turns": 2,
+            "num_turns": response.num_turns,
             "metrics": final.metrics.model_copy(),
             "extra_fields": extra_fields,
         }

@@ -1,16 +1,19 @@
 """A demonstration as the exact tokens that are trained on.
 
-    tokens = encode(text) ⊕ ⟨end of sequence⟩          what the policy itself would have sampled
+    tokens = encode(text) ⊕ ⟨end of sequence⟩                  what the policy itself would have sampled
+    response = tokens₁ ⊕ answers₁ ⊕ tokens₂ ⊕ ... ⊕ tokensₖ     where tools answer; mask 1 on tokens, 0 on answers
 
-The text follows the generation prompt of the run's chat template; the end-of-sequence token stands there exactly once,
-at the end; nothing is ever truncated. A demonstration that cannot be written this way is not used, with a reason.
-(Synthetic Success Injection, arXiv 2603.11321v1, section 4.)
+A turn's text follows the generation prompt of the run's chat template; the end-of-sequence token stands there exactly
+once, at its end; nothing is ever truncated but a tool's answer, where the run truncates it too. A demonstration that
+cannot be written this way is not used, with a reason.
+(Synthetic Success Injection, arXiv 2603.11321v1, section 4; several turns are ours.)
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # Why a group that the gate wanted to inject was not injected.
@@ -24,25 +27,146 @@ class Refusal:
     reason: str
 
 
-def demonstration_text(value: Any) -> str | Refusal:
-    """The assistant's text of a data set's demonstration.
+@dataclass(frozen=True)
+class Call:
+    """A call of a tool in OpenAI's form; the id is kept for templates that write it."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the assistant writes until it waits for answers or is done.
+
+    Attributes:
+        text: its own words; a call may stand there as text.
+        calls: to be written as the chat template writes them, behind the text.
+        answers: the tools' answers, one a call in the order of the calls; none in the last turn.
+    """
+
+    text: str
+    calls: tuple[Call, ...] = ()
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Response:
+    """What is trained on.
+
+    Attributes:
+        tokens: of the response.
+        mask: 1 where the policy would have written the token, 0 where tools or the chat template would.
+        turns: of the policy.
+        answers: of the tools.
+    """
+
+    tokens: list[int]
+    mask: list[int]
+    turns: int = 0
+    answers: int = 0
+
+    @property
+    def num_turns(self) -> int:
+        """As verl counts: the question, the policy's turns, and one for all answers between two of them."""
+        return 2 * self.turns
+
+    def written(self, tokens: Sequence[int]) -> Response:
+        """With a turn of the policy behind it."""
+        return Response([*self.tokens, *tokens], [*self.mask, *[1] * len(tokens)], self.turns + 1, self.answers)
+
+
+def demonstration_turns(value: Any) -> list[Turn] | Refusal:
+    """The turns of a data set's demonstration.
 
     Args:
-        value: a string, or a sequence with one chat message of the assistant; `None` where the row has none.
+        value: the assistant's text, or a sequence of chat messages: of the assistant, then, as often as it likes, of
+            tools and of the assistant again. `None` where the row has none. An assistant's message may carry
+            `tool_calls`, each with `function.name` and `function.arguments`: a JSON object as text, or a mapping whose
+            null values are left out, since parquet writes one for every key of the column.
     """
     if value is None:
         return Refusal("missing")
-    if not isinstance(value, str):
-        messages = list(value)
-        if not messages:
-            return Refusal("missing")
-        message = messages[0]
-        if len(messages) > 1 or not isinstance(message, Mapping) or message.get("role") != "assistant":
+    messages = [{"role": "assistant", "content": value}] if isinstance(value, str) else list(value)
+    if not messages:
+        return Refusal("missing")
+    turns: list[Turn] = []
+    for message in messages:
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
+        if role == "assistant" and (not turns or turns[-1].answers):
+            turn = _turn(content, message.get("tool_calls"))
+            if isinstance(turn, Refusal):
+                return turn
+            turns.append(turn)
+        elif role == "tool" and turns and isinstance(content, str):
+            turns[-1] = replace(turns[-1], answers=(*turns[-1].answers, content))
+        else:
             return Refusal("malformed")
-        value = message.get("content")
-        if not isinstance(value, str):
-            return Refusal("malformed")
-    return value if value.strip() else Refusal("empty")
+    if turns[-1].answers or any(turn.calls and len(turn.calls) != len(turn.answers) for turn in turns):
+        return Refusal("malformed")
+    return turns
+
+
+def _turn(content: Any, tool_calls: Any) -> Turn | Refusal:
+    calls = [_call(item) for item in ([] if tool_calls is None else tool_calls)]
+    text = "" if content is None and calls else content
+    if not isinstance(text, str) or None in calls:
+        return Refusal("malformed")
+    if not calls and not text.strip():
+        return Refusal("empty")
+    return Turn(text, tuple(call for call in calls if call is not None))
+
+
+def _call(item: Any) -> Call | None:
+    function = item.get("function") if isinstance(item, Mapping) else None
+    if not isinstance(function, Mapping):
+        return None
+    name, arguments = function.get("name"), function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except json.JSONDecodeError:
+            return None
+    else:
+        arguments = _without_nulls(arguments)
+    if not isinstance(name, str) or not isinstance(arguments, Mapping):
+        return None
+    return Call(name, arguments, item.get("id"))
+
+
+def _without_nulls(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+
+
+def demonstration_response(
+    turns: Sequence[Turn],
+    *,
+    write: Callable[[Turn], list[int] | Refusal],
+    answer: Callable[[Response, Sequence[int], Turn], Response | Refusal],
+    max_tokens: int,
+) -> Response | Refusal:
+    """The demonstration's response, or the first reason why there is none.
+
+    Args:
+        turns: of the assistant, in order.
+        write: a turn → its tokens.
+        answer: (response so far, tokens of its last turn, that turn) → the response with the tools' answers behind it
+            and what opens the next turn; unchanged behind the last one.
+        max_tokens: `response_length`, answers included.
+    """
+    response = Response([], [])
+    for turn in turns:
+        tokens = write(turn)
+        if isinstance(tokens, Refusal):
+            return tokens
+        answered = answer(response.written(tokens), tokens, turn)
+        if isinstance(answered, Refusal):
+            return answered
+        response = answered
+    return response if len(response.tokens) <= max_tokens else Refusal("overlong")
 
 
 def demonstration_tokens(
@@ -53,8 +177,10 @@ def demonstration_tokens(
     end_token: int,
     end_tokens: Collection[int],
     max_tokens: int,
+    calls: str = "",
+    stop_tokens: Collection[int] = (),
 ) -> list[int] | Refusal:
-    """The demonstration's response tokens, end of sequence included.
+    """The tokens of a turn, end of sequence included.
 
     Args:
         text: the assistant's text.
@@ -64,15 +190,26 @@ def demonstration_tokens(
         end_token: id that ends an assistant's turn in this run.
         end_tokens: all ids at which generation stops; none may stand inside the demonstration.
         max_tokens: `response_length`, end of sequence included.
+        calls: what the chat template writes behind the text for its calls.
+        stop_tokens: further ids at which generation stops, as the closing tag of a call; behind one nothing is written.
     """
-    tokens = encode(_without_repeated_opening(text, generation_prompt))
-    while tokens and tokens[-1] in end_tokens:
-        tokens = tokens[:-1]
+    text = _without_repeated_opening(text, generation_prompt)
+    stops = {*end_tokens, *stop_tokens}
+    tokens = encode(text + calls)
+    if calls:
+        if any(token in stops for token in encode(text)):
+            return Refusal("malformed")
+        # The template may have closed the turn already.
+        tokens = tokens[: next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))]
+    else:
+        while tokens and tokens[-1] in end_tokens:
+            tokens = tokens[:-1]
     if not tokens:
         return Refusal("empty")
-    if any(token in end_tokens for token in tokens):
+    if any(token in stops for token in tokens[:-1]):
         return Refusal("malformed")
-    tokens = [*tokens, end_token]
+    if tokens[-1] not in stops:
+        tokens = [*tokens, end_token]
     return tokens if len(tokens) <= max_tokens else Refusal("overlong")
 
 

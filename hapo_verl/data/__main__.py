@@ -44,6 +44,7 @@ def demonstrations(args: argparse.Namespace) -> None:
         args.reward and str(args.reward),
         args.reward_name,
         args.success_threshold,
+        args.multi_turn,
     )
     chosen = demonstrations_.choices(rows, column, judge, workers=args.workers)
     chosen = tqdm(chosen, total=len(rows), desc="verifying", unit="row")
@@ -92,6 +93,12 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--reward-name", default="compute_score", help="the run's reward.custom_reward_function.name")
     sub.add_argument(
         "--success-threshold", type=float, default=HapoConfig().success_threshold, help="hapo.success_threshold"
+    )
+    sub.add_argument(
+        "--multi-turn",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="the run's loop is tool_agent: its keys of actor_rollout_ref.rollout.multi_turn, as function_tool_path",
     )
     sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one a core")
     args = parser.parse_args(argv)

@@ -7,14 +7,14 @@
 Of a row's demonstrations the shortest is taken, in the run's tokens, that fits the run's response length and that the
 run's own reward function calls a success, token for token what a run would inject. It becomes the column
 `demonstration`; the columns it came from are left out, all others stay as they are. A row without one is left out,
-counted and named.
+counted and named. Each may be a list of messages with calls of tools and their answers, and then stays one.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
-from hapo_verl.algo.demonstration import Refusal, demonstration_text
+from hapo_verl.algo.demonstration import Refusal, Response, demonstration_turns
 from hapo_verl.data.parquet import DataError
 
 
@@ -53,36 +53,49 @@ class Judge:
     """What a run would make of a demonstration.
 
     Attributes:
-        tokens: a demonstration's text → the response tokens of the run, or why there are none.
+        respond: (demonstration, row) → the response of the run, or why there is none.
         decode: tokens → the text that the run's reward function is given.
-        succeeds: (row, text) → success.
+        succeeds: (row, text, verl's `num_turns`) → success.
     """
 
-    tokens: Callable[[str], list[int] | Refusal]
+    respond: Callable[[Any, Mapping[str, Any]], Response | Refusal]
     decode: Callable[[list[int]], str]
-    succeeds: Callable[[Mapping[str, Any], str], bool]
+    succeeds: Callable[[Mapping[str, Any], str, int], bool]
 
-    def choose(self, row: Mapping[str, Any], column: str) -> str | Refusal:
-        """The row's shortest demonstration that a run would inject; of equally short ones the first."""
-        fitting: list[tuple[list[int], str]] = []
+    def choose(self, row: Mapping[str, Any], column: str) -> Any | Refusal:
+        """The row's shortest demonstration that a run would inject; of equally short ones the first.
+
+        One of a single turn is its text, one of several the list of messages as it was.
+        """
+        fitting: list[tuple[Response, Any]] = []
         reasons = {"missing"}
-        for text in map(demonstration_text, COLUMNS[column](row[column])):
-            if isinstance(text, Refusal):
-                reasons.add(text.reason)
-                continue
-            tokens = self.tokens(text)
-            if isinstance(tokens, Refusal):
-                reasons.add(tokens.reason)
+        for value in COLUMNS[column](row[column]):
+            response = self.respond(value, row)
+            if isinstance(response, Refusal):
+                reasons.add(response.reason)
             else:
-                fitting.append((tokens, text))
-        for tokens, text in sorted(fitting, key=lambda pair: len(pair[0])):
-            if self.succeeds(row, self.decode(tokens)):
-                return text
+                fitting.append((response, value))
+        for response, value in sorted(fitting, key=lambda pair: len(pair[0].tokens)):
+            if self.succeeds(row, self.decode(response.tokens), response.num_turns):
+                return value if response.turns > 1 else _text(value)
             reasons.add("rejected")
         return Refusal(max(reasons, key=PROGRESS.index))
 
 
-def judge_of(tokenizer: str, max_tokens: int, reward: str | None, reward_name: str, threshold: float) -> Judge:
+def _text(value: Any) -> str:
+    turns = demonstration_turns(value)
+    assert not isinstance(turns, Refusal)
+    return turns[0].text
+
+
+def judge_of(
+    tokenizer: str,
+    max_tokens: int,
+    reward: str | None,
+    reward_name: str,
+    threshold: float,
+    multi_turn: Sequence[str] | None = None,
+) -> Judge:
     """The judge of a run.
 
     Args:
@@ -91,10 +104,12 @@ def judge_of(tokenizer: str, max_tokens: int, reward: str | None, reward_name: s
         reward: `reward.custom_reward_function.path`, or None for verl's own functions.
         reward_name: `reward.custom_reward_function.name`.
         threshold: `hapo.success_threshold`.
+        multi_turn: `key=value` of `actor_rollout_ref.rollout.multi_turn` in a run of verl's tool loop; None in another.
 
     Raises:
-        ConfigError: where the reward function cannot be loaded.
+        ConfigError: where the reward function cannot be loaded, or `multi_turn` has no such key.
     """
+    from omegaconf import OmegaConf
     from transformers import AutoTokenizer, GenerationConfig
 
     from hapo_verl.adapters.reward import reward_of, success_of
@@ -105,9 +120,13 @@ def judge_of(tokenizer: str, max_tokens: int, reward: str | None, reward_name: s
         generation_config = GenerationConfig.from_pretrained(tokenizer)
     except OSError:  # a model need not have one
         generation_config = None
-    chat = ChatFormat.of(loaded, generation_config=generation_config, template_kwargs={})
+    rollout: dict[str, Any] = {"agent": {"default_agent_loop": "single_turn_agent"}}
+    if multi_turn is not None:
+        rollout = {"agent": {"default_agent_loop": "tool_agent"}, "multi_turn": OmegaConf.from_dotlist([*multi_turn])}
+    launch = OmegaConf.create({"actor_rollout_ref": {"model": {"path": tokenizer}, "rollout": rollout}})
+    chat = ChatFormat.of_launch(launch, loaded, generation_config=generation_config)
     return Judge(
-        tokens=partial(chat.demonstration, max_tokens=max_tokens),
+        respond=partial(chat.demonstration, max_tokens=max_tokens),
         decode=partial(loaded.decode, skip_special_tokens=True),
         succeeds=success_of(reward_of(reward, reward_name), threshold),
     )
@@ -133,7 +152,7 @@ def column_of(names: Iterable[str], asked: str | None) -> str:
 
 def choices(
     rows: Iterable[dict[str, Any]], column: str, make_judge: Callable[[], Judge], *, workers: int
-) -> Iterator[str | Refusal]:
+) -> Iterator[Any | Refusal]:
     """`Judge.choose` of each row, in order.
 
     Args:
@@ -172,12 +191,12 @@ def _end_children() -> None:
         child.terminate()
 
 
-def _choose_here(numbered: tuple[int, dict[str, Any]], column: str) -> str | Refusal:
+def _choose_here(numbered: tuple[int, dict[str, Any]], column: str) -> Any | Refusal:
     assert _judge is not None
     return _choose(_judge, *numbered, column)
 
 
-def _choose(judge: Judge, number: int, row: dict[str, Any], column: str) -> str | Refusal:
+def _choose(judge: Judge, number: int, row: dict[str, Any], column: str) -> Any | Refusal:
     try:
         return judge.choose(row, column)
     except Exception as error:
@@ -188,7 +207,7 @@ def _choose(judge: Judge, number: int, row: dict[str, Any], column: str) -> str 
 
 
 def verified(
-    rows: Iterable[dict[str, Any]], chosen: Iterable[str | Refusal], column: str
+    rows: Iterable[dict[str, Any]], chosen: Iterable[Any | Refusal], column: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows with a demonstration, and a report of those without: row, index, data_source and reason.
 
@@ -207,6 +226,11 @@ def verified(
         else:
             others = {name: value for name, value in row.items() if name not in COLUMNS}
             kept.append(others | {"demonstration": choice})
+    if any(not isinstance(row["demonstration"], str) for row in kept):
+        # A column of a parquet file has one type.
+        for row in kept:
+            if isinstance(row["demonstration"], str):
+                row["demonstration"] = [{"role": "assistant", "content": row["demonstration"]}]
     return kept, rejected
 
 

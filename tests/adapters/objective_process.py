@@ -15,6 +15,8 @@ PROMPT, LENGTHS = 3, [4, 1, 6, 3, 5, 2, 3, 4]
 UIDS = list("aaabbbcc")
 SCORES = [1.0, 0, 0, 1, 1, 0, 0, 0]
 DEMONSTRATIONS = [True, False, False, False, True, False, False, True]
+# Tokens that a tool wrote, of a rollout and of a demonstration.
+TOOL_TOKENS = {2: [3], 4: [1, 2]}
 
 
 class Step(NamedTuple):
@@ -61,17 +63,25 @@ def rows():
     return sequences, old
 
 
+def mask_of(row):
+    """1 where the policy wrote the token."""
+    mask = torch.ones(LENGTHS[row], dtype=torch.int64)
+    mask[TOOL_TOKENS.get(row, [])] = 0
+    return mask
+
+
 def model(folder):
-    """The engine's model in fp64, and log-probabilities and entropies (a list a row) of the rows under it."""
+    """The engine's model in fp64, and of the policy's own tokens (a list a row) log-probabilities and entropies."""
     from transformers import Qwen2ForCausalLM
 
     policy = Qwen2ForCausalLM.from_pretrained(folder, attn_implementation="sdpa").double()
     logps, entropies = [], []
-    for sequence in rows()[0]:
+    for row, sequence in enumerate(rows()[0]):
         logits = policy(sequence.unsqueeze(0)).logits[0, PROMPT - 1 : -1]
         every = (logits / 0.7).log_softmax(-1)
-        logps.append(every.gather(-1, sequence[PROMPT:, None])[:, 0])
-        entropies.append(-(every.exp() * every).sum(-1))
+        own = mask_of(row).bool()
+        logps.append(every.gather(-1, sequence[PROMPT:, None])[own, 0])
+        entropies.append(-(every.exp() * every).sum(-1)[own])
     return policy, logps, entropies
 
 
@@ -119,7 +129,7 @@ def _batch(step, rank, ranks):
     old += [torch.zeros(1)] * step.padding
     mine = order[rank * len(order) // ranks : (rank + 1) * len(order) // ranks]
     jagged = partial(torch.nested.as_nested_tensor, layout=torch.jagged)
-    mask = [torch.full((len(old[i]),), int(i < 8)) for i in mine]
+    mask = [mask_of(i) if i < 8 else torch.zeros(1, dtype=torch.int64) for i in mine]
     scores = [SCORES[i] if i < 8 else 0.0 for i in mine]
     # As verl writes a score: on the last token of the response.
     rewards = [

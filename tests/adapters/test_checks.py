@@ -142,6 +142,24 @@ def test_one_usable_demonstration_is_enough(launch):
     check_rows(launch("data.max_response_length=4"), ["four", "one"])
 
 
+CALLED = [
+    {"role": "assistant", "content": "a", "tool_calls": None},
+    {"role": "tool", "content": "b", "tool_calls": None},
+    {"role": "assistant", "content": "c", "tool_calls": None},
+]
+
+
+def test_demonstrations_with_answers_of_tools_are_refused_where_nothing_calls_tools(launch):
+    with pytest.raises(ConfigError) as error:
+        check_rows(launch(), [CALLED, CALLED[1:]])
+    assert str(error.value) == (
+        "hapo.demonstration_key=demonstration: none of 2 demonstrations looked at can be injected (2 malformed). Fill "
+        "the column; they must fit data.max_response_length=512 with their end of sequence. Those in which tools answer "
+        "need actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent, and in actor_rollout_ref.rollout.multi_turn "
+        "these tools, format=... of the calls and room for the turns."
+    )
+
+
 HEAD = ("hapo.kernels.head=linear_logprob", "actor_rollout_ref.actor.strategy=fsdp2")
 
 

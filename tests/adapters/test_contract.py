@@ -14,6 +14,10 @@ REPLACED_BODIES = {
     "_compute_advantage": "2a4a2aa4a475b228",
     "_agent_loop_postprocess": "523edacbff73640d",
     "prepare_model_outputs": "5239f536e8f617e3",
+    "_handle_generating_state": "c5a8a2c76f069bae",
+    "_handle_processing_tools_state": "6fb81493273afe9b",
+    "_build_assistant_message": "ca7e74a20f481a11",
+    "_call_tool": "f89d8960df1fe382",
 }
 
 

@@ -1,9 +1,12 @@
-"""REAL and SRFT through verl's engine: the formula's gradient in fp64, whatever the cut, the ranks and the padding."""
+"""REAL and SRFT through verl's engine: the formula's gradient in fp64, whatever the cut, the ranks and the padding.
+
+A rollout and a demonstration have tokens that a tool wrote: they are in no mean and have no gradient.
+"""
 
 import pytest
 import torch
 
-from tests.adapters.objective_process import DEMONSTRATIONS, LENGTHS, SCORES, UIDS, Step, model, rows, run
+from tests.adapters.objective_process import DEMONSTRATIONS, SCORES, UIDS, Step, mask_of, model, rows, run
 
 MIXED = (5, 0, 7, 3, 2, 6, 1, 4)
 ALONE = [Step(name, micro_batch=size) for name in ("real", "srft") for size in (1, 8)]
@@ -30,7 +33,8 @@ def paired(tmp_path_factory):
 
 def formula_of_real(folder):
     policy, logps, _ = model(folder)
-    s = [(logp - old.double()).mean() for logp, old in zip(logps, rows()[1], strict=True)]
+    olds = [old.double()[mask_of(row).bool()] for row, old in enumerate(rows()[1])]
+    s = [(logp - old).mean() for logp, old in zip(logps, olds, strict=True)]
     total = 0.0
     for uid in "ab":  # all of c's rows fail
         of_group = [i for i in range(8) if UIDS[i] == uid]
@@ -49,7 +53,7 @@ def formula_of_srft(folder):
             total = total - (0.5 * torch.exp(-entropy) * logps[i] + probability / (probability + 0.1)).sum()
         else:
             total = total - ((0.1 * torch.exp(entropy) if SCORES[i] else -1) * logps[i]).sum()
-    return policy, total / sum(LENGTHS)
+    return policy, total / sum(map(len, logps))
 
 
 FORMULAS = {"real": formula_of_real, "srft": formula_of_srft}

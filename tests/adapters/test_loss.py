@@ -110,6 +110,35 @@ def test_a_demonstration_is_shaped_and_neither_its_old_log_probs_nor_its_weights
     assert gradient.count_nonzero() == 1
 
 
+def test_what_a_tool_wrote_in_a_demonstration_has_no_part_in_the_loss(actor):
+    config = actor("actor_rollout_ref.actor.entropy_coeff=0.01", "actor_rollout_ref.actor.use_kl_loss=True")
+    data, log_probs = a_batch(demonstrations=[2], rows=[2], extra=("ref_log_prob",))
+    entropy = jagged([torch.rand(PROMPT + LENGTHS[2], generator=torch.Generator().manual_seed(1))])
+    loss_fn = partial(hapo_loss, config=config, hapo=HapoConfig())
+    loss, gradient, metrics = loss_and_gradient(loss_fn, data, log_probs, entropy)
+    own = torch.tensor([0, 1, 2, 4, 5])
+    assert gradient.nonzero().flatten().tolist() == (PROMPT - 1 + own).tolist()
+    # Row 2's own tokens, each predicted one position earlier.
+    probability = log_probs.values().exp()[PROMPT - 1 + own]
+    advantage, tokens = data["advantages"].values()[0].item(), data["batch_num_tokens"]
+    shaped = -advantage * (probability / (probability + 0.1)).sum() / tokens
+    assert metrics["hapo/loss/demonstration"].aggregate() == pytest.approx(shaped.item(), rel=1e-5)
+    reduced = {
+        "actor/" + name if name.startswith(TOKEN_SUM) else name: m.aggregate()
+        for name, m in metrics.items()
+        if hasattr(m, "aggregate")
+    }
+    assert token_means(reduced)["hapo/demonstration/probability"] == pytest.approx(probability.mean().item(), rel=1e-5)
+
+    changed = data.clone(), log_probs.detach().clone()
+    for column, position in (
+        (changed[1], PROMPT - 1 + 3),
+        *((changed[0][n], 3) for n in ("old_log_probs", "ref_log_prob")),
+    ):
+        column.values()[position] = -40.0
+    assert torch.equal(loss_and_gradient(loss_fn, *changed, entropy)[0], loss)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cut", [[range(4), range(4, 8)], [[0], [1], range(2, 8)], [[7, 2, 5], [0, 6, 1, 3, 4]]])
 def test_the_cut_into_micro_batches_and_the_order_of_rows_do_not_matter(actor, mode, cut):

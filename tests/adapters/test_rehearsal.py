@@ -1,5 +1,6 @@
 """A launch is rehearsed on its files: what is right is counted, what is wrong is named before anything is started."""
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 from hapo_verl.adapters.rehearsal import GIB, Rehearsal
 from hapo_verl.config import ConfigError
 from hapo_verl.data.parquet import write_parquet
+from tests.adapters.tool_chat import QWEN, make_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "quickstart"))
 import digits
@@ -114,6 +116,63 @@ def test_what_is_wrong_is_named(folder, check, overrides, message):
     with pytest.raises(ConfigError) as error:
         checks[check]()
     assert str(error.value).startswith(message.format(folder=folder))
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory):
+    """A model that calls tools and 20 rows: the call as a message, one as text, one of another tool's."""
+    folder = tmp_path_factory.mktemp("tools")
+    make_tokenizer(QWEN).save_pretrained(folder / "model")
+    (folder / "model" / "config.json").write_text('{"model_type": "qwen2"}')
+    # Turns of this text, as verl counts them, and its end.
+    (folder / "reward.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info):\n"
+        "    rounds = solution_str.count('<tool_response>')\n"
+        "    return float(solution_str.endswith(ground_truth) and extra_info['num_turns'] == 2 + 2 * rounds)\n"
+    )
+    rows = [digits.row(f"{number:03d}", number, "train") for number in range(20)]
+    for number, row in enumerate(rows):
+        answer, digits_ = row["demonstration"], row["prompt"][0]["content"]
+        name, arguments = "repeat" if number == 1 else "reverse", json.dumps({"digits": digits_})
+        function = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        spelt = f'<tool_call>{{"name": "reverse", "arguments": {arguments}}}</tool_call>'
+        row["demonstration"] = [
+            {
+                "role": "assistant",
+                "content": spelt if number == 2 else "",
+                "tool_calls": [] if number == 2 else [function],
+            },
+            {"role": "tool", "content": answer, "tool_calls": []},
+            {"role": "assistant", "content": answer, "tool_calls": []},
+        ]
+    write_parquet(rows, folder / "train.parquet")
+    write_parquet([{key: value for key, value in rows[5].items() if key != "demonstration"}], folder / "val.parquet")
+    return folder
+
+
+MULTI_TURN = "actor_rollout_ref.rollout.multi_turn"
+REVERSE = Path(__file__).parents[1] / "e2e" / "reverse_tool.py"
+
+
+def test_demonstrations_with_calls_are_counted_and_scored_as_the_run_would(tools):
+    overrides = [
+        "data.max_response_length=400",
+        "actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent",
+        f"{MULTI_TURN}.function_tool_path={REVERSE}",
+        f"reward.custom_reward_function.path={tools}/reward.py",
+    ]
+    found = dict(rehearsal(tools, *overrides).checks())
+    assert found["demonstrations"]() == (
+        "19 of 20 looked at can be injected, 0.0% do not fit data.max_response_length=400 (longest that fits: 126 "
+        "tokens); 1 malformed; 20 rows"
+    )
+    assert found["reward function"]() == "10 of 10 demonstrations are successes"
+    with pytest.raises(ConfigError, match=r"\(20 overlong\).* Those in which tools answer need actor_"):
+        dict(rehearsal(tools, *overrides[1:]).checks())["demonstrations"]()
+    with pytest.raises(ConfigError, match=r"\(20 overlong\)"):
+        dict(rehearsal(tools, *overrides, f"{MULTI_TURN}.max_assistant_turns=1").checks())["demonstrations"]()
+    with pytest.raises(ConfigError, match=r"\(20 malformed\)"):
+        dict(rehearsal(tools, *overrides, f"{MULTI_TURN}.format=seed").checks())["demonstrations"]()
 
 
 def test_a_head_that_does_not_fit_the_gpu_is_wrong(folder, monkeypatch):

@@ -17,6 +17,7 @@ from hapo_verl.adapters import rollout
 from hapo_verl.adapters.rollout import HapoAgentLoopWorker
 from hapo_verl.adapters.rows import plain_values
 from hapo_verl.config import HapoConfig
+from tests.adapters.tool_chat import QWEN, make_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "quickstart"))
 import tiny_model
@@ -63,9 +64,9 @@ def worker(monkeypatch):
     return worker
 
 
-def close(worker, outcomes, demonstration, situation=()):
+def close(worker, outcomes, demonstration, situation=(), agent_name=None):
     """Close a group whose sessions ended with `outcomes`: a list of outputs, one output, or None for a failed one."""
-    group = rollout._Group(len(outcomes), demonstration, dict(situation))
+    group = rollout._Group(len(outcomes), demonstration, dict(situation), agent_name)
     for session, outputs in enumerate(outcomes):
         if outputs is not None:
             fields = {"uid": "u", "session_id": session, "index": 7, "global_steps": 5, "raw_prompt": "123"}
@@ -131,6 +132,98 @@ def test_a_demonstration_that_cannot_be_used_leaves_all_rollouts_and_its_reason(
 def test_a_list_with_one_assistant_message_is_a_demonstration(worker):
     close(worker, failures(worker, 2), [{"role": "assistant", "content": ANSWER}])
     assert outcome(worker.puts[0]) == "injected"
+
+
+CALL = '<tool_call>\n{"name": "reverse", "arguments": {"digits": "123"}}\n</tool_call>'
+CALLED = [
+    {"role": "assistant", "content": CALL},
+    {"role": "tool", "content": ANSWER},
+    {"role": "assistant", "content": ANSWER},
+]
+
+
+@pytest.fixture
+def caller(worker):
+    """The worker in a launch of verl's tool loop, with a tool; its reward function looks at the end of the text."""
+    tokenizer = worker.tokenizer = make_tokenizer(QWEN)
+    worker.config.actor_rollout_ref.rollout.agent = {"default_agent_loop": "tool_agent"}
+    worker.config.actor_rollout_ref.rollout.multi_turn = {"max_assistant_turns": 2}
+    worker.rollout_config.response_length, worker.hf_model_type = 350, "qwen2"
+    schema = SimpleNamespace(model_dump=lambda **settings: {"type": "function", "function": {"name": "reverse"}})
+    worker.tools, worker.scored = [SimpleNamespace(name="reverse", tool_schema=schema)], []
+
+    async def score(outputs, kwargs):
+        output = outputs[-1]
+        if output.reward_score is None:
+            worker.scored.append(output.model_copy(deep=True))
+            output.reward_score = float(
+                tokenizer.decode(output.response_ids, skip_special_tokens=True).endswith(ANSWER)
+            )
+            output.extra_fields["reward_extra_info"] = {"acc": output.reward_score}
+
+    worker._compute_score = score
+    return worker
+
+
+def called_failures(worker):
+    """Rollouts of the tool loop, the longest of which called a tool twice."""
+    outputs = failures(worker, 3)
+    for output, rewards in zip(outputs, ([], [0.5], [1.0, 0.0]), strict=True):
+        output.num_turns = 2 + 2 * len(rewards)
+        output.extra_fields |= {"turn_scores": [], "tool_rewards": rewards}
+    return outputs
+
+
+@pytest.mark.parametrize("mode", ["replace", "append"])
+def test_a_demonstration_with_calls_trains_on_what_the_policy_would_have_written(caller, mode):
+    put = situated(caller, called_failures(caller), CALLED, mode=mode)
+    assert outcome(put) == "injected"
+    (row,) = [row for row in put.fields if row["hapo_demonstration"]]
+    first, last = (caller.tokenizer.encode(text + "<|im_end|>") for text in (CALL, ANSWER))
+    between = f"\n<|im_start|>user\n<tool_response>\n{ANSWER}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    between = caller.tokenizer.encode(between)
+    tokens, mask = [*first, *between, *last], [1] * len(first) + [0] * len(between) + [1] * len(last)
+    assert row["responses"].tolist() == tokens
+    assert row["response_mask"].tolist() == row["loss_mask"].tolist() == mask
+    assert row["input_ids"].tolist() == [1, 2, 3, *tokens]
+    assert row["position_ids"].tolist() == list(range(3 + len(tokens)))
+    assert row["rm_scores"].tolist() == [0.0] * (len(tokens) - 1) + [1.0]
+    assert row["rollout_log_probs"].isnan().all()
+    assert row["rollout_log_probs"].shape == row["responses"].shape
+    assert put.tags[-1]["response_len"] == len(tokens)
+    assert set(row.keys()) == set(put.fields[0].keys())
+
+
+def test_the_reward_is_given_the_turns_of_the_demonstration_and_not_of_the_rollout_it_replaces(caller):
+    close(caller, called_failures(caller), CALLED)
+    close(caller, called_failures(caller), ANSWER)
+    assert [output.num_turns for output in caller.scored] == [4, 2]
+    assert [output.extra_fields["tool_rewards"] for output in caller.scored] == [[0.0], []]
+    assert [output.extra_fields["turn_scores"] for output in caller.scored] == [[], []]
+    assert [row["num_turns"] for put in caller.puts for row in put.fields if row["hapo_demonstration"]] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("demonstration", "agent_name", "reason"),
+    [
+        (CALLED, "tool_agent", "injected"),
+        (CALLED, "single_turn_agent", "malformed"),
+        (CALLED[1:], None, "malformed"),
+        (CALLED[:2], None, "malformed"),
+        (CALLED[:1], None, "malformed"),
+        ([CALLED[0], CALLED[2]], None, "malformed"),
+        ([*CALLED[:2], {"role": "user", "content": "?"}], None, "malformed"),
+        ([*CALLED[:2], *CALLED], None, "overlong"),
+        ([CALLED[0], {"role": "tool", "content": "1" * 256}, CALLED[2]], None, "overlong"),
+        ([*CALLED[:2], {"role": "assistant", "content": " "}], None, "empty"),
+        ([*CALLED[:2], {"role": "assistant", "content": "0"}], None, "rejected"),
+    ],
+)
+def test_a_demonstration_with_calls_that_cannot_be_used_leaves_its_reason(caller, demonstration, agent_name, reason):
+    close(caller, called_failures(caller), demonstration, agent_name=agent_name)
+    (put,) = caller.puts
+    assert outcome(put) == reason
+    assert put.fields["hapo_demonstration"].any() == (reason == "injected")
 
 
 def test_an_error_while_verifying_writes_the_plain_group_and_counts_as_error(worker):
@@ -251,8 +344,10 @@ def test_a_thompson_draw_is_the_same_whenever_the_group_is_closed_again(worker):
 def run_prompt(worker, validate):
     """A prompt through verl's own `_run_prompt`, with sessions that only record what they were given."""
     seen, prompt = [], {"uid": "u", "demonstration": ANSWER, "hapo_situation": {"key": 1}, "raw_prompt": "123"}
+    prompt["agent_name"] = "tool_agent"
 
-    async def session(self, sampling_params, trajectory, *, trace, session_id, **fields):
+    async def session(self, sampling_params, trajectory, *, trace, session_id, agent_name, **fields):
+        assert validate or self._groups["u"].agent_name == agent_name
         seen.append(fields)
 
     async def put(key, partition_id, tag):

@@ -2,12 +2,21 @@
 
 import pytest
 
-from hapo_verl.algo.demonstration import Refusal, demonstration_text, demonstration_tokens, turn_end_token
+from hapo_verl.algo.demonstration import (
+    Call,
+    Refusal,
+    Response,
+    Turn,
+    demonstration_response,
+    demonstration_tokens,
+    demonstration_turns,
+    turn_end_token,
+)
 
 END = 0
 
 
-def tokens_of(text, *, generation_prompt="", max_tokens=100, end_tokens=(END,)):
+def tokens_of(text, *, generation_prompt="", max_tokens=100, end_tokens=(END,), **calls):
     return demonstration_tokens(
         text,
         encode=lambda text: [END if char == "$" else ord(char) for char in text],
@@ -15,6 +24,7 @@ def tokens_of(text, *, generation_prompt="", max_tokens=100, end_tokens=(END,)):
         end_token=END,
         end_tokens=end_tokens,
         max_tokens=max_tokens,
+        **calls,
     )
 
 
@@ -49,22 +59,137 @@ def test_a_chance_overlap_with_the_generation_prompt_is_kept():
     assert tokens_of("\nx", generation_prompt="assistant\n") == [*map(ord, "\nx"), END]
 
 
+def test_calls_stand_behind_the_text_up_to_where_generation_stops():
+    assert tokens_of("ab", calls="(c)$\n") == [*map(ord, "ab(c)"), END]
+    assert tokens_of("ab", calls="(c)") == [*map(ord, "ab(c)"), END]
+    assert tokens_of("", calls="(c)") == [*map(ord, "(c)"), END]
+    assert tokens_of("<think>\nx", calls="(c)", generation_prompt="<think>\n") == [*map(ord, "x(c)"), END]
+    assert tokens_of("a$b", calls="(c)") == tokens_of("a$", calls="(c)") == Refusal("malformed")
+
+
+def test_behind_a_stop_that_is_no_end_of_turn_nothing_is_written():
+    stop = {"stop_tokens": [ord(")")]}
+    assert tokens_of("a(c)", **stop) == [*map(ord, "a(c)")]
+    assert tokens_of("a", calls="(c)(d)$", **stop) == [*map(ord, "a(c)")]
+    assert tokens_of("a(c)d", **stop) == Refusal("malformed")
+    assert tokens_of("a", **stop) == [ord("a"), END]
+
+
+def say(text, *calls, **more):
+    return {"role": "assistant", "content": text, "tool_calls": list(calls) or None, **more}
+
+
+def call(name, arguments, **more):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}, **more}
+
+
+def tool(text, **more):
+    return {"role": "tool", "content": text, "tool_calls": None, **more}
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("solution", "solution"),
-        ([{"role": "assistant", "content": "solution"}], "solution"),
+        ("solution", [Turn("solution")]),
+        ([{"role": "assistant", "content": "solution"}], [Turn("solution")]),
+        ([say("solution", name=None)], [Turn("solution")]),
         (None, Refusal("missing")),
         ([], Refusal("missing")),
         ("", Refusal("empty")),
         (" \n", Refusal("empty")),
         ([{"role": "user", "content": "solution"}], Refusal("malformed")),
         ([{"role": "assistant", "content": None}], Refusal("malformed")),
-        ([{"role": "assistant", "content": "a"}, {"role": "tool", "content": "b"}], Refusal("malformed")),
+        (["solution"], Refusal("malformed")),
     ],
 )
 def test_a_demonstration_is_a_string_or_one_message_of_the_assistant(value, expected):
-    assert demonstration_text(value) == expected
+    assert demonstration_turns(value) == expected
+
+
+FIRST, SECOND = call("f", '{"x": [1, null]}', id="7"), call("g", {"y": {"z": None, "n": 2}, "w": None})
+
+
+@pytest.mark.parametrize(
+    ("messages", "turns"),
+    [
+        ([say("a"), tool("b"), say("c")], [Turn("a", (), ("b",)), Turn("c")]),
+        (
+            [say(None, FIRST), tool("b", tool_call_id="7"), say("c")],
+            [Turn("", (Call("f", {"x": [1, None]}, "7"),), ("b",)), Turn("c")],
+        ),
+        (
+            [say("a", FIRST, SECOND), tool("b"), tool(""), say("c", SECOND), tool("d"), say("e")],
+            [
+                Turn("a", (Call("f", {"x": [1, None]}, "7"), Call("g", {"y": {"n": 2}})), ("b", "")),
+                Turn("c", (Call("g", {"y": {"n": 2}}),), ("d",)),
+                Turn("e"),
+            ],
+        ),
+    ],
+)
+def test_messages_are_turns_of_the_assistant_with_the_answers_to_each(messages, turns):
+    assert demonstration_turns(messages) == turns
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([tool("b"), say("c")], "malformed"),
+        ([say("a"), tool("b")], "malformed"),
+        ([say("a"), say("c")], "malformed"),
+        ([say("a"), {"role": "user", "content": "b"}, say("c")], "malformed"),
+        ([say("a", FIRST)], "malformed"),
+        ([say("a", FIRST), say("c")], "malformed"),
+        ([say("a", FIRST, SECOND), tool("b"), say("c")], "malformed"),
+        ([say("a", FIRST), tool("b"), tool("b"), say("c")], "malformed"),
+        ([say("a", FIRST), tool("b"), say("c", FIRST)], "malformed"),
+        ([say("a", FIRST), tool(None), say("c")], "malformed"),
+        ([say(["a"], FIRST), tool("b"), say("c")], "malformed"),
+        ([say("a", call("f", "{")), tool("b"), say("c")], "malformed"),
+        ([say("a", call("f", "[1]")), tool("b"), say("c")], "malformed"),
+        ([say("a", call("f", None)), tool("b"), say("c")], "malformed"),
+        ([say("a", call(None, {})), tool("b"), say("c")], "malformed"),
+        ([say("a", {"name": "f", "arguments": {}}), tool("b"), say("c")], "malformed"),
+        ([say("a", "f"), tool("b"), say("c")], "malformed"),
+        ([say(" "), tool("b"), say("c")], "empty"),
+        ([say("a", FIRST), tool("b"), say("")], "empty"),
+        ([say("a"), "b"], "malformed"),
+    ],
+)
+def test_messages_in_another_order_or_form_are_refused(messages, reason):
+    assert demonstration_turns(messages) == Refusal(reason)
+
+
+def response_of(turns, max_tokens=100):
+    def answer(response, tokens, turn):
+        assert response.tokens[-len(tokens) :] == tokens
+        if "unreadable" in turn.answers:
+            return Refusal("malformed")
+        answers = [ord(char) for text in turn.answers for char in text]
+        return Response(
+            [*response.tokens, *answers],
+            [*response.mask, *[0] * len(answers)],
+            response.turns,
+            response.answers + len(turn.answers),
+        )
+
+    return demonstration_response(turns, write=lambda turn: tokens_of(turn.text), answer=answer, max_tokens=max_tokens)
+
+
+def test_the_policys_own_tokens_train_and_the_answers_do_not():
+    response = response_of([Turn("a", (), ("xy", "z")), Turn("bc")])
+    assert response == Response([97, END, *map(ord, "xyz"), *map(ord, "bc"), END], [1, 1, 0, 0, 0, 1, 1, 1], 2, 2)
+    assert response.num_turns == 4
+    assert response_of([Turn("a")]) == Response([97, END], [1, 1], 1, 0)
+    assert response_of([Turn("a")]).num_turns == 2
+
+
+def test_answers_count_towards_the_limit_and_the_first_refusal_is_the_reason():
+    turns = [Turn("a", (), ("xyz",)), Turn("bc")]
+    assert len(response_of(turns, 8).tokens) == 8
+    assert response_of(turns, 7) == Refusal("overlong")
+    assert response_of([Turn("a", (), ("unreadable",)), Turn("b$c")]) == Refusal("malformed")
+    assert response_of([Turn("$", (), ("unreadable",)), Turn("bc")]) == Refusal("empty")
 
 
 def test_a_turn_ends_with_the_templates_own_stop_token():

@@ -7,23 +7,35 @@ from pathlib import Path
 
 import pytest
 
-from hapo_verl.algo.demonstration import Refusal
+from hapo_verl.algo.demonstration import Refusal, Response, demonstration_turns
 from hapo_verl.data.__main__ import main
-from hapo_verl.data.demonstrations import Judge, choices, column_of
+from hapo_verl.data.demonstrations import Judge, choices, column_of, verified
 from hapo_verl.data.parquet import DataError, read_parquet, write_parquet
 
 
 def judge(limit=6):
-    """One token a character; a text succeeds where it ends in the row's answer."""
+    """One token a character; a text succeeds where it ends in the row's answer and verl would count its turns so."""
+
+    def respond(value, row):
+        turns = demonstration_turns(value)
+        if isinstance(turns, Refusal):
+            return turns
+        text = "".join(turn.text + "".join(turn.answers) for turn in turns)
+        tokens = [ord(char) for char in text]
+        return Response(tokens, [1] * len(tokens), len(turns)) if len(text) <= limit else Refusal("overlong")
+
     return Judge(
-        tokens=lambda text: [ord(char) for char in text] if len(text) <= limit else Refusal("overlong"),
+        respond=respond,
         decode=lambda tokens: "".join(map(chr, tokens)),
-        succeeds=lambda row, text: text.endswith(row["answer"]),
+        succeeds=lambda row, text, num_turns: text.endswith(row["answer"]) and num_turns == row.get("num_turns", 2),
     )
 
 
 def message(text, role="assistant"):
     return {"role": role, "content": text}
+
+
+CALLED = [message("?"), message("3", "tool"), message("= 4")]
 
 
 @pytest.mark.parametrize(
@@ -40,10 +52,35 @@ def message(text, role="assistant"):
         ("target_lst", [], Refusal("missing")),
         ("demos", ["4", "the answer is 4"], "4"),
         ("demos", ["  ", None], Refusal("empty")),
+        ("target", [message("?", "tool"), message("is 4")], Refusal("malformed")),
     ],
 )
 def test_the_shortest_that_fits_and_succeeds_is_chosen_else_the_farthest_reason(column, value, chosen):
     assert judge().choose({"answer": "4", column: value}, column) == chosen
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "chosen"),
+    [
+        ("target", CALLED, CALLED),
+        ("target_lst", [CALLED, {"content": "4"}], CALLED),  # the row's answer takes a call
+        (
+            "demos",
+            [CALLED, [message("?"), message("", "tool"), message("4")]],
+            [message("?"), message("", "tool"), message("4")],
+        ),
+    ],
+)
+def test_messages_with_calls_stay_messages(column, value, chosen):
+    assert judge().choose({"answer": "4", "num_turns": 4, column: value}, column) == chosen
+
+
+def test_where_one_row_keeps_messages_all_rows_do():
+    rows = [{"demos": [CALLED]}, {"demos": ["4"]}, {"demos": None}]
+    kept, rejected = verified(rows, [CALLED, "4", Refusal("missing")], "demos")
+    assert [row["demonstration"] for row in kept] == [CALLED, [message("4")]]
+    assert [line["row"] for line in rejected] == [2]
+    assert [row["demonstration"] for row in verified(rows[1:2], ["4"], "demos")[0]] == ["4"]
 
 
 def test_a_column_is_found_by_its_name_and_asked_for_where_there_are_two():
@@ -126,6 +163,63 @@ def test_luffys_file_becomes_verls_with_a_report_of_what_was_left_out(tmp_path, 
         f"report    {report}",
         f"kept            1  of 3, written to {output}",
     ]
+
+
+TOOLS = """
+from verl.tools.function_tool import function_tool
+
+@function_tool
+def double(digits: str) -> str:
+    '''Double.
+
+    Args:
+        digits: what to double
+    '''
+    return str(2 * int(digits))
+"""
+
+
+def test_demonstrations_with_calls_are_judged_as_the_run_with_these_tools_would(tmp_path, capsys):
+    from tests.adapters.tool_chat import QWEN, make_tokenizer
+
+    function = {"name": "double", "arguments": '{"digits": "6"}'}
+    called = [
+        message("", "assistant") | {"tool_calls": [{"type": "function", "function": function}]},
+        message("12", "tool") | {"tool_calls": None},
+        message("12") | {"tool_calls": None},
+    ]
+    plain = [message("12") | {"tool_calls": None}]
+    shared = {"data_source": "x", "reward_model": {"ground_truth": "12"}, "extra_info": {"index": 0}}
+    write_parquet([{**shared, "target": target} for target in (called, plain, called[1:])], tmp_path / "in.parquet")
+    make_tokenizer(QWEN).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / "tools.py").write_text(TOOLS)
+    (tmp_path / "reward.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info):\n"
+        "    rounds = solution_str.count('<tool_response>')\n"
+        "    return float(solution_str.endswith(ground_truth) and extra_info['num_turns'] == 2 + 2 * rounds)\n"
+    )
+    command = ["demonstrations", "--input", tmp_path / "in.parquet", "--tokenizer", tmp_path / "model"]
+    command += ["--max-response-length", 300, "--reward", tmp_path / "reward.py", "--workers", 1]
+
+    def kept(name, *arguments):
+        output = tmp_path / f"{name}.parquet"
+        assert main([str(part) for part in [*command, "--output", output, *arguments]]) == 0
+        return [row["demonstration"] for row in read_parquet(output)]
+
+    tools = f"function_tool_path={tmp_path}/tools.py"
+    assert kept("all", "--multi-turn", tools) == [called, [message("12") | {"tool_calls": None}]]
+    assert "left out        1  malformed" in capsys.readouterr().out
+    assert kept("limited", "--multi-turn", tools, "max_assistant_turns=1") == ["12"]
+    assert "left out        1  overlong" in capsys.readouterr().out
+    output = tmp_path / "no.parquet"
+    assert main([str(part) for part in [*command, "--output", output, "--multi-turn", "function_tool=x"]]) == 1
+    assert (
+        "actor_rollout_ref.rollout.multi_turn.function_tool: no such key. Use one of enable, "
+        in capsys.readouterr().err
+    )
+    # Without a loop that calls tools.
+    assert kept("single") == ["12"]
 
 
 def test_a_reward_function_that_cannot_be_loaded_is_one_line(tmp_path, capsys):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
@@ -71,7 +73,8 @@ def model(tmp_path_factory) -> Path:
 def prepared(tmp_path_factory, model):
     """A run that is ready to start: `prepared("name", *overrides, unusable=...)` gives its launch and its folder.
 
-    `rows` are those of the training data; `environment` is added to the run's.
+    `rows` are those of the training data; `demonstration` makes a row's own out of its answer and index; `environment` is
+    added to the run's.
     """
 
     def prepare(
@@ -80,6 +83,7 @@ def prepared(tmp_path_factory, model):
         steps: int = 3,
         unusable: bool = False,
         rows: int = PROMPTS * 16,
+        demonstration: Callable[[str, int], Any] | None = None,
         environment: dict[str, str] | None = None,
     ) -> tuple[Launch, Run]:
         folder = tmp_path_factory.mktemp(name)
@@ -91,6 +95,10 @@ def prepared(tmp_path_factory, model):
                 UNUSABLE[index % 8][0] if index % 8 in UNUSABLE else text
                 for index, text in zip(indices, train["demonstration"], strict=True)
             ]
+            train.to_parquet(folder / "data" / "train.parquet")
+        if demonstration is not None:
+            indices = [info["index"] for info in train["extra_info"]]
+            train["demonstration"] = list(map(demonstration, train["demonstration"], indices))
             train.to_parquet(folder / "data" / "train.parquet")
         settings = yaml.safe_load((QUICKSTART / "config.yaml").read_text()) | {
             "data.train_files": folder / "data" / "train.parquet",
