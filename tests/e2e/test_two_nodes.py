@@ -74,6 +74,8 @@ class TwoNodes:
             # The cluster is there already, with these of its own.
             "~ray_kwargs.ray_init.num_cpus",
             "~ray_kwargs.ray_init.num_gpus",
+            # The driver joins at the head, and the trainer's process starts where the driver is.
+            f"+ray_kwargs.ray_init._node_ip_address={ADDRESSES[0]}",
         ]
         port = 6397
         environment = {"RAY_ADDRESS": f"{ADDRESSES[0]}:{port}", "RAY_AUTH_MODE": "disabled"}
