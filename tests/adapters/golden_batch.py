@@ -98,9 +98,9 @@ def record(seed: int = 77) -> dict[str, Any]:
         rng.shuffle(lengths)
         rollouts = [row(length, label) for length, label in zip(lengths, labels, strict=True)]
         groups.append({"rollouts": rollouts, "demonstration": row(rng.randint(3, LIMIT - 1), 1)})
-    # Of the first group two run to the limit, and one of these is cut off there.
-    groups[0]["rollouts"][2] = row(LIMIT, 0)
-    groups[0]["rollouts"][5] = row(LIMIT, 0, truncated=True)
+    # Of the first group two run to the limit, and one is cut off there; a draw between them would fall on the other.
+    groups[0]["rollouts"][2] = row(LIMIT, 0, truncated=True)
+    groups[0]["rollouts"][5] = row(LIMIT, 0)
     for name in ("policy", "old", "entropy"):
         groups[1]["rollouts"][4][name][1] = None
     return {"groups": groups}
