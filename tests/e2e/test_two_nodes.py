@@ -149,7 +149,8 @@ def trained(run, step):
 def test_two_nodes_compute_what_one_computes(two, annealed):  # noqa: F811
     for step in range(1, STEPS + 1):
         assert trained(two.run, step) == trained(annealed, step)
-        assert trained(two.run, step).total() == PROMPTS * ROLLOUTS
+        # In step 1 every group has a demonstration beside its rollouts.
+        assert trained(two.run, step).total() == PROMPTS * (ROLLOUTS + (step == 1))
         ours, ones = two.run.steps[step - 1], annealed.steps[step - 1]
         for name in ("actor/pg_loss", "actor/grad_norm", *(key for key in ones if key.startswith("hapo/"))):
             assert ours[name] == pytest.approx(ones[name], rel=1e-5, abs=1e-7), (step, name)
