@@ -24,6 +24,8 @@ SCRIPTED = [
     "actor_rollout_ref.rollout.agent.default_agent_loop=scripted",
     "actor_rollout_ref.actor.optim.optimizer=SGD",
     "actor_rollout_ref.actor.optim.lr=0.1",
+    # The same step whatever the number of steps.
+    "actor_rollout_ref.actor.optim.lr_scheduler_type=constant",
     "actor_rollout_ref.actor.optim.weight_decay=0",
     "trainer.save_freq=1",
     "trainer.test_freq=-1",
