@@ -66,8 +66,10 @@ class HapoTrainer(PPOTrainer):
         checks.check_cluster()
         choose_head(config, self.hapo)
         self.trace = Trace(self.hapo.trace_dir)
-        # Of the batch in training: rows, appended ones among them, rows of each group, and what mini-batches they make.
-        self._rows, self._appended, self._group_sizes, self._prompts_per_mini_batch = 0, 0, [], None
+        # Of the batch in training: rows, appended ones among them, and what mini-batches they make.
+        self._rows, self._appended, self._prompts_per_mini_batch = 0, 0, None
+        # Rows of each group, where no mini-batch may cut one.
+        self._group_sizes: list[int] | None = None
         self._dp_size = 1
         super().__init__(config)
 
@@ -109,7 +111,8 @@ class HapoTrainer(PPOTrainer):
 
     def _balance_batch(self, batch: Any, metrics: dict, *args: Any, **kwargs: Any) -> Any:
         self._rows, self._appended = len(batch.keys), sum(bool(tag.get(APPENDED)) for tag in batch.tags)
-        self._group_sizes = list(Counter(_split_keys(batch.keys)[0]).values())
+        if self.hapo.objective.whole_groups:
+            self._group_sizes = list(Counter(_split_keys(batch.keys)[0]).values())
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
         mini_batches = len(batch.keys) // self._mini_batch_rows
         if self.hapo.objective.whole_groups and mini_batches > 1:
@@ -126,15 +129,10 @@ class HapoTrainer(PPOTrainer):
         mini-batch, mostly padding, whose few rows weigh as much as all others.
         """
         self._dp_size, self._prompts_per_mini_batch = dp_size, None
-        whole_groups = self.hapo.objective.whole_groups
-        if not self._appended and not whole_groups:
+        if not self._appended and self._group_sizes is None:
             return super()._get_required_batch_multiple(dp_size)
         updates, self._prompts_per_mini_batch = grown_mini_batch(
-            self.config.actor_rollout_ref,
-            self._rows,
-            self._appended,
-            dp_size,
-            self._group_sizes if whole_groups else None,
+            self.config.actor_rollout_ref, self._rows, self._appended, dp_size, self._group_sizes
         )
         return updates * self._mini_batch_rows
 
