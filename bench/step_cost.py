@@ -339,7 +339,8 @@ class Bench:
         """verl's trainer or HAPO's, with the model's part stood in for."""
         trainer: Any = (HapoTrainerSync if side == "hapo" else PPOTrainerSync)(self.config(side, P))
         trainer.global_steps, trainer.tokenizer, trainer.gatekeeper = 1, self.tokenizer, self.gatekeeper
-        trainer.agent_loop_manager = SimpleNamespace(generate_sequences=lambda batch: None)
+        # The way of the prompts to the workers: Ray serialises them once.
+        trainer.agent_loop_manager = SimpleNamespace(generate_sequences=ray.put)
         trainer.actor_rollout_wg = SimpleNamespace(
             _dispatch_info={"actor": list(range(RANKS))}, compute_log_prob=self._compute_log_prob
         )
