@@ -12,11 +12,12 @@ def lengths(jagged_BT: Tensor) -> Tensor:
 
 
 def row_sums(jagged_BT: Tensor) -> Tensor:
-    """(B,) sum over the tokens of each row, without a tensor as large as the tokens where they are floats."""
-    values, bounds = jagged_BT.values(), offsets(jagged_BT)
+    """(B,) sum over the tokens of each row, without a tensor as large as the tokens."""
+    values = jagged_BT.values()
     if values.is_floating_point():
-        return torch.segment_reduce(values, "sum", offsets=bounds, initial=0)
-    return torch.nn.functional.pad(values.cumsum(0), (1, 0))[bounds].diff()
+        return torch.segment_reduce(values, "sum", offsets=offsets(jagged_BT), initial=0)
+    sums = [row.sum() for row in values.split(lengths(jagged_BT).tolist())]
+    return torch.stack(sums) if sums else values.new_zeros(0, dtype=torch.int64)
 
 
 def spread(value_B: Tensor, mask_BT: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
 """Jagged tensors against the same rows one by one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hapo_verl.adapters import jagged
 
@@ -24,8 +27,30 @@ def test_row_sums_are_the_sums_of_the_rows(dtype):
     torch.testing.assert_close(jagged.row_sums(as_jagged(rows)), expected)
 
 
-def test_a_batch_without_rows_has_no_sums():
-    empty = torch.nested.nested_tensor_from_jagged(torch.zeros(0), offsets=torch.tensor([0]))
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor made meanwhile."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.untyped_storage().nbytes() // result.element_size())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_sums_of_rows_make_no_tensor_as_large_as_the_tokens(dtype):
+    values, offsets = torch.ones(1000).to(dtype), torch.tensor([0, 600, 1000])
+    given = SimpleNamespace(values=lambda: values, offsets=lambda: offsets)
+    with Largest() as largest:
+        assert jagged.row_sums(given).tolist() == [600, 400]
+    assert largest.elements < 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_a_batch_without_rows_has_no_sums(dtype):
+    empty = torch.nested.nested_tensor_from_jagged(torch.zeros(0, dtype=dtype), offsets=torch.tensor([0]))
     assert jagged.row_sums(empty).shape == (0,)
 
 
