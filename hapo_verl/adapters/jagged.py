@@ -12,11 +12,12 @@ def lengths(jagged_BT: Tensor) -> Tensor:
 
 
 def row_sums(jagged_BT: Tensor) -> Tensor:
-    """(B,) sum over the tokens of each row, without a tensor as large as the tokens where they are floats."""
-    values, bounds = jagged_BT.values(), offsets(jagged_BT)
+    """(B,) sum over the tokens of each row, without a tensor as large as the tokens."""
+    values = jagged_BT.values()
     if values.is_floating_point():
-        return torch.segment_reduce(values, "sum", offsets=bounds, initial=0)
-    return torch.nn.functional.pad(values.cumsum(0), (1, 0))[bounds].diff()
+        return torch.segment_reduce(values, "sum", offsets=offsets(jagged_BT), initial=0)
+    sums = [row.sum() for row in values.split(lengths(jagged_BT).tolist())]
+    return torch.stack(sums) if sums else values.new_zeros(0, dtype=torch.int64)
 
 
 def spread(value_B: Tensor, mask_BT: Tensor) -> Tensor:
@@ -29,10 +30,41 @@ def spread(value_B: Tensor, mask_BT: Tensor) -> Tensor:
     return _jagged(values.mul_(mask), like=mask_BT)
 
 
-def cut(padded_BT: Tensor, like: Tensor) -> Tensor:
-    """A padded (B, T) tensor cut to the rows of a jagged one."""
-    keep_BT = torch.arange(padded_BT.size(1)) < lengths(like).unsqueeze(1)
-    return _jagged(padded_BT[keep_BT], like=like)
+def select(jagged_BT: Tensor, keep_B: Tensor) -> Tensor:
+    """The rows to keep, jagged."""
+    return torch.nested.as_nested_tensor(_rows(jagged_BT, keep_B), layout=torch.jagged)
+
+
+def in_one_row(jagged_BT: Tensor) -> Tensor:
+    """(1, tokens): all rows one behind the other."""
+    return jagged_BT.values().unsqueeze(0)
+
+
+def padded(jagged_BT: Tensor, keep_B: Tensor) -> Tensor:
+    """The rows to keep, with zeros up to the longest of them."""
+    return torch.nn.utils.rnn.pad_sequence(_rows(jagged_BT, keep_B), batch_first=True)
+
+
+def without(mask_BT: Tensor, drop_B: Tensor) -> Tensor:
+    """A mask as bool, False on every token of the rows to drop; jagged."""
+    result = _jagged(mask_BT.values() != 0, like=mask_BT)
+    for row in _rows(result, drop_B):
+        row.fill_(False)
+    return result
+
+
+def with_rows(jagged_BT: Tensor, replace_B: Tensor, padded_RT: Tensor) -> Tensor:
+    """A copy in which these rows are replaced by those of a padded tensor, cut to their lengths."""
+    result = _jagged(jagged_BT.values().clone(), like=jagged_BT)
+    for row, new in zip(_rows(result, replace_B), padded_RT, strict=True):
+        row.copy_(new[: len(row)])
+    return result
+
+
+def _rows(jagged_BT: Tensor, keep_B: Tensor) -> list[Tensor]:
+    """Views of the rows to keep."""
+    rows = jagged_BT.values().split(lengths(jagged_BT).tolist())
+    return [row for row, keep in zip(rows, keep_B.tolist(), strict=True) if keep]
 
 
 def _jagged(values: Tensor, like: Tensor) -> Tensor:

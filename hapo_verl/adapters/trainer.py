@@ -68,8 +68,10 @@ class HapoTrainer(PPOTrainer):
         checks.check_cluster()
         choose_head(config, self.hapo)
         self.trace = Trace(self.hapo.trace_dir)
-        # Of the batch in training: rows, appended ones among them, rows of each group, and what mini-batches they make.
-        self._rows, self._appended, self._group_sizes, self._prompts_per_mini_batch = 0, 0, [], None
+        # Of the batch in training: rows, appended ones among them, and what mini-batches they make.
+        self._rows, self._appended, self._prompts_per_mini_batch = 0, 0, None
+        # Rows of each group, where no mini-batch may cut one.
+        self._group_sizes: list[int] | None = None
         self._dp_size = 1
         self._watch: Watch | None = None
         super().__init__(config)
@@ -112,7 +114,8 @@ class HapoTrainer(PPOTrainer):
 
     def _balance_batch(self, batch: Any, metrics: dict, *args: Any, **kwargs: Any) -> Any:
         self._rows, self._appended = len(batch.keys), sum(bool(tag.get(APPENDED)) for tag in batch.tags)
-        self._group_sizes = list(Counter(_split_keys(batch.keys)[0]).values())
+        if self.hapo.objective.whole_groups:
+            self._group_sizes = list(Counter(_split_keys(batch.keys)[0]).values())
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
         mini_batches = len(batch.keys) // self._mini_batch_rows
         if self.hapo.objective.whole_groups and mini_batches > 1:
@@ -129,15 +132,10 @@ class HapoTrainer(PPOTrainer):
         mini-batch, mostly padding, whose few rows weigh as much as all others.
         """
         self._dp_size, self._prompts_per_mini_batch = dp_size, None
-        whole_groups = self.hapo.objective.whole_groups
-        if not self._appended and not whole_groups:
+        if not self._appended and self._group_sizes is None:
             return super()._get_required_batch_multiple(dp_size)
         updates, self._prompts_per_mini_batch = grown_mini_batch(
-            self.config.actor_rollout_ref,
-            self._rows,
-            self._appended,
-            dp_size,
-            self._group_sizes if whole_groups else None,
+            self.config.actor_rollout_ref, self._rows, self._appended, dp_size, self._group_sizes
         )
         return updates * self._mini_batch_rows
 
@@ -199,36 +197,45 @@ class HapoTrainer(PPOTrainer):
     def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
         """verl's, then: a demonstration was sampled by nobody, so its rollout log-probs are its old log-probs.
 
-        Rollout correction then gives it weight 1, and verl's comparison of rollout and actor is repeated without it.
+        Rollout correction then gives it weight 1. verl's comparison of rollout and actor is made here, without it, and
+        not by verl: that would read every token twice.
         """
-        batch = super()._compute_old_log_prob(batch, metrics)
-        if not self.config.actor_rollout_ref.rollout.calculate_log_probs:
+        rollout = self.config.actor_rollout_ref.rollout
+        compare, rollout.calculate_log_probs = rollout.calculate_log_probs, False
+        try:
+            batch = super()._compute_old_log_prob(batch, metrics)
+        finally:
+            rollout.calculate_log_probs = compare
+        if not compare:
             return batch
-        flags = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[DEMONSTRATION])
-        demonstration_B = demonstration_flags(flags)
-        if not demonstration_B.any():
-            return batch
-
+        fields = ["response_mask", "rollout_log_probs", "old_log_probs", DEMONSTRATION]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        demonstration_B = demonstration_flags(data)
         injected = [key for key, flag in zip(batch.keys, demonstration_B.tolist(), strict=True) if flag]
-        data = tq.kv_batch_get(keys=injected, partition_id=batch.partition_id, select_fields=["old_log_probs"])
-        data["rollout_log_probs"] = data.pop("old_log_probs")
-        tq.kv_batch_put(keys=injected, partition_id=batch.partition_id, fields=data)
-
-        sampled = [key for key, flag in zip(batch.keys, demonstration_B.tolist(), strict=True) if not flag]
-        fields = ["rollout_log_probs", "old_log_probs", "response_mask"]
-        data = tq.kv_batch_get(keys=sampled, partition_id=batch.partition_id, select_fields=fields).to_padded_tensor()
-        # Only its width is read.
-        data["responses"] = data["response_mask"]
-        metrics.update(calculate_debug_metrics(DataProto(batch=data)))
+        if injected:
+            old = jagged.select(data["old_log_probs"], demonstration_B)
+            tq.kv_batch_put(
+                keys=injected,
+                partition_id=batch.partition_id,
+                fields=TensorDict({"rollout_log_probs": old}, batch_size=len(injected)),
+            )
+        # verl's comparison takes rows of any length, and one of all tokens needs no padding.
+        tokens = {name: jagged.in_one_row(data[name]) for name in ("rollout_log_probs", "old_log_probs")}
+        mask = jagged.in_one_row(jagged.without(data["response_mask"], demonstration_B))
+        # Of `responses` only the width is read.
+        tokens |= {"response_mask": mask, "responses": mask}
+        metrics.update(calculate_debug_metrics(DataProto(batch=TensorDict(tokens, batch_size=1))))
         return batch
 
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
-        """Advantages from one score a row, written as verl's trainer writes them; (B, T) is never padded."""
-        fields = ["uid", "response_mask", "rm_scores", DEMONSTRATION, GROUP]
+        """Advantages from one score a row, written as verl's trainer writes them, without a padded (B, T)."""
+        fields = ["response_mask", "rm_scores", DEMONSTRATION, GROUP]
+        if self._corrects_rollouts:
+            fields += ["rollout_log_probs", "old_log_probs"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         demonstration_B = demonstration_flags(data)
         real_B = torch.tensor([not tag.get("is_padding", False) for tag in batch.tags])
-        output = self._correct_rollouts(batch, ~demonstration_B & real_B, metrics)
+        output = self._correct_rollouts(data, ~demonstration_B & real_B, metrics) if self._corrects_rollouts else {}
 
         mask = output["response_mask"] if "response_mask" in output else data["response_mask"]
         score_B = jagged.row_sums(data["rm_scores"])
@@ -276,27 +283,33 @@ class HapoTrainer(PPOTrainer):
                     "hapo.objective.name=surrogate."
                 )
 
-    def _correct_rollouts(self, batch: Any, sampled_B: Tensor, metrics: dict) -> dict[str, Tensor]:
-        """verl's rollout correction over the sampled rows; a demonstration keeps weight 1 and all of its tokens."""
+    @property
+    def _corrects_rollouts(self) -> bool:
+        """verl compares rollout and actor by row, and corrects where it is told to, if this block is there at all."""
         correction = self.config.algorithm.get("rollout_correction", None)
-        if correction is None or not self.config.actor_rollout_ref.rollout.calculate_log_probs:
-            return {}
-        fields = ["response_mask", "rollout_log_probs", "old_log_probs"]
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        mask = data["response_mask"]
-        padded = data.to_padded_tensor()
+        return correction is not None and self.config.actor_rollout_ref.rollout.calculate_log_probs
+
+    def _correct_rollouts(self, data: TensorDict, sampled_B: Tensor, metrics: dict) -> dict[str, Tensor]:
+        """verl's rollout correction over the sampled rows; a demonstration keeps weight 1 and all of its tokens.
+
+        Log-probs leave `data`: padded, as verl wants them, they are as large again.
+        """
+        correction, mask = self.config.algorithm.rollout_correction, data["response_mask"]
+        rows = {name: jagged.padded(data.pop(name), sampled_B) for name in ("rollout_log_probs", "old_log_probs")}
+        # A mask of int64 would be the largest tensor of all.
+        rows["response_mask"] = jagged.padded(mask.bool(), sampled_B)
         sampled, correction_metrics = compute_rollout_correction_and_add_to_batch(
-            DataProto(batch=padded[sampled_B]), correction
+            DataProto(batch=TensorDict(rows, batch_size=int(sampled_B.sum()))), correction
         )
         metrics.update(correction_metrics)
-
-        corrected = {"response_mask": padded["response_mask"].clone()}
-        corrected["response_mask"][sampled_B] = sampled.batch["response_mask"].to(corrected["response_mask"].dtype)
+        corrected = {}
+        if correction.get("rollout_rs", None) is not None:
+            corrected["response_mask"] = jagged.with_rows(mask, sampled_B, sampled.batch["response_mask"])
         if "rollout_is_weights" in sampled.batch:
             weights = sampled.batch["rollout_is_weights"]
-            corrected["rollout_is_weights"] = torch.ones(padded["response_mask"].shape, dtype=weights.dtype)
-            corrected["rollout_is_weights"][sampled_B] = weights
-        return {name: jagged.cut(value, like=mask) for name, value in corrected.items()}
+            ones = jagged.spread(torch.ones(len(mask), dtype=weights.dtype), torch.ones_like(mask))
+            corrected["rollout_is_weights"] = jagged.with_rows(ones, sampled_B, weights)
+        return corrected
 
     def _update_actor(self, batch: Any, metrics: dict) -> Any:
         actor = self.config.actor_rollout_ref.actor

@@ -45,6 +45,21 @@ def test_the_advantage_bench_measures_every_way(tmp_path):
     assert all(min(way["cpu_s"]) > 0 for way in content["ways"].values())
 
 
+def test_the_cost_of_a_step_is_measured_on_both_sides_part_by_part(tmp_path):
+    pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed")
+    content = smoke("step_cost", tmp_path)
+    table = (tmp_path / "step_cost-smoke.md").read_text()
+    for part in ("submit", "worker", "balance", "old log-probs", "advantage"):
+        assert f"| {part}" in table
+        for side in content["cases"]["256"].values():
+            assert side["1"][part]["cpu s"] > 0, part
+            assert "scaled" not in side["1"][part]
+    hapo, verl = (content["cases"]["256"][side]["2"] for side in ("hapo", "verl"))
+    # 34 rows against 32, and a demonstration that the reward worker has seen.
+    assert 1.0 < hapo["worker"]["wire MiB"] / verl["worker"]["wire MiB"] < 1.3
+    assert [row["gpus"] for row in content["share of a step"]] == [8, 64, 512]
+
+
 @pytest.mark.parametrize(("study", "cell"), [("gates", "paper/append"), ("methods", "dapo")])
 def test_the_study_trains_reports_and_goes_on_where_it_stopped(tmp_path, study, cell):
     out = ["--smoke", "--processes", "1", "--out", tmp_path]
