@@ -115,7 +115,7 @@ class TwoNodes:
         self.log = launch.log.read_text(errors="replace")
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "a node did not start"
