@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
@@ -85,9 +85,20 @@ def drift(medians: Sequence[float | None]) -> float:
     return max(abs(value - held[0]) for value in held) / held[0]
 
 
-def listing() -> set[str]:
+def listing() -> set[Path]:
     """Files of shared memory and of the temporary folder."""
-    return {str(path) for folder in ("/dev/shm", tempfile.gettempdir()) for path in Path(folder).glob("*")}
+    return {path for folder in ("/dev/shm", tempfile.gettempdir()) for path in Path(folder).glob("*")}
+
+
+def unused(paths: Iterable[Path]) -> list[str]:
+    """Those that no process has mapped or as its temporary folder: other runs may go on on this machine."""
+    used = ""
+    for process in psutil.process_iter():
+        try:
+            used += process.environ().get("TMPDIR", "") + Path(f"/proc/{process.pid}/maps").read_text()
+        except (psutil.Error, OSError):
+            continue
+    return sorted(str(path) for path in paths if str(path) not in used)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(f"step {record['step']}, {launch.seconds:.0f} s", flush=True)
         mark = f"VERL_FILE_LOGGER_PATH={launch.metrics}"
         processes = [process.pid for process in psutil.process_iter() if mark in environment(process)]
-    files = sorted(listing() - before)
+    files = unused(listing() - before)
 
     medians = windows(launch.memory, times, args.steps)
     rows = sorted(medians.items(), key=lambda item: -drift(item[1]))

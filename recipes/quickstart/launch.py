@@ -222,4 +222,6 @@ def cpu_environment() -> dict[str, str]:
         "RAY_worker_niceness": "0",
         # Ray gives up after 30 s by default, which a busy laptop needs.
         "RAY_raylet_start_wait_time_s": "300",
+        # Ray's server keeps what it knows of the last 100,000 tasks, for a dashboard that is not there.
+        "RAY_task_events_report_interval_ms": "0",
     }
