@@ -32,6 +32,11 @@ PHASES = (
 )
 
 
+# Ray gives its helpers 15 s to start, which no setting changes, and a busy machine may not: then once more.
+RAY_TOO_SLOW = "The current node timed out during startup"
+ATTEMPTS = 3
+
+
 class TrainingError(RuntimeError):
     """The trainer ended with an error or was stopped; the message is one line with the log's path."""
 
@@ -83,9 +88,15 @@ class Launch:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics.unlink(missing_ok=True)
-        # Ray, vLLM and verl leave sockets, locks and logs in the temporary folder: theirs goes with them.
-        with tempfile.TemporaryDirectory(prefix="hapo-", ignore_cleanup_errors=True) as scratch:
-            yield from self._run(scratch)
+        for attempts_left in reversed(range(ATTEMPTS)):
+            # Ray, vLLM and verl leave sockets, locks and logs in the temporary folder: theirs goes with them.
+            with tempfile.TemporaryDirectory(prefix="hapo-", ignore_cleanup_errors=True) as scratch:
+                try:
+                    yield from self._run(scratch)
+                    return
+                except TrainingError:
+                    if not attempts_left or RAY_TOO_SLOW not in self.log.read_text(errors="replace"):
+                        raise
 
     def _run(self, scratch: str) -> Iterator[tuple[str, Any]]:
         started = time.monotonic()
@@ -221,7 +232,7 @@ def cpu_environment() -> dict[str, str]:
         # Ray gives its workers niceness 15: on a laptop everything else would come first.
         "RAY_worker_niceness": "0",
         # Ray gives up after 30 s by default, which a busy laptop needs.
-        "RAY_raylet_start_wait_time_s": "300",
+        "RAY_raylet_start_wait_time_s": "90",
         # Ray's server keeps what it knows of the last 100,000 tasks, for a dashboard that is not there.
         "RAY_task_events_report_interval_ms": "0",
     }

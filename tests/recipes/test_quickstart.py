@@ -112,6 +112,24 @@ def test_a_trainer_that_fails_is_one_line_with_the_log(tmp_path):
     assert str(error.value) == f"the trainer ended with exit code 3; the log is {launch.log}"
 
 
+@pytest.mark.parametrize(("slow", "launches"), [(1, 2), (5, 3)])
+def test_a_ray_that_was_too_slow_to_start_is_started_again_three_times_at_most(tmp_path, slow, launches):
+    count = tmp_path / "count"
+    body = METRICS + (
+        f"open({str(count)!r}, 'a').write('x')\n"
+        f"if len(open({str(count)!r}).read()) <= {slow}:\n"
+        "    raise SystemExit('Exception: The current node timed out during startup. This could happen because')\n"
+        "log(1)\n"
+    )
+    launch = a_launch(tmp_path, body)
+    if slow < launches:
+        assert [record["step"] for _, record in launch.run()] == [1]
+    else:
+        with pytest.raises(TrainingError, match="the trainer ended with exit code 1"):
+            list(launch.run())
+    assert len(count.read_text()) == launches
+
+
 def test_the_time_limit_ends_the_trainer_and_everything_it_started(tmp_path):
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     body = METRICS + (
