@@ -5,7 +5,7 @@
 
 A tiny model, 4 prompts x 4 rollouts a step, the gate that remembers prompts, a checkpoint every 250 steps. Memory is
 that which is a process's own (USS): pages that it shares belong to nobody. A process is flat where the median of no
-tenth of the run, from a fifth of it on, is more than 5 % from that of the first of them.
+tenth of the run, from a fifth of it on, is more than 5 % (of a small process 2 MiB) from that of the first of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from launch import Launch, cpu_environment
 
 QUICKSTART = Path(quickstart.__file__).parent
 MIB = 2**20
-FLAT = 0.05
+FLAT, FLAT_MIB = 0.05, 2
 SETTINGS = [
     "data.train_batch_size=4",
     "actor_rollout_ref.actor.ppo_mini_batch_size=4",
@@ -83,6 +83,12 @@ def drift(medians: Sequence[float | None]) -> float:
     """The largest deviation from the first median, relative to it."""
     held = [value for value in medians if value is not None]
     return max(abs(value - held[0]) for value in held) / held[0]
+
+
+def is_flat(medians: Sequence[float | None]) -> bool:
+    """No median is farther from the first than 5 % of it or 2 MiB."""
+    first = next(value for value in medians if value is not None)
+    return drift(medians) * first <= max(FLAT * first, FLAT_MIB)
 
 
 def listing() -> set[Path]:
@@ -141,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     (args.out / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"{table}\n\n{len(times)} steps in {launch.seconds:.0f} s; {left}")
-    return int(any(drift(held) > FLAT for _, held in rows) or bool(processes or files) or len(times) < args.steps)
+    return int(not all(is_flat(held) for _, held in rows) or bool(processes or files) or len(times) < args.steps)
 
 
 def environment(process: psutil.Process) -> list[str]:

@@ -1,0 +1,42 @@
+"""What the soak makes of samples of memory."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+import soak
+
+STEPS = 20
+# A step a second.
+TIMES = [float(second) for second in range(1, STEPS + 1)]
+
+
+def samples(held):
+    """One a second, of a process that holds `held(second)` MiB."""
+    return [(second + 0.5, {"worker 7": held(second) * soak.MIB}) for second in range(STEPS + 5)]
+
+
+def test_medians_are_those_of_each_tenth_from_the_fifth_on():
+    medians = soak.windows(samples(lambda second: second), TIMES, STEPS)
+    assert medians == {"worker 7": [4.5, 6.5, 8.5, 10.5, 12.5, 14.5, 16.5, 18.5]}
+
+
+def test_a_process_that_was_there_before_training_only_is_left_out():
+    assert soak.windows([(0.5, {"probe 3": 1})], TIMES, STEPS) == {}
+
+
+@pytest.mark.parametrize(
+    ("medians", "drift", "flat"),
+    [
+        ([100, 104, None, 96], 0.04, True),
+        ([100, 106, 100], 0.06, False),
+        ([None, 100, 94], 0.06, False),
+        ([19, 20.5, 19], 1.5 / 19, True),
+        ([19, 21.5, 19], 2.5 / 19, False),
+    ],
+)
+def test_flat_is_within_five_percent_or_two_mebibytes(medians, drift, flat):
+    assert soak.drift(medians) == pytest.approx(drift)
+    assert soak.is_flat(medians) == flat
