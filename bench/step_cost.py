@@ -57,7 +57,7 @@ import tiny_model
 N, KNOWN, WAVE, MIB = 16, 1_000_000, 16, 2**20
 SOURCE, ANSWER = "openai/gsm8k", "#### 42"
 RANKS = 8
-# 1,024 prompts of 8,192 tokens are twice what fits into 11 GiB together with TransferQueue.
+# Twice the tokens that 24 GiB hold beside TransferQueue.
 FULL_P, FULL_T = 1024, 8192
 DRIVER = ("submit", "balance", "old log-probs", "advantage")
 Found = dict[str, dict[str, float]]

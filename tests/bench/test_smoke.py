@@ -55,8 +55,8 @@ def test_the_cost_of_a_step_is_measured_on_both_sides_part_by_part(tmp_path):
             assert side["1"][part]["cpu s"] > 0, part
             assert "scaled" not in side["1"][part]
     hapo, verl = (content["cases"]["256"][side]["2"] for side in ("hapo", "verl"))
-    # 34 rows against 32, and a demonstration that the reward worker has seen.
-    assert 1.0 < hapo["worker"]["wire MiB"] / verl["worker"]["wire MiB"] < 1.3
+    # 34 rows in 2 puts against 32 in 32.
+    assert 0 < hapo["worker"]["wire MiB"] < 1.2 * verl["worker"]["wire MiB"]
     assert [row["gpus"] for row in content["share of a step"]] == [8, 64, 512]
 
 
