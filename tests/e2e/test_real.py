@@ -62,10 +62,10 @@ def test_later_weights_of_a_step_know_the_policy_that_has_moved(real_ssi):
     weight = {(row["uid"], tuple(row["responses"])): row["hapo_likelihood_weight"] for row in first}
     moved = [row["hapo_likelihood_weight"] - weight[row["uid"], tuple(row["responses"])] for row in third]
     assert max(map(abs, moved)) > 1e-4
-    # What has become likelier needs less of a push, and the loss has fallen.
-    of_demonstrations = [row for row in third if row["hapo_demonstration"]]
-    for row in of_demonstrations:
-        assert row["hapo_likelihood_weight"] < weight[row["uid"], tuple(row["responses"])]
+    # What has become likelier needs less of a push; a single one may have lost to the others.
+    demonstrations = [row for row in third if row["hapo_demonstration"]]
+    before = sum(weight[row["uid"], tuple(row["responses"])] for row in demonstrations)
+    assert sum(row["hapo_likelihood_weight"] for row in demonstrations) < 0.95 * before
     assert 0 < real_ssi.steps[0]["hapo/loss/real"] < 5
 
 
