@@ -65,7 +65,7 @@ def test_later_weights_of_a_step_know_the_policy_that_has_moved(real_ssi):
     # What has become likelier needs less of a push; a single one may have lost to the others.
     demonstrations = [row for row in third if row["hapo_demonstration"]]
     before = sum(weight[row["uid"], tuple(row["responses"])] for row in demonstrations)
-    assert sum(row["hapo_likelihood_weight"] for row in demonstrations) < 0.95 * before
+    assert sum(row["hapo_likelihood_weight"] for row in demonstrations) < before
     assert 0 < real_ssi.steps[0]["hapo/loss/real"] < 5
 
 
