@@ -58,12 +58,13 @@ def test_reals_first_weights_of_a_step_follow_from_the_counts_of_the_group(real_
 
 
 def test_later_weights_of_a_step_know_the_policy_that_has_moved(real_ssi):
-    first, _, third, _ = updates(real_ssi, ROWS)[:4]
+    steps = updates(real_ssi, ROWS)
+    first, second = (sum(steps[start : start + MINI_BATCHES], []) for start in (0, MINI_BATCHES))
     weight = {(row["uid"], tuple(row["responses"])): row["hapo_likelihood_weight"] for row in first}
-    moved = [row["hapo_likelihood_weight"] - weight[row["uid"], tuple(row["responses"])] for row in third]
+    moved = [row["hapo_likelihood_weight"] - weight[row["uid"], tuple(row["responses"])] for row in second]
     assert max(map(abs, moved)) > 1e-4
-    # What has become likelier needs less of a push; a single one may have lost to the others.
-    demonstrations = [row for row in third if row["hapo_demonstration"]]
+    # What has become likelier needs less of a push; a single demonstration may have lost to the others.
+    demonstrations = [row for row in second if row["hapo_demonstration"]]
     before = sum(weight[row["uid"], tuple(row["responses"])] for row in demonstrations)
     assert sum(row["hapo_likelihood_weight"] for row in demonstrations) < before
     assert 0 < real_ssi.steps[0]["hapo/loss/real"] < 5
