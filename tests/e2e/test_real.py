@@ -58,8 +58,8 @@ def test_reals_first_weights_of_a_step_follow_from_the_counts_of_the_group(real_
 
 
 def test_later_weights_of_a_step_know_the_policy_that_has_moved(real_ssi):
-    steps = updates(real_ssi, ROWS)
-    first, second = (sum(steps[start : start + MINI_BATCHES], []) for start in (0, MINI_BATCHES))
+    # The first two epochs of step 1.
+    first, second, *_ = updates(real_ssi, MINI_BATCHES * ROWS)
     weight = {(row["uid"], tuple(row["responses"])): row["hapo_likelihood_weight"] for row in first}
     moved = [row["hapo_likelihood_weight"] - weight[row["uid"], tuple(row["responses"])] for row in second]
     assert max(map(abs, moved)) > 1e-4
