@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from http.client import HTTPConnection, HTTPException
 from typing import Any
@@ -19,8 +20,9 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
 SERVICE_UNAVAILABLE = 503  # vLLM's answer when its engine is dead
-# A server that refuses two connections in a row has no process any more.
-REFUSALS = 2
+# A server that refuses connections has lost its process. Ray knows more of that: at once, or, where the whole node is
+# gone, in some 20 s, and then also that it was the node. So its word is waited for.
+REFUSED_SECONDS = 30.0
 # What dies with another needs a moment to be seen, and a line to reach the driver.
 MOMENT_SECONDS = 2.0
 
@@ -46,7 +48,7 @@ class Watch:
         self._actors: dict[str, Any] = {}
         self._engines: dict[str, str] = {}
         self._calls: dict[str, ray.ObjectRef] = {}
-        self._refused: dict[str, int] = {}
+        self._refused: dict[str, float] = {}  # since when, by the monotonic clock
         self._nodes: dict[str, str] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hapo-watch", daemon=True)
@@ -99,15 +101,16 @@ class Watch:
         return None
 
     def _engine(self, name: str, address: str) -> str | None:
-        refused, self._refused[name] = self._refused.get(name, 0), 0
+        since = self._refused.pop(name, None)
         # No proxy stands between: a cluster's proxy answers for servers that it does not reach.
         connection = HTTPConnection(address, timeout=self._interval)
         try:
             connection.request("GET", "/health")
             status = connection.getresponse().status
         except ConnectionRefusedError:
-            self._refused[name] = refused + 1
-            return f"{address} refuses connections" if refused + 1 >= REFUSALS else None
+            self._refused[name] = time.monotonic() if since is None else since
+            long = time.monotonic() - self._refused[name] >= REFUSED_SECONDS
+            return f"{address} refuses connections" if long else None
         except (OSError, HTTPException):
             # A time-out or a reset connection: a busy server.
             return None

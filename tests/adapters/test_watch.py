@@ -103,11 +103,14 @@ def test_a_slow_server_is_not_dead(server):
     assert [watch.dead() for _ in range(3)] == [{}, {}, {}]
 
 
-def test_a_server_is_dead_when_it_refuses_twice_in_a_row(unused_port):
+def test_a_server_is_dead_when_it_refuses_for_longer_than_ray_needs_to_say_why(unused_port, monkeypatch):
+    monkeypatch.setattr("hapo_verl.adapters.watch.REFUSED_SECONDS", 0.5)
     address = f"127.0.0.1:{unused_port}"
     watch = Watch(interval=0.2, advice=ADVICE)
     watch._engines = {"engine": address}
     assert watch.dead() == {}
+    assert watch.dead() == {}
+    time.sleep(0.6)
     assert watch.dead() == {"engine": f"{address} refuses connections"}
 
 
