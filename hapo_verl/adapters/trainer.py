@@ -161,10 +161,12 @@ class HapoTrainer(PPOTrainer):
     def fit(self, agent_loop_manager: Any) -> None:
         if self._watch:
             self._watch.over(_named("agent loop worker", agent_loop_manager.agent_loop_workers))
-        failed = True
+        failed = False
         try:
             super().fit(agent_loop_manager)
-            failed = False
+        except Exception:
+            failed = True
+            raise
         finally:
             if self._watch:
                 self._watch.stop(failed=failed)

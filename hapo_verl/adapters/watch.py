@@ -25,6 +25,8 @@ SERVICE_UNAVAILABLE = 503  # vLLM's answer when its engine is dead
 REFUSED_SECONDS = 30.0
 # What dies with another needs a moment to be seen, and a line to reach the driver.
 MOMENT_SECONDS = 2.0
+# A trainer that fails may have seen a death before Ray tells of it.
+FAILED_SECONDS = 10.0
 
 
 def _end() -> None:
@@ -73,13 +75,15 @@ class Watch:
         """Look no more; what takes a run apart at its end is no death.
 
         Args:
-            failed: the trainer has raised by itself, perhaps for a death that it saw first: say the line then too.
+            failed: the trainer has raised by itself, perhaps for a death that it saw first: say the line then too, which
+                takes some seconds more where nothing died.
         """
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
-        if failed:
-            self._say_what_died()
+        until = time.monotonic() + FAILED_SECONDS
+        while failed and not self._say_what_died() and time.monotonic() < until:
+            pass
 
     def dead(self) -> dict[str, str]:
         """Of each that has died its name and the cause."""

@@ -136,16 +136,36 @@ def test_the_run_ends_once_with_a_line_that_names_all_that_died(actors, capsys):
     watch.stop()
 
 
-@pytest.mark.parametrize("failed", [False, True])
-def test_a_stopped_watch_takes_no_end_for_a_death_but_names_one_that_the_trainer_saw_first(actors, capsys, failed):
+@pytest.fixture
+def stopping(actors):
+    """A started watch that has not looked yet, its actor, and what its end has done."""
     actor = actors()
     ray.get(actor.process.remote())
     ends: list[str] = []
     watch = Watch(interval=60, advice=ADVICE, end=lambda: ends.append("ended"))
     watch.over({"worker": actor})
     watch.start()
+    return watch, actor, ends
+
+
+def test_a_stopped_watch_takes_no_end_for_a_death(stopping, capsys):
+    watch, actor, ends = stopping
     ray.kill(actor)
-    watch.stop(failed=failed)
-    time.sleep(1)
+    watch.stop()
+    time.sleep(3)
+    assert (ends, capsys.readouterr().err) == ([], "")
+
+
+def test_a_death_that_the_trainer_saw_before_ray_tells_of_it_is_named(stopping, capsys):
+    watch, actor, ends = stopping
+    threading.Timer(3, ray.kill, [actor]).start()
+    watch.stop(failed=True)
     assert ends == []
-    assert ("hapo: worker died (" in capsys.readouterr().err) == failed
+    assert capsys.readouterr().err.startswith("hapo: worker died (")
+
+
+def test_a_trainer_that_failed_by_itself_is_not_held_up_for_long(stopping, capsys, monkeypatch):
+    monkeypatch.setattr("hapo_verl.adapters.watch.FAILED_SECONDS", 3.0)
+    watch, _, ends = stopping
+    watch.stop(failed=True)
+    assert (ends, capsys.readouterr().err) == ([], "")
