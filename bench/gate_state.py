@@ -12,14 +12,14 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from hapo_verl.adapters.gatekeeper import STATE_FILE, Gatekeeper
 from hapo_verl.config import HapoConfig
-from harness import machine
+from harness import Prompts, machine
 
 STEPS = 20
 
@@ -27,19 +27,6 @@ STEPS = 20
 def a_row(index: int) -> dict:
     """What verl's data frame gives of a prompt."""
     return {"data_source": f"source-{index % 5}", "extra_info": {"index": index}, "raw_prompt": [], "prompt": []}
-
-
-class Rows:
-    """A data frame that makes its rows when asked, as verl's reads them from disk."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[dict]:
-        return map(a_row, range(self._count))
 
 
 def milliseconds(call: Callable[[], object]) -> float:
@@ -51,7 +38,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 def measure(prompts: int, batch: int) -> dict[str, float]:
     """One run of `STEPS` steps over a data set of `prompts`, `batch` of them a step."""
     keeper = Gatekeeper(HapoConfig.parse({"gate": {"name": "posterior"}}), total_steps=STEPS)
-    rows = Rows(prompts)
+    rows = Prompts(prompts, a_row)
     seconds = milliseconds(lambda: keeper.know(rows, prompt_column="prompt")) / 1e3
     tracemalloc.start()
     keeper.know(rows, prompt_column="prompt")

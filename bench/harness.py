@@ -13,10 +13,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,19 @@ def options(question: str) -> argparse.Namespace:
             parser.error("no GPU: a kernel's speed is measured on one. Use --smoke to see that the bench runs.")
         os.environ["TRITON_INTERPRET"] = "1"
     return arguments
+
+
+class Prompts:
+    """A data set of `count` prompts that makes its rows when asked, as verl's reads them from disk."""
+
+    def __init__(self, count: int, row: Callable[[int], dict[str, Any]]) -> None:
+        self._count, self._row = count, row
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self._row, range(self._count))
 
 
 def machine() -> dict[str, str]:

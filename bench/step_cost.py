@@ -49,7 +49,7 @@ from hapo_verl.adapters.rehearsal import composed
 from hapo_verl.adapters.rollout import HapoAgentLoopWorker
 from hapo_verl.adapters.trainer import HapoTrainerSync
 from hapo_verl.config import HapoConfig
-from harness import REPOSITORY, machine
+from harness import REPOSITORY, Prompts, machine
 
 sys.path.insert(0, str(REPOSITORY / "recipes" / "quickstart"))
 import tiny_model
@@ -230,19 +230,6 @@ def a_row(index: int) -> dict[str, Any]:
     }
 
 
-class Rows:
-    """A data frame of so many prompts."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[dict]:
-        return map(a_row, range(self._count))
-
-
 def prompts(P: int, T: int, *, known: int, demonstrations: bool) -> TensorDict:
     """P prompts as verl's dataloader hands them out, of a data set of `known`, with demonstrations of T tokens."""
     rng = random.Random(0)
@@ -333,7 +320,7 @@ class Bench:
     def keeper(self, known: int) -> Gatekeeper:
         """A gatekeeper that knows so many prompts."""
         keeper = Gatekeeper(HapoConfig.parse({"gate": {"name": "posterior"}}), total_steps=500)
-        keeper.know(Rows(known), prompt_column="prompt")
+        keeper.know(Prompts(known, a_row), prompt_column="prompt")
         return keeper
 
     def trainer(self, side: str, P: int) -> Any:

@@ -75,8 +75,8 @@ class Watch:
         """Look no more; what takes a run apart at its end is no death.
 
         Args:
-            failed: the trainer has raised by itself, perhaps for a death that it saw first: say the line then too, which
-                takes some seconds more where nothing died.
+            failed: the trainer has raised by itself, perhaps for a death that it saw first: say the line then too,
+                some seconds later where nothing died.
         """
         self._stop.set()
         if self._thread.is_alive():

@@ -1,10 +1,10 @@
 """What verl's own FSDP2 engine computes with and without a head of ours, in processes of its own (gloo, CPU)."""
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -34,27 +34,31 @@ class Case(NamedTuple):
 
 def run(cases, processes, folder):
     """For each case the result with verl's head ("off") and with ours, by rank: results[case][head][rank]."""
+    ranks = on_ranks(_both_heads, list(cases), processes, folder, triton=any(case.triton for case in cases))
+    return {
+        case: {head: [rank[i][head] for rank in ranks] for head in ("off", case.head)} for i, case in enumerate(cases)
+    }
+
+
+def _both_heads(case, folder):
+    return {head: _run_engine(case, head, dist.get_rank(), folder) for head in ("off", case.head)}
+
+
+def on_ranks(measure, cases, processes, folder, *, triton=False):
+    """By rank the list of measure(case, folder), computed by processes that reach each other through gloo."""
     environment = {"VERL_PLATFORM": "cpu", "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    if any(case.triton for case in cases):
-        environment["TRITON_INTERPRET"] = "1"
-    old = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    try:
-        mp.spawn(_process, (processes, list(cases), str(folder)), nprocs=processes)
-    finally:
-        for name, value in old.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-    ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(processes)]
-    return {case: {head: [results[case][head] for results in ranks] for head in ("off", case.head)} for case in cases}
+    environment |= {"TRITON_INTERPRET": "1"} if triton else {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        mp.spawn(_of_rank, (processes, measure, cases, str(folder)), nprocs=processes)
+    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(processes)]
 
 
-def _process(rank, processes, cases, folder):
+def _of_rank(rank, processes, measure, cases, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
-    results = {
-        tuple(case): {head: _run_engine(case, head, rank, folder) for head in ("off", case.head)} for case in cases
-    }
-    torch.save(results, Path(folder) / f"{rank}.pt")
+    torch.save([measure(case, folder) for case in cases], Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -1,15 +1,12 @@
 """An optimizer step of an objective that weighs likelihoods, through verl's own FSDP engine (gloo, CPU)."""
 
-import os
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from tests.adapters.engine_process import VOCABULARY, Case, _engine, _model_folder
+from tests.adapters.engine_process import VOCABULARY, Case, _engine, _model_folder, on_ranks
 
 PROMPT, LENGTHS = 3, [4, 1, 6, 3, 5, 2, 3, 4]
 UIDS = list("aaabbbcc")
@@ -36,23 +33,8 @@ class Step(NamedTuple):
 
 def run(steps, processes, folder):
     """For each step, by rank: gradients, weights, metrics."""
-    environment = {"VERL_PLATFORM": "cpu", "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    old = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    try:
-        mp.spawn(_process, (processes, [tuple(step) for step in steps], str(folder)), nprocs=processes)
-    finally:
-        for name, value in old.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-    ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(processes)]
-    return {step: [results[number] for results in ranks] for number, step in enumerate(steps)}
-
-
-def _process(rank, processes, steps, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
-    torch.save([_train(Step(*step), folder) for step in steps], Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    ranks = on_ranks(_train, steps, processes, folder)
+    return {step: [results[i] for results in ranks] for i, step in enumerate(steps)}
 
 
 def rows():
