@@ -43,8 +43,8 @@ PRESETS = {
 # The baselines; grpo above is verl's own.
 PRESETS |= {name: [f"+hapo={name}", *HAPO] for name in ("dapo", "luffy", "srft", "real", "real_ssi")}
 
-# Enough for each to learn the digits, with room; grpo gets as many as paper, the other baselines as many as plus.
-STEPS = dict.fromkeys(PRESETS, 120) | {"paper": 180, "grpo": 180}
+# Enough for each to learn the digits, with room; luffy and grpo get as many as paper, the others as many as plus.
+STEPS = dict.fromkeys(PRESETS, 120) | {"paper": 180, "luffy": 180, "grpo": 180}
 
 # Curves: label and the metric's name in verl's logger; {} is the data source. verl's own `critic/score` is the
 # on-policy success only where nothing is injected.
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", choices=("digits", "gsm8k"), default="digits")
     parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--gsm8k", type=Path, help="GSM8K as JSON lines with question and answer")
-    parser.add_argument("--steps", type=int, help="default: 3 (gsm8k), else 120 (plus) or 180 (paper, grpo)")
+    parser.add_argument("--steps", type=int, help="default: 3 (gsm8k), else 120, or 180 (paper, luffy, grpo)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--lr", type=float, help="learning rate; default: that of config.yaml")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
