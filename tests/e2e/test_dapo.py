@@ -78,6 +78,7 @@ def test_appended_rows_make_the_two_mini_batches_larger_and_no_third_one(asynchr
     assert set(trained.values()) == {ROLLOUTS + 1}
 
 
+@pytest.mark.xdist_group("dapo without demonstrations")
 def test_without_demonstrations_every_trained_group_has_a_signal_and_others_were_sampled_anew(trainer):
     run = trainer("dapo", "+hapo=dapo", *SCRIPTED, "trainer.save_freq=-1", *HAPO, steps=2)
     assert len(run.groups) == 2 * PROMPTS

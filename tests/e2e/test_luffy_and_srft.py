@@ -11,6 +11,7 @@ TRACED = [*SCRIPTED, "trainer.save_freq=-1", *HAPO]
 STEPS = 2
 
 
+@pytest.mark.xdist_group("luffy")
 def test_luffys_preset_compares_all_rows_and_clips_nothing(trainer):
     run = trainer("luffy", "+hapo=luffy", *TRACED, steps=STEPS)
     for group in run.groups:
@@ -25,6 +26,7 @@ def test_luffys_preset_compares_all_rows_and_clips_nothing(trainer):
     assert all(logged["actor/pg_clipfrac"] == 0 for logged in run.steps)
 
 
+@pytest.mark.xdist_group("srft")
 def test_srfts_preset_weighs_every_row_by_one_entropy(trainer):
     run = trainer("srft", "+hapo=srft", *TRACED, steps=STEPS)
     for step in range(1, STEPS + 1):

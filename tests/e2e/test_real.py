@@ -70,6 +70,7 @@ def test_later_weights_of_a_step_know_the_policy_that_has_moved(real_ssi):
     assert 0 < real_ssi.steps[0]["hapo/loss/real"] < 5
 
 
+@pytest.mark.xdist_group("real without demonstrations")
 def test_without_demonstrations_a_group_of_failures_weighs_nothing(trainer):
     run = trainer("real", "+hapo=real", *TRACED, steps=STEPS)
     assert not any(row["hapo_demonstration"] for row in run.loss_rows)
