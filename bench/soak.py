@@ -1,6 +1,6 @@
 """Does a long run stay as it is? Each process's memory over 1,000 steps of verl's trainer, and what is left behind.
 
-    python bench/soak.py                  some 20 minutes on two cores
+    python bench/soak.py                  ten to twenty minutes on two cores
     python bench/soak.py --steps 4        a look whether it runs
 
 A tiny model, 4 prompts x 4 rollouts a step, the gate that remembers prompts, a checkpoint every 250 steps. Memory is

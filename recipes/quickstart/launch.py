@@ -200,12 +200,18 @@ class _Lines:
 
 
 def name_of(process: psutil.Process) -> str:
-    """What it calls itself, as `ray::WorkerDict` without the method it is in; empty where it is gone."""
+    """What it calls itself, as `ray::WorkerDict` without the method it is in, or its program and, of Python, the file.
+
+    Empty where it is gone.
+    """
     try:
-        title = process.cmdline()[0]
-    except (psutil.Error, IndexError):
+        title, *arguments = process.cmdline()
+    except (psutil.Error, ValueError):
         return ""
-    return title.partition(".")[0] if "::" in title else Path(title).name
+    if "::" in title:
+        return title.partition(".")[0]
+    script = next((Path(argument).name for argument in arguments if argument.endswith(".py")), "")
+    return f"{Path(title).name} {script}".rstrip()
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:

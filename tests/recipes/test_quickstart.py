@@ -15,7 +15,7 @@ sys.path.insert(0, str(QUICKSTART))
 import digits  # noqa: E402
 import quickstart  # noqa: E402
 import tiny_model  # noqa: E402
-from launch import Launch, TrainingError  # noqa: E402
+from launch import Launch, TrainingError, name_of  # noqa: E402
 
 QUESTION = [{"role": "user", "content": "9012"}]
 
@@ -151,6 +151,22 @@ RECORDS = [
     {"step": 1, "data": {"hapo/on_policy_success": 0.25, "critic/score/mean": 0.5, "hapo/gate/firing_rate": 1.0}},
     {"step": 2, "data": {"hapo/on_policy_success": 0.75, "val-core/reverse_digits/acc/mean@1": 0.9}},
 ]
+
+
+def test_a_process_is_named_by_its_title_or_its_program_and_file(tmp_path):
+    (tmp_path / "monitor.py").write_text("import time; time.sleep(60)")
+    sleep = ["-c", "import time; time.sleep(60)"]
+    program = Path(sys.executable).name
+    for command, title, name in [
+        (["-u", str(tmp_path / "monitor.py"), "--port=1"], None, f"{program} monitor.py"),
+        (sleep, None, program),
+        (sleep, "ray::Worker.run", "ray::Worker"),
+    ]:
+        process = psutil.Popen([title or sys.executable, *command], executable=sys.executable)
+        assert name_of(process) == name
+        process.kill()
+        process.wait()
+        assert name_of(process) == ""
 
 
 def test_curves_take_on_policy_success_from_hapo_and_from_the_score_where_there_is_no_hapo():
