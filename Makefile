@@ -35,10 +35,10 @@ unit: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not e2e" --durations=15
 
 e2e: env
-	$(BIN)/python -m pytest -q -m "e2e and not long" -n $(JOBS) --dist loadgroup --durations=0
+	$(BIN)/python -m pytest -q -m "e2e and not long" -n $(JOBS) --dist loadfile --durations=0
 
 test-long: env
-	$(BIN)/python -m pytest -q -m long -n $(JOBS) --dist loadgroup --durations=0
+	$(BIN)/python -m pytest -q -m long -n $(JOBS) --dist loadfile --durations=0
 
 env: $(VENV)/.complete
 

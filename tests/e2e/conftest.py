@@ -29,14 +29,6 @@ DIGITS, PROMPTS, ROLLOUTS = 3, 8, 8
 UNUSABLE = {0: (None, "missing"), 1: ("1234567", "overlong"), 2: ("12", "rejected"), 3: (" ", "empty")}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file share its launches, so they share a process, but for a test that says that it shares none."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents and not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @dataclass
 class Run:
     """A finished run of the trainer."""

@@ -1,4 +1,4 @@
-"""DAPO's preset: with demonstrations as rows of their own, in the asynchronous trainer, and without, in the synchronous one."""
+"""DAPO's preset with demonstrations as rows of their own, in the asynchronous trainer."""
 
 from collections import Counter, defaultdict
 
@@ -8,7 +8,6 @@ import torch
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
 from tests.e2e.conftest import PROMPTS, ROLLOUTS
-from tests.e2e.test_limits import HAPO, SCRIPTED
 
 pytestmark = pytest.mark.e2e
 TRACED = ["hapo.poll_interval=0.05", "hapo.trace_dir={folder}/trace", "hapo.injection.mode=append"]
@@ -76,14 +75,3 @@ def test_appended_rows_make_the_two_mini_batches_larger_and_no_third_one(asynchr
     assert len(asynchronous.loss_rows) == STEPS * 80
     trained = Counter(row["uid"] for row in asynchronous.loss_rows if any(row["response_mask"]))
     assert set(trained.values()) == {ROLLOUTS + 1}
-
-
-@pytest.mark.xdist_group("dapo without demonstrations")
-def test_without_demonstrations_every_trained_group_has_a_signal_and_others_were_sampled_anew(trainer):
-    run = trainer("dapo", "+hapo=dapo", *SCRIPTED, "trainer.save_freq=-1", *HAPO, steps=2)
-    assert len(run.groups) == 2 * PROMPTS
-    for group in run.groups:
-        assert group["outcome"] == "not_fired"
-        assert 0 < sum(group["successes"]) < ROLLOUTS
-    assert sum(logged.get("training/filter_groups/evicted_samples", 0) for logged in run.steps) > 0
-    assert not any(row["hapo_demonstration"] for row in run.loss_rows)

@@ -1,4 +1,4 @@
-"""REAL in verl's own trainer, with demonstrations and without: what defines it, on the rows that reached the loss."""
+"""REAL with demonstrations in verl's own trainer: what defines it, on the rows that reached the loss."""
 
 from collections import Counter
 
@@ -68,18 +68,3 @@ def test_later_weights_of_a_step_know_the_policy_that_has_moved(real_ssi):
     before = sum(weight[row["uid"], tuple(row["responses"])] for row in demonstrations)
     assert sum(row["hapo_likelihood_weight"] for row in demonstrations) < before
     assert 0 < real_ssi.steps[0]["hapo/loss/real"] < 5
-
-
-@pytest.mark.xdist_group("real without demonstrations")
-def test_without_demonstrations_a_group_of_failures_weighs_nothing(trainer):
-    run = trainer("real", "+hapo=real", *TRACED, steps=STEPS)
-    assert not any(row["hapo_demonstration"] for row in run.loss_rows)
-    scale = ROLLOUTS / 0.5
-    failed = 0
-    for group in run.groups:
-        successes = sum(group["successes"])
-        failed += successes == 0
-        up, down = (scale / (1 + successes), -scale / (1 + ROLLOUTS - successes)) if successes else (0.0, 0.0)
-        weights = sorted(row["hapo_likelihood_weight"] for row in run.loss_rows if row["uid"] == group["uid"])
-        assert weights == pytest.approx([down] * (ROLLOUTS - successes) + [up] * successes, rel=1e-4)
-    assert failed
