@@ -163,6 +163,10 @@ def test_a_process_is_named_by_its_title_or_its_program_and_file(tmp_path):
         (sleep, "ray::Worker.run", "ray::Worker"),
     ]:
         process = psutil.Popen([title or sys.executable, *command], executable=sys.executable)
+        deadline = time.monotonic() + 30
+        # A process that has just become another program has no arguments yet.
+        while not process.cmdline() and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert name_of(process) == name
         process.kill()
         process.wait()
