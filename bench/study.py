@@ -40,8 +40,8 @@ from harness import machine
 
 RESULTS = Path(__file__).parent / "results"
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart" / "quickstart.py"
-# Presets that run in verl's trainer as well, on the quickstart's task and learning rate (the best of each in the plain
-# loop): the two that tie there, the paper's, and verl's own grpo; shown up to the step that all reach.
+# Presets that run in verl's trainer as well, on the quickstart's task and learning rate (in the plain loop the
+# best of each that learns): the two that tie there, the paper's, LUFFY's, verl's grpo; up to the step that all reach.
 TRAINER = ("plus", "real_ssi", "paper", "luffy", "grpo")
 SHOWN = 120
 

@@ -167,5 +167,7 @@ def test_a_death_that_the_trainer_saw_before_ray_tells_of_it_is_named(stopping, 
 def test_a_trainer_that_failed_by_itself_is_not_held_up_for_long(stopping, capsys, monkeypatch):
     monkeypatch.setattr("hapo_verl.adapters.watch.FAILED_SECONDS", 3.0)
     watch, _, ends = stopping
+    started = time.monotonic()
     watch.stop(failed=True)
+    assert 3 <= time.monotonic() - started < 20
     assert (ends, capsys.readouterr().err) == ([], "")
