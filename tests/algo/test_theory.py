@@ -14,7 +14,7 @@ import torch
 from hapo_verl.algo.advantage import appended_advantage, group_advantage
 from hapo_verl.algo.gate import Situation, fires, firing_probabilities
 from hapo_verl.algo.injection import Rollout, worst_rollout
-from hapo_verl.algo.policy_loss import Aggregation, Clip, hapo_policy_loss
+from hapo_verl.algo.policy_loss import Aggregation, Clip, DemonstrationShape, hapo_policy_loss
 from hapo_verl.algo.schedule import annealed, hard_off_step
 
 N, A, B, C = 8, 0, 1, 2
@@ -53,7 +53,7 @@ def gradient(logits, groups, mode, tokens):
         advantage_B,
         torch.ones_like(logp_BT),
         demonstration_B,
-        shaping=0.1,
+        shape=DemonstrationShape("power", 0.1, 1.0),
         clip=Clip(low=0.2, high=0.2, dual=3.0),
         aggregation=Aggregation(mode="token-mean", batch_num_tokens=tokens),
     ).loss
