@@ -34,9 +34,8 @@ from typing import Any, NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "plain_loop"))
-from plain_loop import Settings, train
-
 from harness import machine
+from plain_loop import Settings, train
 
 RESULTS = Path(__file__).parent / "results"
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart" / "quickstart.py"
@@ -75,7 +74,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "real": {"gate": "never", "objective": "real", "aggregation": "seq-mean-token-mean"},
     "real_ssi": {"gate": "paper", "objective": "real", "aggregation": "seq-mean-token-mean"},
     "paper": {"gate": "paper"},
-    "plus": {"gate": "annealed", "mode": "append"},
+    "plus": {"gate": "annealed", "mode": "append", "exponent": 0.0},
 }
 # All of them on the shortest task; on the others, and without the deviation, those that decide.
 EVERY = [(gate, mode) for gate in GATES for mode in ("replace", "append")] + [("never", "replace")]

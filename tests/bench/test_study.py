@@ -22,6 +22,8 @@ def test_a_method_of_the_study_is_the_preset_of_its_name(launch, name):
     assert settings.objective == hapo.objective.name
     assert settings.clip == hapo.loss.clip
     assert settings.shaping == hapo.loss.shaping
+    assert settings.exponent == hapo.loss.exponent
+    assert settings.shape == hapo.loss.shape
     assert settings.scale_by_std == config.algorithm.norm_adv_by_std_in_grpo
     assert settings.aggregation == actor.loss_agg_mode
     assert settings.entropy == actor.entropy_coeff

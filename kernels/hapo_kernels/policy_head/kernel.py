@@ -46,8 +46,8 @@ def head_row_kernel(
     is_teacher_ptr, teacher_ptr, weight_ptr, reference_ptr, stats_ptr, logp_ptr, entropy_ptr, partial_ptr, V,
     first_label, low_edge, high_edge, dual, log_shaping, exponent, kl_coefficient, entropy_coefficient,
     WHOLE: tl.constexpr, SLICE: tl.constexpr, HAS_TEACHER_LOGP: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    SHAPE: tl.constexpr, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SHAPE: tl.constexpr, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row: the token row_ptr[program]. Its logits stand at that row of all logits (WHOLE), or of a chunk's at the
     program's own place. Those of a SLICE begin with the token first_label, and stats (4, programs) is of the whole

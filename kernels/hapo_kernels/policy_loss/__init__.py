@@ -10,9 +10,10 @@ Per active token, with A the advantage of its row:
     loss = agg(ℓ) - c_H · agg(H) + c_KL · agg(KL)
 
 On-policy rows: PPO, arXiv 1707.06347, with the dual clip of arXiv 1912.09729; w is the importance weight of a rollout
-correction. Teacher rows: κ = 1 is the policy shaping of LUFFY, arXiv 2504.14945, with the value f itself;
-κ = 0 is log f. Every shape (`Teacher`) is computed from log q - log λ, which neither overflows nor divides 0 by 0. No ratio, no clip, no importance weight and no KL on teacher rows: each of these
-is an expectation under the policy's own samples. Entropy is a property of the state and counts on every row.
+correction. Teacher rows: κ = 1 is the policy shaping of LUFFY, arXiv 2504.14945, with f itself as its value; κ = 0 is
+log f. Each shape (`Teacher`) is computed from log q - log λ, which neither overflows nor divides 0 by 0. No ratio, no
+clip, no importance weight and no KL on teacher rows: each of these is an expectation under the policy's own samples.
+Entropy is a property of the state and counts on every row.
 
 agg is ONE aggregation over both kinds of rows (`Aggregation`). With the global normalisers given, loss and gradient do
 not depend on how the batch is cut into micro-batches, on row order, or on padding.
