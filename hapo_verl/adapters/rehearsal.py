@@ -1,6 +1,7 @@
 """What a launch would find out after an hour of queueing, from its configuration, its files and its tokenizer alone.
 
-Nothing is started and no model is loaded. Each check is one line of `python -m hapo_verl.doctor`.
+Nothing is started; the model is loaded by the last check alone, which can be left out. Each check is one line of
+`python -m hapo_verl.doctor`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from hapo_verl.adapters.checks import check_demonstrations, check_launch
 from hapo_verl.adapters.head_memory import linear_logprob_bytes, policy_head_bytes, verl_head_bytes
 from hapo_verl.adapters.reward import success_of
 from hapo_verl.adapters.sizes import check_sizes, tokens_at_a_time
+from hapo_verl.adapters.teachable import LEAST_WEIGHT, least_likely, score, untaught
 from hapo_verl.adapters.tokens import ChatFormat
 from hapo_verl.algo.demonstration import Refusal, Response
+from hapo_verl.algo.policy_loss import DemonstrationShape
 from hapo_verl.config import ConfigError, HapoConfig
 
 GIB = 2**30
-LOOKED_AT, SCORED = 256, 10
+LOOKED_AT, SCORED, ASKED = 256, 10, 32
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:
@@ -40,9 +43,9 @@ class Rehearsal:
     What several checks need is made once, by the first of them; where it cannot be made, each of them says so.
     """
 
-    def __init__(self, overrides: Sequence[str]) -> None:
-        """A launch with these overrides, as on verl's command line."""
-        self._overrides = overrides
+    def __init__(self, overrides: Sequence[str], *, model: bool = True) -> None:
+        """A launch with these overrides, as on verl's command line; `model`: also load the model and ask it."""
+        self._overrides, self._with_model = overrides, model
 
     def checks(self) -> list[tuple[str, Callable[[], str]]]:
         """Name and check, in order; a check returns what it found and raises where that is wrong."""
@@ -54,6 +57,7 @@ class Rehearsal:
             ("reward function", self.reward),
             ("model", self.model),
             ("memory of the head", self.memory),
+            *([("what the loss can teach", self.teachable)] if self._with_model else []),
         ]
 
     @cached_property
@@ -180,6 +184,39 @@ class Rehearsal:
                     f"{total / GIB:.2f} GiB. Use hapo.kernels.head=policy_head, or fewer tokens at a time."
                 )
         return f"{chosen} is chosen; at {tokens} tokens a rank, estimated: {detail}"
+
+    def teachable(self) -> str:
+        """Demonstrations under the model: what share has a token that the launch's loss hardly pushes."""
+        path, loss = Path(self.config.actor_rollout_ref.model.path), self.hapo.loss
+        if not path.is_dir():
+            return f"actor_rollout_ref.model.path={path} is not on this machine: not looked at"
+        if self.hapo.gate.name == "never":
+            return "hapo.gate.name=never: no demonstration is trained on"
+        chosen = self.injectable[0][:: max(1, len(self.injectable[0]) // ASKED)][:ASKED]
+        scored = score(
+            path,
+            [self._prompt(number) for number, _ in chosen],
+            [(response.tokens, response.mask) for _, response in chosen],
+        )
+        shape = DemonstrationShape(loss.shape, loss.shaping, loss.exponent)
+        count = sum(untaught(scored, shape))
+        probability, token = least_likely(scored)
+        text = self.tokenizer.decode([token])
+        found = f"the least likely token of a demonstration has probability {probability:.0e} (median; {text!r})"
+        if not count:
+            return f"every token of {len(scored)} demonstrations is pushed; {found}"
+        return (
+            f"hapo.loss.exponent={loss.exponent} hardly pushes a token of {count} of {len(scored)} demonstrations (its "
+            f"weight is under {LEAST_WEIGHT:.0%} of the largest), and they may never be written; {found}. "
+            "Use hapo.loss.shape=power hapo.loss.exponent=0.0, which pushes it most."
+        )
+
+    def _prompt(self, number: int) -> list[int]:
+        """Token ids of a row's prompt, as the run writes it."""
+        kwargs = OmegaConf.select(self.config, "data.apply_chat_template_kwargs") or {}
+        messages = self.rows[number][self.config.data.prompt_key]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     @cached_property
     def _hf_config(self) -> Any:

@@ -25,7 +25,7 @@ from torch import Tensor
 from hapo_kernels.dispatch import Impl
 from hapo_kernels.policy_head import PolicyHead, policy_head
 from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, PolicyLoss, Teacher, policy_loss
-from hapo_kernels.policy_loss.reference import aggregate
+from hapo_kernels.policy_loss.reference import aggregate, shaped
 
 __all__ = [
     "UNCLIPPED",
@@ -59,6 +59,18 @@ class DemonstrationShape:
     def teacher(self, demonstration_B: Tensor) -> Teacher:
         """The rows of this shape, as the kernels take them."""
         return Teacher(demonstration_B, self.shaping, exponent=self.exponent, shape=self.name)
+
+    def weight(self, logp: Tensor) -> Tensor:
+        """∂F/∂log π at each log-probability, nats, of the tensor's shape; no gradient flows through it."""
+        with torch.enable_grad():
+            leaf = logp.detach().clone().requires_grad_()
+            value = shaped(leaf, self.teacher(torch.ones(1, dtype=torch.bool)))
+            return torch.autograd.grad(value.sum(), leaf)[0]
+
+    @property
+    def largest_weight(self) -> float:
+        """The largest weight that any token can have."""
+        return self.teacher(torch.ones(1, dtype=torch.bool)).largest_weight
 
 
 # A ratio that is clipped nowhere; the bounds on log ρ, ±20, remain.
