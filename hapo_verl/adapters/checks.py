@@ -283,7 +283,7 @@ def check_demonstrations(dataset: Any, tokenizer: Any, config: DictConfig, hapo:
         raise ConfigError(
             f"hapo.demonstration_key={key}: none of {looked_at} demonstrations looked at can be injected ({reasons}). "
             f"Fill the column; they must fit data.max_response_length={limit} with their end of sequence."
-            f"{_SEVERAL_TURNS if several else ''}"
+            f"{_SEVERAL_TURNS if several else ''}{_THOUGHTS if 'thought' in outcomes else ''}"
         )
     if reasons:
         logger.warning("hapo: of %d demonstrations looked at %d can be injected; %s", looked_at, usable, reasons)
@@ -292,6 +292,13 @@ def check_demonstrations(dataset: Any, tokenizer: Any, config: DictConfig, hapo:
 _SEVERAL_TURNS = (
     " Those in which tools answer need actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent, and in "
     "actor_rollout_ref.rollout.multi_turn these tools, format=... of the calls and room for the turns."
+)
+
+
+_THOUGHTS = (
+    " Where the chat template opens a thought, a demonstration has to close it (</think>) in front of its answer, and "
+    "where the template closes one, to have none: data.apply_chat_template_kwargs.enable_thinking, where the template "
+    "knows it, says which."
 )
 
 

@@ -46,7 +46,7 @@ def _message(item: Any) -> Any:
 COLUMNS: dict[str, Callable[[Any], list[Any]]] = {"target": _one, "target_lst": _several, "demos": _several}
 
 # How far a demonstration came; a row with several is reported by the one that came farthest.
-PROGRESS = ("missing", "empty", "malformed", "overlong", "rejected")
+PROGRESS = ("missing", "empty", "malformed", "thought", "overlong", "rejected")
 
 
 @dataclass(frozen=True)
@@ -111,21 +111,17 @@ def judge_of(
         ConfigError: where the reward function cannot be loaded, or `multi_turn` has no such key.
     """
     from omegaconf import OmegaConf
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer
 
     from hapo_verl.adapters.reward import reward_of, success_of
     from hapo_verl.adapters.tokens import ChatFormat
 
     loaded = AutoTokenizer.from_pretrained(tokenizer)
-    try:
-        generation_config = GenerationConfig.from_pretrained(tokenizer)
-    except OSError:  # a model need not have one
-        generation_config = None
     rollout: dict[str, Any] = {"agent": {"default_agent_loop": "single_turn_agent"}}
     if multi_turn is not None:
         rollout = {"agent": {"default_agent_loop": "tool_agent"}, "multi_turn": OmegaConf.from_dotlist([*multi_turn])}
     launch = OmegaConf.create({"actor_rollout_ref": {"model": {"path": tokenizer}, "rollout": rollout}})
-    chat = ChatFormat.of_launch(launch, loaded, generation_config=generation_config)
+    chat = ChatFormat.of_launch(launch, loaded)
     return Judge(
         respond=partial(chat.demonstration, max_tokens=max_tokens),
         decode=partial(loaded.decode, skip_special_tokens=True),
