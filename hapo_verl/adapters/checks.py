@@ -1,8 +1,8 @@
 """What can be known to be wrong before the first rollout: one line each, the key as typed, the rule, the fix.
 
-What needs no more than the composed configuration and the files that it names, `check_before_ray`, is looked at twice:
-in the process that is launched, before Ray is started (`preflight.py`), and by the trainer, which goes on with verl, the
-cluster and the content of the data.
+What needs no more than the composed configuration and the files that it names, `check_before_ray`, is looked at
+twice: in the process that is launched, before Ray is started (`preflight.py`), and by the trainer, which goes on with
+verl, the cluster and the content of the data.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def check_before_ray(config: DictConfig) -> HapoConfig:
     """As `check_configuration`; then sizes, and the files that the configuration names.
 
     Raises:
-        ConfigError: on the first thing that is wrong; a `MissingFile` where this machine lacks a file.
+        ConfigError: on the first thing that is wrong; a `MissingFileError` where this machine lacks a file.
     """
     hapo = check_configuration(config)
     if OmegaConf.select(config, "actor_rollout_ref.rollout.name") is None:

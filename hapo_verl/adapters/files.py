@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from hapo_verl.config import ConfigError, HapoConfig
 
 
-class MissingFile(ConfigError):
+class MissingFileError(ConfigError):
     """A file that is not on this machine; where the trainer runs on another one, it may be there."""
 
 
@@ -30,7 +30,7 @@ def check_files(config: DictConfig, hapo: HapoConfig) -> None:
     _check_model(str(OmegaConf.select(config, _MODEL)))
     reward = OmegaConf.select(config, _REWARD)
     if reward and not str(reward).startswith("pkg://") and not Path(str(reward).removeprefix("file://")).is_file():
-        raise MissingFile(
+        raise MissingFileError(
             f"{_REWARD}={reward}: no such file on this machine. Name a Python file, or leave it null for verl's own."
         )
 
@@ -85,7 +85,7 @@ def _local_files(given: Any, key: str) -> Iterator[Path]:
         if "://" in file:
             continue
         if not Path(file).expanduser().is_file():
-            raise MissingFile(f"{key}={file}: no such file on this machine. Name local parquet files.")
+            raise MissingFileError(f"{key}={file}: no such file on this machine. Name local parquet files.")
         if not file.endswith(_KINDS):
             raise ConfigError(f"{key}={file}: verl reads {', '.join(_KINDS)} by a file's name. Name parquet files.")
         yield Path(file).expanduser()
@@ -121,7 +121,7 @@ def _check_model(path: str) -> None:
             raise ConfigError(f"{_MODEL}={path}: this folder has no config.json. Name a model's folder.")
     elif path.startswith(("/", "~", ".")) or path.count("/") != 1:
         tilde = " (a leading ~ is not expanded)" if path.startswith("~") else ""
-        raise MissingFile(
+        raise MissingFileError(
             f"{_MODEL}={path}: no such folder on this machine{tilde}. Name one, or a model of the Hugging Face hub as "
             "owner/name."
         )

@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from hapo_verl.adapters.checks import check_before_ray
-from hapo_verl.adapters.files import MissingFile
+from hapo_verl.adapters.files import MissingFileError
 from hapo_verl.config import ConfigError
 
 EXIT_CODE = 2
@@ -49,7 +49,7 @@ class Preflight(Callback):
 def _check(config: DictConfig) -> None:
     try:
         check_before_ray(config)
-    except MissingFile as error:
+    except MissingFileError as error:
         if not _joins_a_cluster(config):
             _end(error)
         print(f"hapo: {error} The launch goes on: the trainer may run on another machine.", file=sys.stderr, flush=True)

@@ -27,6 +27,6 @@ def register_presets() -> None:
     plugins = Plugins.instance()
     if HapoSearchPath not in plugins.discover(SearchPathPlugin):
         plugins.register(HapoSearchPath)
-    # The preset files start from this node, so that every key of the block exists and can be overridden. It takes unknown
-    # keys too, which HAPO refuses with the nearest known one; Hydra would advise to add them.
+    # The preset files start from this node, so that every key of the block exists and can be overridden. It takes
+    # unknown keys too, which HAPO refuses with the nearest known one; Hydra would advise to add them.
     ConfigStore.instance().store(name="hapo_defaults", node=OmegaConf.create(defaults(), flags={"struct": False}))

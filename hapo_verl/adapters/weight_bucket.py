@@ -1,9 +1,9 @@
 """The bucket through which new weights reach vLLM, and what has to fit it.
 
 verl's actor sends its weights, a tied one under both of its names, in pieces of
-`rollout.checkpoint_engine.update_weights_bucket_megabytes`. A vLLM that takes tied weights for uninitialised unless the
-same piece has both needs all weights in one; and where the pieces go through shared memory, the largest weight must fit.
-Sizes are read from the headers of the model's safetensors files; no weight is loaded.
+`rollout.checkpoint_engine.update_weights_bucket_megabytes`. A vLLM that takes tied weights for uninitialised unless
+the same piece has both needs all weights in one; and where the pieces go through shared memory, the largest weight has
+to fit. Sizes are read from the headers of the model's safetensors files; no weight is loaded.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def check_bucket(config: DictConfig) -> str:
     bucket, what = OmegaConf.select(config, KEY), f"{path} sends {_mib(weights.total)} MiB at every update"
     if weights.tied and weights.total > bucket * MIB and _tied_weights_need_one_bucket():
         raise ConfigError(
-            f"{KEY}={bucket}: {what}, and its embeddings are tied, which the installed vLLM takes only in one piece: the "
-            f"run would wait for ever. Use {KEY}={_mib(weights.total)} or more."
+            f"{KEY}={bucket}: {what}, and its embeddings are tied, which the installed vLLM takes only in one piece: "
+            f"the run would wait for ever. Use {KEY}={_mib(weights.total)} or more."
         )
     if weights.largest > bucket * MIB and _through_shared_memory(config):
         raise ConfigError(
-            f"{KEY}={bucket}: the largest weight of {path} has {_mib(weights.largest)} MiB and goes through in one piece. "
-            f"Use {KEY}={_mib(weights.largest)} or more."
+            f"{KEY}={bucket}: the largest weight of {path} has {_mib(weights.largest)} MiB and goes through in one "
+            f"piece. Use {KEY}={_mib(weights.largest)} or more."
         )
     return f"{what}{', tied embeddings among them' if weights.tied else ''}; {bucket} MiB at a time"
 
@@ -118,7 +118,7 @@ def _counts(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def _tied_weights_need_one_bucket() -> bool:
-    """Whether the installed vLLM looks for a tied weight's other name in every piece (0.30 does); not imported for it."""
+    """Whether the installed vLLM looks for a tied weight's other name in every piece, as 0.30 does; not imported."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
         return False

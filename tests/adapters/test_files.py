@@ -4,7 +4,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from hapo_verl.adapters.files import MissingFile, check_files
+from hapo_verl.adapters.files import MissingFileError, check_files
 from hapo_verl.config import ConfigError, HapoConfig
 
 ROW = {
@@ -67,12 +67,12 @@ def test_a_launch_with_its_files_passes_and_what_other_machines_hold_is_left_to_
         (
             "data.train_files={folder}/no.parquet",
             "data.train_files={folder}/no.parquet: no such file on this machine. Name local parquet files.",
-            MissingFile,
+            MissingFileError,
         ),
         (
             "data.val_files=[{folder}/val.parquet,no.parquet]",
             "data.val_files=no.parquet: no such file on this machine. Name local parquet files.",
-            MissingFile,
+            MissingFileError,
         ),
         (
             "data.val_files=null",
@@ -107,12 +107,12 @@ def test_a_launch_with_its_files_passes_and_what_other_machines_hold_is_left_to_
         (
             "actor_rollout_ref.model.path={folder}/no",
             "actor_rollout_ref.model.path={folder}/no: no such folder on this machine. Name one, or a model of the Hugging Face hub as owner/name.",
-            MissingFile,
+            MissingFileError,
         ),
         (
             "actor_rollout_ref.model.path='~/models/mine'",
             "actor_rollout_ref.model.path=~/models/mine: no such folder on this machine (a leading ~ is not expanded). Name one, or a model of the Hugging Face hub as owner/name.",
-            MissingFile,
+            MissingFileError,
         ),
         (
             "actor_rollout_ref.model.path={folder}",
@@ -127,7 +127,7 @@ def test_a_launch_with_its_files_passes_and_what_other_machines_hold_is_left_to_
         (
             "reward.custom_reward_function.path={folder}/reward.py",
             "reward.custom_reward_function.path={folder}/reward.py: no such file on this machine. Name a Python file, or leave it null for verl's own.",
-            MissingFile,
+            MissingFileError,
         ),
     ],
 )
