@@ -1,18 +1,26 @@
-"""What can be known to be wrong before the first rollout: one line each, the key as typed, the rule, the fix."""
+"""What can be known to be wrong before the first rollout: one line each, the key as typed, the rule, the fix.
+
+What needs no more than the composed configuration and the files that it names, `check_before_ray`, is looked at
+twice: in the process that is launched, before Ray is started (`preflight.py`), and by the trainer, which goes on with
+verl, the cluster and the content of the data.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 import hapo_verl
 from hapo_verl.adapters.contract import check_contract
+from hapo_verl.adapters.files import check_files
+from hapo_verl.adapters.sizes import check_sizes
 from hapo_verl.adapters.tokens import ChatFormat
+from hapo_verl.adapters.weight_bucket import check_bucket
 from hapo_verl.algo.demonstration import Refusal, demonstration_turns
 from hapo_verl.config import ConfigError, HapoConfig
 
@@ -22,8 +30,8 @@ MANAGER = "hapo_verl.adapters.rollout.HapoAgentLoopManager"
 MODES = ("hapo_sync", "hapo_colocate_async", "hapo_separate_async")
 
 
-def check_launch(config: DictConfig) -> HapoConfig:
-    """The `hapo:` block of a launch that HAPO can train.
+def check_configuration(config: DictConfig) -> HapoConfig:
+    """The `hapo:` block of a configuration that HAPO can train; no part of verl's trainer is imported for it.
 
     Raises:
         ConfigError: on the first thing that is wrong.
@@ -34,16 +42,50 @@ def check_launch(config: DictConfig) -> HapoConfig:
     if not isinstance(block, Mapping):
         raise ConfigError(f"hapo={block!r}: the block of HAPO's keys is missing. Launch with +hapo=paper.")
     hapo = HapoConfig.parse(block)
-    check_contract()
-    for key, wrong, advice in _RULES:
-        value = OmegaConf.select(config, key)
-        if wrong(value):
-            raise ConfigError(f"{key}={value}: {advice}")
-    _check_manager(config)
+    _check_rules(config, _RULES)
+    _check_hybrid_engine(config)
     _check_reward_model(config)
     _check_kernels(config, hapo)
     _check_objective(config, hapo)
     return hapo
+
+
+def check_before_ray(config: DictConfig) -> HapoConfig:
+    """As `check_configuration`; then sizes, and the files that the configuration names.
+
+    Raises:
+        ConfigError: on the first thing that is wrong; a `MissingFileError` where this machine lacks a file.
+    """
+    hapo = check_configuration(config)
+    if OmegaConf.select(config, "actor_rollout_ref.rollout.name") is None:
+        raise ConfigError("actor_rollout_ref.rollout.name: verl needs the name of an engine. Use vllm.")
+    check_sizes(config)
+    check_files(config, hapo)
+    check_bucket(config)
+    return hapo
+
+
+def check_launch(config: DictConfig) -> HapoConfig:
+    """As `check_configuration`; then what HAPO needs of the installed verl.
+
+    Raises:
+        ConfigError: on the first thing that is wrong.
+    """
+    hapo = check_configuration(config)
+    check_contract()
+    _check_manager(config)
+    if hapo.kernels.head != "off":
+        _check_engine(f"hapo.kernels.head={hapo.kernels.head}", "Use hapo.kernels.head=off.")
+    if hapo.objective.weighs_likelihood:
+        _check_engine(f"hapo.objective.name={hapo.objective.name}", "Use hapo.objective.name=surrogate.")
+    return hapo
+
+
+def _check_rules(config: DictConfig, rules: Iterable[tuple[str, Callable[[Any], bool], str]]) -> None:
+    for key, wrong, advice in rules:
+        value = OmegaConf.select(config, key)
+        if wrong(value):
+            raise ConfigError(f"{key}={value}: {advice}")
 
 
 # Key, what is wrong with its value, the rule and the fix.
@@ -60,7 +102,7 @@ _RULES = (
     ),
     (
         "actor_rollout_ref.rollout.n",
-        lambda v: v is None or int(v) < 2,
+        lambda v: not isinstance(v, int) or v < 2,
         "a group needs at least 2 rollouts. Use actor_rollout_ref.rollout.n=8.",
     ),
     (
@@ -98,6 +140,15 @@ _RULES = (
         "Use actor_rollout_ref.rollout.enable_rollout_routing_replay=false.",
     ),
 )
+
+
+def _check_hybrid_engine(config: DictConfig) -> None:
+    key = "actor_rollout_ref.hybrid_engine"
+    if str(config.trainer.v1.trainer_mode).endswith("separate_async") and not OmegaConf.select(config, key):
+        raise ConfigError(
+            f"{key}={OmegaConf.select(config, key)}: verl 0.9.1 ends with a TypeError where it logs this mode. "
+            f"Use {key}=true."
+        )
 
 
 def _check_manager(config: DictConfig) -> None:
@@ -144,6 +195,12 @@ _HEAD_RULES = (
         "Use actor_rollout_ref.model.use_fused_kernels=false, or hapo.kernels.head=off.",
     ),
     (
+        "actor_rollout_ref.model.use_liger",
+        bool,
+        "Liger's kernels and a head of hapo.kernels have not been run together. "
+        "Use actor_rollout_ref.model.use_liger=false, or hapo.kernels.head=off.",
+    ),
+    (
         "actor_rollout_ref.actor.calculate_sum_pi_squared",
         bool,
         "a sum over the vocabulary needs whole logits. "
@@ -161,17 +218,13 @@ def _check_kernels(config: DictConfig, hapo: HapoConfig) -> None:
         )
     if hapo.kernels.head == "off":
         return
-    for key, wrong, advice in _HEAD_RULES:
-        value = OmegaConf.select(config, key)
-        if wrong(value):
-            raise ConfigError(f"{key}={value}: {advice}")
+    _check_rules(config, _HEAD_RULES)
     sequence_parallel = OmegaConf.select(config, "actor_rollout_ref.actor.ulysses_sequence_parallel_size") or 1
     if hapo.kernels.head == "policy_head" and sequence_parallel > 1:
         raise ConfigError(
             f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={sequence_parallel}: policy_head needs whole rows "
             "on a rank. Use hapo.kernels.head=linear_logprob."
         )
-    _check_engine(f"hapo.kernels.head={hapo.kernels.head}", "Use hapo.kernels.head=off.")
 
 
 def _check_engine(setting: str, fix: str) -> None:
@@ -195,7 +248,6 @@ def _check_objective(config: DictConfig, hapo: HapoConfig) -> None:
             f"actor_rollout_ref.actor.strategy={actor.strategy}: {name} asks the policy in front of every optimizer "
             "step, which is written for FSDP2. Use actor_rollout_ref.actor.strategy=fsdp2."
         )
-    _check_engine(name, "Use hapo.objective.name=surrogate.")
     if hapo.kernels.head == "policy_head":
         raise ConfigError(
             f"hapo.kernels.head=policy_head: {name} has a term that this head does not compute. "
@@ -283,7 +335,7 @@ def check_demonstrations(dataset: Any, tokenizer: Any, config: DictConfig, hapo:
         raise ConfigError(
             f"hapo.demonstration_key={key}: none of {looked_at} demonstrations looked at can be injected ({reasons}). "
             f"Fill the column; they must fit data.max_response_length={limit} with their end of sequence."
-            f"{_SEVERAL_TURNS if several else ''}"
+            f"{_SEVERAL_TURNS if several else ''}{_THOUGHTS if 'thought' in outcomes else ''}"
         )
     if reasons:
         logger.warning("hapo: of %d demonstrations looked at %d can be injected; %s", looked_at, usable, reasons)
@@ -292,6 +344,13 @@ def check_demonstrations(dataset: Any, tokenizer: Any, config: DictConfig, hapo:
 _SEVERAL_TURNS = (
     " Those in which tools answer need actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent, and in "
     "actor_rollout_ref.rollout.multi_turn these tools, format=... of the calls and room for the turns."
+)
+
+
+_THOUGHTS = (
+    " Where the chat template opens a thought, a demonstration has to close it (</think>) in front of its answer, and "
+    "where the template closes one, to have none: data.apply_chat_template_kwargs.enable_thinking, where the template "
+    "knows it, says which."
 )
 
 

@@ -64,6 +64,7 @@ class HapoTrainer(PPOTrainer):
     """
 
     def __init__(self, config: Any) -> None:
+        checks.check_before_ray(config)
         self.hapo = checks.check_launch(config)
         checks.check_cluster()
         choose_head(config, self.hapo)

@@ -6,6 +6,7 @@ counted and named.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections import Counter
@@ -36,24 +37,42 @@ class Problem:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file; empty lines are passed over.
+    """The objects of a JSON Lines file in UTF-8, with or without a byte order mark; empty lines are passed over.
 
     Raises:
-        DataError: when the file is missing or a line is not a JSON object.
+        DataError: when the file is missing, or a line is not UTF-8 or not a JSON object.
     """
     if not path.is_file():
         raise DataError(f"--input {path}: no such file. Give GSM8K as JSON lines with `question` and `answer`.")
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"--input {path}, line {number}: not JSON ({error.msg}). One object a line.") from None
-            if not isinstance(record, dict):
-                raise DataError(f"--input {path}, line {number}: not a JSON object. One object a line.")
-            yield record
+                record = _json_object(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+            except DataError as error:
+                raise DataError(f"--input {path}, line {number}: {error}") from None
+            if record is not None:
+                yield record
+
+
+def _json_object(line: bytes) -> dict[str, Any] | None:
+    """The object that a line is; None for an empty line."""
+    try:
+        text = line.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        encoding = "UTF-16" if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "LATIN1"
+        raise DataError(
+            f"not UTF-8 (byte {line[error.start]:#04x} at position {error.start}). JSON lines are UTF-8; convert the "
+            f"file: iconv -f {encoding} -t UTF-8, with the encoding that it has."
+        ) from None
+    if not text:
+        return None
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"not JSON ({error.msg}). One object a line.") from None
+    if not isinstance(record, dict):
+        raise DataError("not a JSON object. One object a line.")
+    return record
 
 
 def gsm8k_problem(record: dict[str, Any]) -> Problem | str:
