@@ -276,8 +276,8 @@ def train(
         probe: asked once after the last step; what it returns joins the last record.
 
     Returns:
-        One record a step: on-policy success, firing rate, teacher's share of the rows, generated and teacher tokens, and,
-        now and then, held-out success and the relative deviation of the gradient from that of the on-policy rows.
+        One record a step: on-policy success, firing rate, teacher's share of the rows, generated and teacher tokens,
+        and now and then held-out success and the relative deviation of the gradient from that of the on-policy rows.
     """
     task = make_task(settings)
     policy = Policy.of(settings, task)
@@ -571,7 +571,14 @@ class Policy:
 
     def token_scores(self, rows: Rows, *, with_entropy: bool) -> tuple[Tensor, Tensor]:
         """(B, T) log-probabilities of the response's tokens, and entropies of their distributions where asked for."""
-        T = rows.response_BT.size(1)
+        logp_BTV = self.log_probabilities(rows)
+        logp_BT = logp_BTV.gather(-1, rows.response_BT.unsqueeze(-1)).squeeze(-1)
+        if not with_entropy:
+            return logp_BT, torch.zeros_like(logp_BT)
+        return logp_BT, -(logp_BTV.exp() * logp_BTV).sum(-1)
+
+    def log_probabilities(self, rows: Rows) -> Tensor:
+        """(B, T, V) of every token at the places of the response's, nats."""
         mask = torch.cat([rows.prompt_mask_BS, rows.mask_BT], dim=1)
         with self._autocast():
             logits = self.model(
@@ -579,13 +586,9 @@ class Policy:
                 attention_mask=mask,
                 position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                 use_cache=False,
-                logits_to_keep=T + 1,
+                logits_to_keep=rows.response_BT.size(1) + 1,
             ).logits[:, :-1]
-        logp_BTV = logits.float().log_softmax(-1)
-        logp_BT = logp_BTV.gather(-1, rows.response_BT.unsqueeze(-1)).squeeze(-1)
-        if not with_entropy:
-            return logp_BT, torch.zeros_like(logp_BT)
-        return logp_BT, -(logp_BTV.exp() * logp_BTV).sum(-1)
+        return logits.float().log_softmax(-1)
 
     def _autocast(self) -> torch.autocast:
         """Matrix products in `dtype`; weights and sums stay what they are."""

@@ -56,6 +56,8 @@ def write(output: Path) -> Path:
     tokenizer.eos_token, tokenizer.pad_token, tokenizer.chat_template = END, PADDING, CHAT_TEMPLATE
     # Nothing stands in front of the first message.
     tokenizer.bos_token = None
+    # Text is decoded as it was written, spaces included.
+    tokenizer.clean_up_tokenization_spaces = False
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     end, padding = (tokenizer.convert_tokens_to_ids(token) for token in (END, PADDING))
     for config in (model.config, model.generation_config):

@@ -8,7 +8,7 @@ import pytest
 from hapo_verl.config import HapoConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-from study import METHODS, TASKS, Settings, gate_runs, method_runs
+from study import LANGUAGE_TASKS, METHODS, TASKS, Settings, gate_runs, language_runs, method_runs
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -32,5 +32,6 @@ def test_a_method_of_the_study_is_the_preset_of_its_name(launch, name):
 
 
 def test_every_run_has_a_name_of_its_own():
-    for runs in (gate_runs(TASKS, 5), method_runs(["never", "rarely", "sometimes"], 3)):
+    language = language_runs(LANGUAGE_TASKS, 3, (5e-5, 1e-4))
+    for runs in (gate_runs(TASKS, 5), method_runs(["never", "rarely", "sometimes"], 3), language):
         assert len({run.name for run in runs}) == len(runs)
