@@ -245,6 +245,13 @@ class HapoConfig:
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     # A rollout is a success when its `acc` (its score, where the reward function returns no `acc`) is at least this.
     success_threshold: float = checked(1.0, _is_number, "the least score of a success is a number. Use 1.0.")
+    # Rows whose gradient is exactly 0 are left out of the update; loss, gradient and parameters stay those of all rows.
+    skip_idle_rows: bool = checked(True, lambda v: isinstance(v, bool), "either true or false. Use true.")
+    # auto: log-probabilities before the update only of rows that are trained on, and from the update itself where it is
+    # the step's only one; all: of every row in a pass of their own, with verl's metrics of that pass.
+    old_log_probs: str = checked(
+        "auto", lambda v: v in ("auto", "all"), "neither auto nor all. Use auto, or all for verl's own pass."
+    )
     # The data set's column with the demonstration: a string, or a list with one assistant message.
     demonstration_key: str = checked(
         "demonstration", lambda v: isinstance(v, str) and bool(v), "a column name is needed. Use demonstration."

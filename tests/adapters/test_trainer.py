@@ -15,6 +15,7 @@ from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_
 from verl.utils.debug.metrics import calculate_debug_metrics
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from hapo_verl.adapters.idle_rows import Savings
 from hapo_verl.adapters.trainer import HapoTrainerSync
 
 PROMPT, LENGTHS, DEMONSTRATIONS = 2, [3, 7, 1, 5, 6, 4], [False, False, True, False, True, False]
@@ -69,6 +70,7 @@ def queue(monkeypatch):
 
 def a_trainer(calculate_log_probs=True, **correction):
     trainer = object.__new__(HapoTrainerSync)
+    trainer._leaves_out = Savings(*["the whole batch is computed"] * 3)
     trainer.config = OmegaConf.create(
         {
             "actor_rollout_ref": {
