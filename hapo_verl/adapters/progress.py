@@ -1,7 +1,8 @@
 """Where a trainer is, read from outside while it runs: nothing of it is wrapped, and nothing of it waits.
 
 Progress is a change of what follows: the place in verl's trainer (function and line), the step, and how many prompts
-the replay buffer knows to be done. How long a place may take is not known here; that it does not change is.
+the replay buffer knows to be finished; one that failed and is sampled anew, for ever, is none. How long a place may
+take is not known here; that it does not change is.
 """
 
 from __future__ import annotations
@@ -43,26 +44,30 @@ class Progress:
         """Where the trainer is now; called from another thread."""
         frames = _frames(sys._current_frames().get(self._thread))
         places = tuple((frame.f_code.co_name, frame.f_lineno) for frame in frames if _file(frame).name in _STEPS)
-        step, done = getattr(self._trainer, "global_steps", None), self._prompts_done()
+        step, prompts = getattr(self._trainer, "global_steps", None), self._prompts()
         names = [frame.f_code.co_name for frame in frames if frame.f_code.co_name not in _WRAPPERS]
         where = " > ".join(names) or "no place in verl"
         if frames:
             file = _file(frames[-1])
             where += f" ({'/'.join(file.parts[-3:])}:{frames[-1].f_lineno})"
-        prompts = "".join(f"; {part}: {of} of {known} prompts done" for part, (of, known) in sorted(done.items()))
-        return Position((places, step, tuple(sorted(done.items()))), f"step {step}: {where}{prompts}")
+        finished = tuple((part, done) for part, (done, _, _) in prompts.items())
+        said = "".join(
+            f"; {part}: {done} of {known} prompts finished, {failed} failed"
+            for part, (done, failed, known) in prompts.items()
+        )
+        return Position((places, step, finished), f"step {step}: {where}{said}")
 
-    def _prompts_done(self) -> dict[str, tuple[int, int]]:
-        """Of each partition of the replay buffer the prompts that are finished or have failed, and all."""
+    def _prompts(self) -> dict[str, tuple[int, int, int]]:
+        """Of each partition of the replay buffer the prompts that are finished, that have failed, and all."""
         buffer = getattr(self._trainer, "replay_buffer", None)
         sets = [getattr(buffer, f"{name}_keys", {}) for name in ("finished", "failure", "running", "pending")]
         # The trainer's thread may be writing them: a copy of the names first, and a look that fails is no progress.
         try:
-            parts = {part for keys in sets for part in list(keys)}
+            parts = sorted({part for keys in sets for part in list(keys)})
             counts = {part: [len(keys.get(part, ())) for keys in sets] for part in parts}
         except RuntimeError:
             return {}
-        return {part: (finished + failed, sum(of)) for part, of in counts.items() for finished, failed, *_ in [of]}
+        return {part: (of[0], of[1], sum(of)) for part, of in counts.items()}
 
 
 def _frames(frame: FrameType | None) -> list[FrameType]:

@@ -10,6 +10,7 @@ compares two policies, computes advantages from one score a row, and logs under 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
@@ -40,9 +41,10 @@ from hapo_verl.adapters import checks, jagged
 from hapo_verl.adapters.gatekeeper import Gatekeeper
 from hapo_verl.adapters.head import choose_head
 from hapo_verl.adapters.loss import hapo_loss, token_means
-from hapo_verl.adapters.metrics import group_metrics
+from hapo_verl.adapters.metrics import group_metrics, silence
 from hapo_verl.adapters.mini_batches import grown_mini_batch, order_of_whole_groups
 from hapo_verl.adapters.progress import Progress
+from hapo_verl.adapters.reward import RewardError
 from hapo_verl.adapters.rows import (
     APPENDED,
     DEMONSTRATION,
@@ -56,6 +58,8 @@ from hapo_verl.adapters.trace import Trace
 from hapo_verl.adapters.watch import Stall, Watch
 from hapo_verl.algo.advantage import session_advantage
 from hapo_verl.config import ConfigError, HapoConfig
+
+logger = logging.getLogger("verl." + __name__)
 
 
 class HapoTrainer(PPOTrainer):
@@ -76,6 +80,8 @@ class HapoTrainer(PPOTrainer):
         self._group_sizes: list[int] | None = None
         self._dp_size = 1
         self._watch: Watch | None = None
+        # The first groups of this run have been looked at.
+        self._heard = False
         super().__init__(config)
 
     @property
@@ -115,6 +121,11 @@ class HapoTrainer(PPOTrainer):
             self.gatekeeper.load(Path(explicit or Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"))
 
     def _balance_batch(self, batch: Any, metrics: dict, *args: Any, **kwargs: Any) -> Any:
+        if not batch.keys:
+            raise RewardError(
+                f"step {self.global_steps}: no rollout has a reward, so there is nothing to train on. Look for the "
+                "error of the reward function, or of the agent loop, in the lines of the agent loop worker above."
+            )
         self._rows, self._appended = len(batch.keys), sum(bool(tag.get(APPENDED)) for tag in batch.tags)
         if self.hapo.objective.whole_groups:
             self._group_sizes = list(Counter(_split_keys(batch.keys)[0]).values())
@@ -280,6 +291,10 @@ class HapoTrainer(PPOTrainer):
                 tokens_B=jagged.row_sums(data["response_mask"])[real_B],
             )
         )
+        if not self._heard:
+            self._heard = True
+            if (advice := silence(groups)) is not None:
+                logger.warning("hapo: step %d: %s", self.global_steps, advice)
         self.gatekeeper.observe(groups.values())
         self.trace.groups(self.global_steps, groups)
         return tq.kv_batch_put(

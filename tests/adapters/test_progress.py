@@ -86,13 +86,21 @@ def test_polling_is_no_progress_and_a_prompt_that_is_finished_is_one(running):
     assert after not in before
 
 
+def test_prompts_that_fail_and_are_sampled_anew_are_no_progress(running):
+    (before,) = marks(running.progress)
+    for prompt in (4, 5):
+        running.buffer.failure_keys["train"] = {prompt}
+        running.buffer.running_keys["train"] = {1, 2, prompt}
+        assert marks(running.progress) == {before}
+
+
 def test_the_text_says_step_place_and_prompts(running):
     running.buffer.running_keys["train"].remove(2)
     running.buffer.failure_keys["train"].add(2)
     texts = {running.progress.position().text for _ in range(20)}
     assert all(text.startswith("step 7: fit > step > sample") for text in texts)
     assert all("(ppo/v1/replay_buffer.py:" in text for text in texts)
-    assert all(text.endswith("; train: 1 of 3 prompts done") for text in texts)
+    assert all(text.endswith("; train: 0 of 3 prompts finished, 1 failed") for text in texts)
 
 
 def test_the_next_part_of_a_step_and_the_next_step_are_progress(running):
