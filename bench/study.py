@@ -2,6 +2,8 @@
 
     python bench/study.py gates                             gates and modes, one line a run; goes on where it stopped
     python bench/study.py methods                           GRPO, DAPO, LUFFY, SRFT, REAL, HAPO; three seeds
+    python bench/study.py language                          the methods, the losses of a demonstration and SFT on
+                                                            SmolLM2-135M-Instruct; 10 minutes a run on one core
     python bench/study.py gates --task digits4 --seeds 2    a part of it
     python bench/study.py trainer                           those that decide in verl's trainer, 10 minutes a run
     python bench/study.py gates --report                    tables, picture and page of the runs that there are
@@ -26,17 +28,18 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "plain_loop"))
-from plain_loop import Settings, train
-
+from elsewhere import probe
 from harness import machine
+from plain_loop import Settings, train
 
 RESULTS = Path(__file__).parent / "results"
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart" / "quickstart.py"
@@ -75,7 +78,38 @@ METHODS: dict[str, dict[str, Any]] = {
     "real": {"gate": "never", "objective": "real", "aggregation": "seq-mean-token-mean"},
     "real_ssi": {"gate": "paper", "objective": "real", "aggregation": "seq-mean-token-mean"},
     "paper": {"gate": "paper"},
-    "plus": {"gate": "annealed", "mode": "append"},
+    "plus": {"gate": "annealed", "mode": "append", "exponent": 0.0},
+}
+# A pretrained language model. words: never right before the run; words_rarely: it has learned the format, not the sums.
+LANGUAGE = Settings(
+    task="words", prompts=8, rollouts=4, steps=24, lr=1e-4, weight_decay=0.0, dtype="bfloat16", heldout=48,
+    test_first=True, test_every=8, deviation=False,
+)  # fmt: skip
+LANGUAGE_TASKS = {
+    "words": LANGUAGE,
+    "words_rarely": replace(LANGUAGE, warm=0.03),
+    "gsm_symbolic": replace(LANGUAGE, task="gsm_symbolic"),
+}
+LANGUAGE_TITLES = {
+    "words": "word problems, never right before the run",
+    "words_rarely": "word problems, right in 3 of 100 rollouts before the run",
+    "gsm_symbolic": "gsm_symbolic, never right before the run",
+}
+LANGUAGE_RATES = (5e-5, 1e-4, 2e-4)
+PLUS = METHODS["plus"]
+# The methods, what they do with a demonstration's tokens, and imitation alone or first.
+LANGUAGE_METHODS: dict[str, dict[str, Any]] = {
+    **METHODS,
+    "plus κ=1": PLUS | {"exponent": 1.0},
+    "plus κ=.5": PLUS | {"exponent": 0.5},
+    "plus λ=.01": PLUS | {"shaping": 0.01},
+    "plus λ=1": PLUS | {"shaping": 1.0},
+    "plus λ=∞": PLUS | {"shaping": float("inf")},
+    "plus trsft": PLUS | {"shape": "trsft"},
+    "plus chord": PLUS | {"shape": "chord"},
+    "paper κ=0": METHODS["paper"] | {"exponent": 0.0},
+    "sft": {"gate": "never", "imitate": 1.0},
+    "sft, then grpo": {"gate": "never", "imitate": 1 / 3},
 }
 # All of them on the shortest task; on the others, and without the deviation, those that decide.
 EVERY = [(gate, mode) for gate in GATES for mode in ("replace", "append")] + [("never", "replace")]
@@ -93,7 +127,7 @@ class Run(NamedTuple):
     def name(self) -> str:
         """Of the run, by which it is known to be done."""
         normalised = "" if self.settings.scale_by_std else "-nostd"
-        cell = self.cell.replace("/", "-").replace(" ", "-")
+        cell = self.cell.replace("/", "-").replace(", ", "-").replace(" ", "-")
         return f"{self.task}-{cell}{normalised}-seed{self.settings.seed}"
 
 
@@ -122,12 +156,23 @@ def method_runs(tasks: Iterable[str], seeds: int) -> list[Run]:
     ]
 
 
+def language_runs(tasks: Iterable[str], seeds: int, rates: Sequence[float]) -> list[Run]:
+    """Every run on the language model, one seed of all methods in front of the next."""
+    return [
+        Run(task, f"{method} {lr:g}", replace(LANGUAGE_TASKS[task], **fields, lr=lr, seed=seed))
+        for seed in range(seeds)
+        for lr in rates
+        for task in tasks
+        for method, fields in LANGUAGE_METHODS.items()
+    ]
+
+
 def train_one(one: Run) -> dict[str, Any]:
     """The record of a run."""
     torch.set_num_threads(1)
     # Of this process, which has one thread: the clock of a machine that does other things as well says less.
     started = time.process_time()
-    history = train(one.settings)
+    history = train(one.settings, probe=probe(one.settings)) if one.task in LANGUAGE_TASKS else train(one.settings)
     return {
         "name": one.name,
         "task": one.task,
@@ -177,6 +222,16 @@ COLUMNS = {
         "generated tokens": lambda r: sum(value for _, value in r["history"]["generated_tokens"]),
         "CPU seconds": lambda r: r["seconds"],
     },
+    "language": CURVE
+    | {
+        "new templates, last": lambda r: r["history"].get("new_templates_success", [(0, float("nan"))])[-1][1],
+        "learning rate": lambda r: r["settings"]["lr"],
+        "generated tokens": lambda r: sum(value for _, value in r["history"]["generated_tokens"]),
+        "teacher tokens": lambda r: sum(value for _, value in r["history"]["teacher_tokens"]),
+        "KL elsewhere": lambda r: r["history"]["divergence"][-1][1],
+        "capitals": lambda r: r["history"]["capitals"][-1][1],
+        "CPU seconds": lambda r: r["seconds"],
+    },
     "trainer": CURVE
     | {
         "learning rate": lambda r: r["settings"]["lr"],
@@ -212,25 +267,26 @@ def gate_sections(records: Iterable[dict[str, Any]]) -> list[Section]:
     ]
 
 
-def method_sections(records: Iterable[dict[str, Any]]) -> list[Section]:
+def method_sections(
+    records: Iterable[dict[str, Any]], study: str = "methods", titles: Mapping[str, str] | None = None
+) -> list[Section]:
     """A section a task, each method at the learning rate of its largest area under the held-out curve."""
     found: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
     for record in records:
-        method, rate = record["cell"].split()
+        method, rate = record["cell"].rsplit(maxsplit=1)
         found[record["task"]][method][rate].append(record)
     return [
         Section(
-            f"success before the run: {task}",
+            (titles or {}).get(task, f"success before the run: {task}"),
             {
                 method: max(rates.values(), key=lambda runs: statistics.fmean(map(_area, runs)))
                 for method, rates in found[task].items()
             },
-            COLUMNS["methods"],
+            COLUMNS[study],
         )
-        for task in METHOD_TASKS
-        if task in found
+        for task in found
     ]
 
 
@@ -300,7 +356,7 @@ def heading(section: Section) -> str:
 
 def panels(study: str, sections: Sequence[Section]) -> list[list[Section]]:
     """Rows of the picture; the gates' one row a mode, GRPO in both."""
-    if study == "methods":
+    if study != "gates":
         return [list(sections)]
     scaled = [section for section in sections if section.title.endswith(", std")]
     return [
@@ -357,7 +413,11 @@ def draw(rows: Sequence[Sequence[Section]], labels: Sequence[str], path: Path) -
 def report(study: str, out: Path) -> None:
     """`<study>.md`, `.png` and `.html` from the curves in `<study>.jsonl`."""
     records = load(out / f"{study}.jsonl")
-    sections = gate_sections(records) if study == "gates" else [*method_sections(records), *trainer_sections()]
+    sections = {
+        "gates": lambda: gate_sections(records),
+        "methods": lambda: [*method_sections(records), *trainer_sections()],
+        "language": lambda: method_sections(records, "language", LANGUAGE_TITLES),
+    }[study]()
     commits = sorted({record["machine"]["commit"] for record in records})
     head = (
         f"{len(records)} runs of the plain loop, commit {', '.join(commits)}, {records[0]['machine']['device']}; "
@@ -366,7 +426,8 @@ def report(study: str, out: Path) -> None:
     if study == "methods":
         head += " The runs of verl's trainer are those of `bench/results/quickstart`, each with its commit and command."
     tables = [(heading(section), table(section)) for section in sections]
-    draw(panels(study, sections), (*GATES, "never") if study == "gates" else tuple(METHODS), out / f"{study}.png")
+    labels = {"gates": (*GATES, "never"), "methods": tuple(METHODS), "language": tuple(LANGUAGE_METHODS)}[study]
+    draw(panels(study, sections), labels, out / f"{study}.png")
     markdown = [head]
     for title, (header, *rows) in tables:
         lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
@@ -391,10 +452,13 @@ def page(study: str, head: str, tables: Sequence[tuple[str, list[list[str]]]], p
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=("gates", "methods", "trainer"))
+    parser.add_argument("study", choices=("gates", "methods", "language", "trainer"))
     parser.add_argument("--out", type=Path, default=RESULTS / "study")
     parser.add_argument("--task", nargs="+", help="some of the study's tasks")
-    parser.add_argument("--seeds", type=int, help="5 for gates, 3 for methods")
+    parser.add_argument("--method", nargs="+", help="some of the methods of language")
+    parser.add_argument("--rates", nargs="+", type=float, default=LANGUAGE_RATES, help="learning rates of language")
+    parser.add_argument("--seeds", type=int, help="5 for gates, 3 for the others")
+    parser.add_argument("--device", default="cpu", help="of the runs of language; cuda takes one process")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="one thread each")
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--smoke", action="store_true", help="two short runs, no claim")
@@ -403,13 +467,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.study == "trainer":
         train_in_verl(args.seeds or 3)
         return 0
-    known, of, seeds = (TASKS, gate_runs, 5) if args.study == "gates" else (METHOD_TASKS, method_runs, 3)
+    known, of, seeds = {
+        "gates": (TASKS, gate_runs, 5),
+        "methods": (METHOD_TASKS, method_runs, 3),
+        "language": (LANGUAGE_TASKS, partial(language_runs, rates=args.rates), 3),
+    }[args.study]
     unknown = set(args.task or ()) - set(known)
     if unknown:
         parser.error(
             f"--task {', '.join(sorted(unknown))}: not a task of {args.study}. Use some of {', '.join(known)}."
         )
     jobs = of(args.task or known, args.seeds or seeds)
+    if args.method:
+        jobs = [job for job in jobs if job.cell.rsplit(maxsplit=1)[0] in args.method]
+    if args.device != "cpu":
+        jobs = [job._replace(settings=replace(job.settings, device=args.device)) for job in jobs]
     if args.smoke:
         jobs = [job._replace(settings=replace(job.settings, steps=2, prompts=2, test_every=2)) for job in jobs[:2]]
     args.out.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from hapo_verl.algo.policy_loss import (
     UNCLIPPED,
     Aggregation,
     Clip,
+    DemonstrationShape,
     EntropyBonus,
     KLPenalty,
     PolicyHead,
@@ -90,7 +91,7 @@ def loss_terms(config: ActorConfig, hapo: HapoConfig, data: TensorDict, device: 
         "advantage_BT": rows["advantages"],
         "mask_BT": rows["response_mask"].bool(),
         "demonstration_B": demonstration_B.to(device),
-        "shaping": hapo.loss.shaping,
+        "shape": DemonstrationShape(hapo.loss.shape, hapo.loss.shaping, hapo.loss.exponent),
         "clip": clip if hapo.loss.clip else UNCLIPPED,
         "aggregation": Aggregation(
             mode=config.loss_agg_mode,

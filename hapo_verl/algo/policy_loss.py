@@ -1,18 +1,23 @@
 """The policy loss of a batch with demonstrations in it.
 
     the policy's own row    ℓ = PPO's clipped surrogate of ρ = π/π_old (dual clip included)
-    a demonstration         ℓ = −A · f(π),    f(q) = q / (q + λ),    ∂f/∂log π = λq / (q + λ)²
+    a demonstration         ℓ = −A · F_κ(π),    F_κ = (f^κ − 1)/κ,    f(q) = q / (q + λ)
+                            ∂F_κ/∂log π = λ q^κ / (q + λ)^(κ+1)
 
     loss = agg(ℓ) − c_H · agg(H) + c_KL · agg(KL of the policy's own rows)
 
 Nobody sampled a demonstration, so it has no ratio, no clip and no KL estimate; the probability of its author is taken
-as 1, where f is LUFFY's policy shaping (arXiv 2504.14945): the gradient is largest, A/4, at π = λ and fades for tokens
-that the policy knows already and for tokens it could not have written. Both kinds of rows go through one aggregation.
+as 1. κ = 1 is LUFFY's policy shaping f (arXiv 2504.14945), which is also the paper's: its gradient is largest, A/4, at
+π = λ and fades like π/λ for tokens that the policy would never write, so that a demonstration with one such token is
+never learned. κ = 0 is log f, whose gradient λ/(π + λ) is A for those tokens and fades where the policy knows the token
+already. λ = inf takes π in the place of f: κ = 0 is then log-likelihood, κ = 1 the likelihood itself. `trsft` and
+`chord` are the shapes of two papers that lie outside of this family. Both kinds of rows go through one aggregation.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +31,7 @@ __all__ = [
     "UNCLIPPED",
     "Aggregation",
     "Clip",
+    "DemonstrationShape",
     "EntropyBonus",
     "KLPenalty",
     "PolicyHead",
@@ -34,6 +40,26 @@ __all__ = [
     "hapo_policy_loss",
     "likelihood_loss",
 ]
+
+
+@dataclass(frozen=True)
+class DemonstrationShape:
+    """How hard a demonstration's token of probability q is pushed: its weight ∂F/∂log π.
+
+    Attributes:
+        name: `power`, λq^κ/(q+λ)^(κ+1), with λ = inf q^κ; `trsft`, min(q/λ, 1); `chord`, q(1 − q).
+        shaping: λ > 0; `chord` does not read it.
+        exponent: κ in [0, 1]; read by `power` alone.
+    """
+
+    name: str
+    shaping: float
+    exponent: float
+
+    def teacher(self, demonstration_B: Tensor) -> Teacher:
+        """The rows of this shape, as the kernels take them."""
+        return Teacher(demonstration_B, self.shaping, exponent=self.exponent, shape=self.name)
+
 
 # A ratio that is clipped nowhere; the bounds on log ρ, ±20, remain.
 UNCLIPPED = Clip(low=math.inf, high=math.inf, dual=math.inf)
@@ -46,7 +72,7 @@ def hapo_policy_loss(
     mask_BT: Tensor,
     demonstration_B: Tensor,
     *,
-    shaping: float,
+    shape: DemonstrationShape,
     clip: Clip,
     aggregation: Aggregation,
     importance_weight_BT: Tensor | None = None,
@@ -62,7 +88,7 @@ def hapo_policy_loss(
         advantage_BT: (B, T), or (B,) with one advantage a row.
         mask_BT: (B, T), nonzero on the tokens that train.
         demonstration_B: (B,) bool, True on demonstrations.
-        shaping: λ > 0.
+        shape: how hard a demonstration's token is pushed.
         clip: clip range of the policy's own rows.
         aggregation: verl's `loss_agg_mode` with the normalisers of the global batch.
         importance_weight_BT: (B, T) weights of a rollout correction, for the policy's own rows.
@@ -77,7 +103,7 @@ def hapo_policy_loss(
         mask_BT,
         clip=clip,
         aggregation=aggregation,
-        teacher=Teacher(row_B=demonstration_B, shaping=shaping),
+        teacher=shape.teacher(demonstration_B),
         importance_weight_BT=importance_weight_BT,
         kl=kl,
         entropy=entropy,
@@ -96,7 +122,7 @@ def hapo_policy_head(
     *,
     bias_V: Tensor | None,
     temperature: Tensor,
-    shaping: float,
+    shape: DemonstrationShape,
     clip: Clip,
     aggregation: Aggregation,
     importance_weight_BT: Tensor | None = None,
@@ -122,7 +148,7 @@ def hapo_policy_head(
         mask_BT,
         clip=clip,
         aggregation=aggregation,
-        teacher=Teacher(row_B=demonstration_B, shaping=shaping),
+        teacher=shape.teacher(demonstration_B),
         importance_weight_BT=importance_weight_BT,
         kl=kl,
         entropy_coefficient=entropy_coefficient,

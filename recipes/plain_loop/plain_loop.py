@@ -1,12 +1,14 @@
 """HAPO in one file: no verl, no Ray, no vLLM, the functions of `hapo_verl.algo` and a loop around them.
 
-    python recipes/plain_loop/plain_loop.py                                    as in the paper
+    python recipes/plain_loop/plain_loop.py                                    digits backwards, as in the paper
     python recipes/plain_loop/plain_loop.py --gate annealed --mode append
     python recipes/plain_loop/plain_loop.py --gate never                       GRPO
+    python recipes/plain_loop/plain_loop.py --task words --gate annealed --mode append --exponent 0    a language model
 
-The file to read first, and the quick look before a run of the real trainer: the same task, model, gate, injection,
-advantages and loss as `make quickstart`, some 0.15 s a step on one core. `--objective real` and the other options
-make it a baseline; `bench/study.py` names the settings of each.
+The file to read first, and the quick look before a run of the real trainer: the same gate, injection, advantages and
+loss. The digits take some 0.15 s a step on one core. A task is an object with questions, a reward and demonstrations
+(`task.py`), a model any of Hugging Face's (`--model`). `--objective real` and the other options make the loop a
+baseline; `bench/study.py` names the settings of each.
 """
 
 from __future__ import annotations
@@ -18,14 +20,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
-import digits
-import tiny_model
+sys.path.insert(0, str(Path(__file__).parent))
 from hapo_verl.algo.advantage import appended_advantage, group_advantage
 from hapo_verl.algo.demonstration import Refusal, demonstration_tokens
 from hapo_verl.algo.gate import Situation, fires, firing_probabilities
@@ -36,23 +35,22 @@ from hapo_verl.algo.policy_loss import (
     UNCLIPPED,
     Aggregation,
     Clip,
+    DemonstrationShape,
     EntropyBonus,
     hapo_policy_loss,
     likelihood_loss,
 )
 from hapo_verl.algo.posterior import PromptPosterior, prompt_key
 from hapo_verl.algo.schedule import RunningSuccess, adaptive, annealed
+from task import Problem, Task
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A run. The task is to write `digits` digits backwards.
+    """A run."""
 
-    With a `detour` of D the demonstration writes D dots first. Dots earn nothing, and each question has a length limit
-    of its own, 0 to D dots above the answer: the demonstration's way is right where it fits, no dots are right
-    everywhere.
-    """
-
+    task: str = "digits"  # digits, words, gsm_symbolic: see `make_task`
+    model: str = ""  # a Hugging Face folder or name; nothing: the task's own
     gate: str = "paper"
     mode: str = "replace"
     statistics: str = ""  # all or on_policy; nothing: what goes with the mode
@@ -63,23 +61,52 @@ class Settings:
     entropy: float = 0.0
     filter_groups: bool = False  # DAPO: groups of equal scores are sampled anew, four times a step at most
     threshold: float = 0.8
+    shaping: float = 0.1  # λ of the demonstration's term
+    exponent: float = 1.0  # κ of the demonstration's term
+    shape: str = "power"  # power, trsft, chord
+    imitate: float = 0.0  # this share of the steps imitates the demonstrations, without a rollout: SFT
+    warm: float = 0.0  # success rate to which imitation brings the model before the run
     digits: int = 4
     detour: int = 0
-    warm: float = 0.0  # success rate to which imitation brings the model before the run
+    hidden: int = 128
     prompts: int = 16
     rollouts: int = 8
     steps: int = 180
     lr: float = 2e-3
-    hidden: int = 128
-    shaping: float = 0.1
+    weight_decay: float = 0.01
+    dtype: str = "float32"  # of the matrix products; weights and sums are float32
+    device: str = "cpu"
     seed: int = 0
+    heldout: int = 100
+    test_first: bool = False  # also in front of the first step
     test_every: int = 10
+    deviation: bool = True  # how far the gradient is from that of the policy's own rows; costs a second gradient
+
+
+def make_task(settings: Settings) -> Task:
+    """The task that the settings name."""
+    problems = settings.prompts * settings.steps * (4 if settings.filter_groups else 1)
+    common: dict[str, Any] = {"problems": problems, "heldout": settings.heldout, "seed": settings.seed}
+    if settings.task == "digits":
+        from digits_task import DigitsTask
+
+        return DigitsTask(length=settings.digits, detour=settings.detour, hidden=settings.hidden, **common)
+    if settings.task == "words":
+        from word_task import WordTask
+
+        return WordTask(**common)
+    if settings.task == "gsm_symbolic":
+        from gym_task import GymTask
+
+        return GymTask(settings.task, **common)
+    raise SystemExit(f"--task {settings.task}: no such task. Use one of digits, words, gsm_symbolic.")
 
 
 class Rows(NamedTuple):
-    """A batch: what was asked, what was answered, what it was worth."""
+    """A batch: what was asked, what was answered, what it was worth. Prompts end at the right, responses begin left."""
 
     prompt_BS: Tensor
+    prompt_mask_BS: Tensor
     response_BT: Tensor
     mask_BT: Tensor
     score_B: Tensor
@@ -129,6 +156,7 @@ def inject(rows: Rows, group: Sequence[int], demonstration: Demonstration, mode:
     worst = group[worst_rollout(candidates, rng)]
     new = Rows(
         rows.prompt_BS[worst],
+        rows.prompt_mask_BS[worst],
         response_T,
         mask_T,
         torch.tensor(demonstration.score),
@@ -150,21 +178,36 @@ def advantages(rows: Rows, statistics: str, *, scale_by_std: bool) -> Tensor:
     return group_advantage(rows.score_B, rows.group_B, scale_by_std=scale_by_std)
 
 
-def loss_of(model: Any, rows: Rows, advantage_B: Tensor, settings: Settings) -> Tensor:
-    """The loss of one on-policy update: the policy in training is the policy that sampled."""
+def loss_of(policy: Policy, rows: Rows, advantage_B: Tensor, settings: Settings) -> Tensor:
+    """The loss of one on-policy update: the policy in training is the policy that sampled.
+
+    Rows without a gradient are not computed; the batch that the loss is divided by is the whole one.
+    """
     objective = objectives()[settings.objective]
-    logp_BT, entropy_BT = token_scores(model, rows.prompt_BS, rows.response_BT)
-    aggregation = Aggregation(mode=settings.aggregation, loss_scale_factor=rows.mask_BT.size(1))
+    aggregation = Aggregation(
+        mode=settings.aggregation,
+        batch_num_tokens=rows.mask_BT.sum(),
+        global_batch_size=len(rows.mask_BT),
+        loss_scale_factor=rows.mask_BT.size(1),
+    )
+    advantage_B = objective.advantage(advantage_B, rows.demonstration_B)
+    if not settings.entropy and not objective.weighs_likelihood:
+        trains_B = advantage_B != 0
+        rows, advantage_B = Rows(*(column[trains_B] for column in rows)), advantage_B[trains_B]
+        if not len(advantage_B):
+            return torch.zeros(())
+    with_entropy = bool(settings.entropy) or "entropy" in objective.reads
+    logp_BT, entropy_BT = policy.token_scores(rows, with_entropy=with_entropy)
     loss = hapo_policy_loss(
         logp_BT,
         logp_BT.detach(),
-        objective.advantage(advantage_B, rows.demonstration_B),
+        advantage_B,
         rows.mask_BT,
         rows.demonstration_B,
-        shaping=settings.shaping,
+        shape=DemonstrationShape(settings.shape, settings.shaping, settings.exponent),
         clip=Clip(low=0.2, high=0.2, dual=3.0) if settings.clip else UNCLIPPED,
         aggregation=aggregation,
-        entropy=EntropyBonus(entropy_BT, settings.entropy),
+        entropy=EntropyBonus(entropy_BT, settings.entropy) if with_entropy else None,
     ).loss
     if not objective.weighs_likelihood:
         return loss
@@ -181,6 +224,12 @@ def loss_of(model: Any, rows: Rows, advantage_B: Tensor, settings: Settings) -> 
         )
     )
     return loss + likelihood_loss(logp_BT, weight_B, rows.mask_BT, aggregation)
+
+
+def imitation_loss(policy: Policy, rows: Rows) -> Tensor:
+    """Cross-entropy of the demonstrations' tokens: supervised fine-tuning."""
+    logp_BT, _ = policy.token_scores(rows, with_entropy=False)
+    return -(logp_BT * rows.mask_BT).sum() / rows.mask_BT.sum()
 
 
 class Retraction:
@@ -215,102 +264,118 @@ class Retraction:
 
 
 def train(
-    settings: Settings, report: Callable[[dict[str, float]], None] = lambda record: None
+    settings: Settings,
+    report: Callable[[dict[str, float]], None] = lambda record: None,
+    probe: Callable[[Policy], dict[str, float]] = lambda policy: {},
 ) -> list[dict[str, float]]:
-    """Train a fresh tiny model.
+    """Train a model, a fresh tiny one or a pretrained one.
 
     Args:
         settings: of the run.
         report: called with each step's record.
+        probe: asked once after the last step; what it returns joins the last record.
 
     Returns:
-        One record a step: on-policy success, firing rate, teacher's share of the rows, relative deviation of the
-        gradient from that of the on-policy rows alone and, now and then, held-out success.
+        One record a step: on-policy success, firing rate, teacher's share of the rows, generated and teacher tokens,
+        and now and then held-out success and the relative deviation of the gradient from that of the on-policy rows.
     """
-    task = Task(settings)
-    tokenizer = task.tokenizer
-    model = tiny_model.make_model(tokenizer, hidden=settings.hidden, layers=2, seed=settings.seed)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.01)
+    task = make_task(settings)
+    policy = Policy.of(settings, task)
+    parameters = list(policy.model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps, eta_min=settings.lr / 10)
-    generator, rng = torch.Generator().manual_seed(settings.seed), random.Random(settings.seed)
-    warm_up(model, task, settings)
-    retraction = Retraction(settings, task.questions)
+    generator, rng = torch.Generator(settings.device).manual_seed(settings.seed), random.Random(settings.seed)
+    warm_up(policy, settings)
+    retraction = Retraction(settings, [problem.question for problem in task.train])
+    history: list[dict[str, float]] = []
+    if settings.test_first:
+        history.append({"step": 0, **policy.heldout_success()})
+        report(history[0])
 
-    history, asked = [], 0
+    asked = 0
     for step in range(settings.steps):
-        rounds: list[Round] = []
-        # One round, unless groups without signal are to be sampled anew.
-        for _ in range(4 if settings.filter_groups else 1):
-            wanted = settings.prompts - sum(len(part.kept) for part in rounds)
-            if not wanted:
-                break
-            questions, asked = task.questions[asked : asked + wanted], asked + wanted
-            situations = retraction.situations(step, questions)
-            rounds.append(sample_round(model, task, questions, situations, settings, generator, rng))
-            retraction.observe(questions, rounds[-1].successes, settings.rollouts)
-        rows, sampled = (merge([getattr(part, name) for part in rounds]) for name in ("rows", "sampled"))
-        successes = [count for part in rounds for count in part.successes]
-        fired = [flag for part in rounds for flag in part.fired]
-
-        statistics = settings.statistics or ("on_policy" if settings.mode == "append" else "all")
-        advantage_B = advantages(rows, statistics, scale_by_std=settings.scale_by_std)
-        if len(advantage_B):
-            gradient = torch.autograd.grad(loss_of(model, rows, advantage_B, settings), parameters)
-        else:  # no group of any round had a signal
-            gradient = tuple(torch.zeros_like(parameter) for parameter in parameters)
-        record = {
-            "step": step + 1,
-            "on_policy_success": sum(successes) / (len(successes) * settings.rollouts),
-            "firing_rate": sum(fired) / len(fired),
-            "teacher_share": rows.demonstration_B.sum().item() / max(len(rows.demonstration_B), 1),
-            "generated_tokens": sum(part.tokens for part in rounds),
-        }
-        if (step + 1) % settings.test_every == 0 and len(advantage_B):
-            own_B = advantages(sampled, "all", scale_by_std=settings.scale_by_std)
-            own = torch.autograd.grad(loss_of(model, sampled, own_B, settings), parameters)
-            record["gradient_deviation"] = deviation(gradient, own)
-        for parameter, value in zip(parameters, gradient, strict=True):
-            parameter.grad = value
+        tested = (step + 1) % settings.test_every == 0
+        record: dict[str, float] = {"step": step + 1}
+        optimizer.zero_grad()
+        if step < settings.imitate * settings.steps:
+            problems, asked = task.train[asked : asked + settings.prompts], asked + settings.prompts
+            rows = policy.demonstration_rows(problems)
+            imitation_loss(policy, rows).backward()
+            tokens = int(rows.mask_BT.sum())
+            record |= {"teacher_share": 1.0, "generated_tokens": 0, "teacher_tokens": tokens}
+        else:
+            rounds: list[Round] = []
+            # One round, unless groups without signal are to be sampled anew.
+            for _ in range(4 if settings.filter_groups else 1):
+                wanted = settings.prompts - sum(len(part.kept) for part in rounds)
+                if not wanted:
+                    break
+                problems, asked = task.train[asked : asked + wanted], asked + wanted
+                questions = [problem.question for problem in problems]
+                situations = retraction.situations(step, questions)
+                rounds.append(sample_round(policy, problems, situations, settings, generator, rng))
+                retraction.observe(questions, rounds[-1].successes, settings.rollouts)
+            rows, sampled = (merge([getattr(part, name) for part in rounds]) for name in ("rows", "sampled"))
+            statistics = settings.statistics or ("on_policy" if settings.mode == "append" else "all")
+            advantage_B = advantages(rows, statistics, scale_by_std=settings.scale_by_std)
+            if len(advantage_B):  # else no group of any round had a signal
+                loss = loss_of(policy, rows, advantage_B, settings)
+                if loss.requires_grad:
+                    loss.backward()
+            record |= describe(rounds, rows, settings)
+            if tested and settings.deviation and len(advantage_B):
+                own_B = advantages(sampled, "all", scale_by_std=settings.scale_by_std)
+                own_loss = loss_of(policy, sampled, own_B, settings)
+                own = (
+                    torch.autograd.grad(own_loss, parameters)
+                    if own_loss.requires_grad
+                    else map(torch.zeros_like, parameters)
+                )
+                record["gradient_deviation"] = deviation([gradient_of(p) for p in parameters], list(own))
+        for parameter in parameters:
+            parameter.grad = gradient_of(parameter)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if (step + 1) % settings.test_every == 0:
-            record["heldout_success"] = task.heldout_success(model)
+        if tested:
+            record |= policy.heldout_success()
+        if step + 1 == settings.steps:
+            record |= probe(policy)
         report(record)
         history.append(record)
     return history
 
 
-def warm_up(model: Any, task: Task, settings: Settings) -> None:
+def gradient_of(parameter: Tensor) -> Tensor:
+    """Zeros where nothing had a gradient: the optimizer's moments decay in such a step as in any other."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def describe(rounds: Sequence[Round], rows: Rows, settings: Settings) -> dict[str, float]:
+    """What a step sampled and injected."""
+    successes = [count for part in rounds for count in part.successes]
+    fired = [flag for part in rounds for flag in part.fired]
+    return {
+        "on_policy_success": sum(successes) / (len(successes) * settings.rollouts),
+        "firing_rate": sum(fired) / len(fired),
+        "teacher_share": rows.demonstration_B.sum().item() / max(len(rows.demonstration_B), 1),
+        "generated_tokens": sum(part.tokens for part in rounds),
+        "teacher_tokens": int(rows.mask_BT[rows.demonstration_B].sum()),
+    }
+
+
+def warm_up(policy: Policy, settings: Settings) -> None:
     """Imitate demonstrations until sampled answers succeed at the rate `settings.warm`: a policy with some ability."""
-    generator, rng = torch.Generator().manual_seed(settings.seed), random.Random(settings.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    generator, rng = torch.Generator(settings.device).manual_seed(settings.seed), random.Random(settings.seed)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=settings.lr if settings.model else 1e-3)
     succeeded = 0.0
     while succeeded < settings.warm:
         for _ in range(2):
-            questions = rng.choices(task.questions, k=32)
-            rows = demonstration_rows(task, questions)
-            logp_BT, _ = token_scores(model, rows.prompt_BS, rows.response_BT)
+            rows = policy.demonstration_rows(rng.choices(policy.task.train, k=32))
             optimizer.zero_grad()
-            (-(logp_BT * rows.mask_BT).sum() / rows.mask_BT.sum()).backward()
+            imitation_loss(policy, rows).backward()
             optimizer.step()
-        succeeded = task.rollouts(model, rng.choices(task.questions, k=512), 1, generator).score_B.mean().item()
-
-
-def demonstration_rows(task: Task, questions: Sequence[str]) -> Rows:
-    """One row a question, its demonstration."""
-    demonstrations = [task.demonstration(question) for question in questions]
-    pairs = [(q, d) for q, d in zip(questions, demonstrations, strict=True) if d is not None]
-    width = max(len(d.tokens) for _, d in pairs)
-    return Rows(
-        task.encode([q for q, _ in pairs]),
-        torch.tensor([d.tokens + d.tokens[-1:] * (width - len(d.tokens)) for _, d in pairs]),
-        torch.tensor([[1] * len(d.tokens) + [0] * (width - len(d.tokens)) for _, d in pairs]),
-        torch.tensor([d.score for _, d in pairs]),
-        torch.arange(len(pairs)),
-        torch.ones(len(pairs), dtype=torch.bool),
-    )
+        succeeded = policy.rollouts(rng.choices(policy.task.train, k=512), 1, generator).score_B.mean().item()
 
 
 class Round(NamedTuple):
@@ -325,25 +390,24 @@ class Round(NamedTuple):
 
 
 def sample_round(
-    model: Any,
-    task: Task,
-    questions: Sequence[str],
+    policy: Policy,
+    problems: Sequence[Problem],
     situations: Sequence[Situation],
     settings: Settings,
     generator: torch.Generator,
     rng: random.Random,
 ) -> Round:
-    """Sample a group a question, gate and inject; with `filter_groups` keep the groups whose scores differ."""
+    """Sample a group a problem, gate and inject; with `filter_groups` keep the groups whose scores differ."""
     per_group = settings.rollouts
-    sampled = rows = task.rollouts(model, questions, per_group, generator)
+    sampled = rows = policy.rollouts(problems, per_group, generator)
     successes = (sampled.score_B >= 1).view(-1, per_group).sum(1).tolist()
     fired = [decide(settings.gate, *of, per_group, rng) for of in zip(situations, successes, strict=True)]
     for prompt, wanted in enumerate(fired):
-        demonstration = task.demonstration(questions[prompt]) if wanted else None
+        demonstration = policy.demonstration(problems[prompt]) if wanted else None
         if demonstration is not None:
             group = range(prompt * per_group, (prompt + 1) * per_group)
             rows = inject(rows, group, demonstration, settings.mode, rng)
-    kept, tokens = list(range(len(questions))), int(sampled.mask_BT.sum())
+    kept, tokens = list(range(len(problems))), int(sampled.mask_BT.sum())
     if settings.filter_groups:
         kept = [prompt for prompt in kept if rows.score_B[rows.group_B == prompt].unique().numel() > 1]
         rows, sampled = (
@@ -354,7 +418,14 @@ def sample_round(
 
 def merge(parts: Sequence[Rows]) -> Rows:
     """The groups of all rounds in one batch, each group with an id of its own."""
-    whole = Rows(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    width = max(part.prompt_BS.size(1) for part in parts)
+
+    def wide(part: Rows) -> Rows:
+        missing = (width - part.prompt_BS.size(1), 0)
+        prompt_BS, mask_BS = (torch.nn.functional.pad(column, missing) for column in part[:2])
+        return part._replace(prompt_BS=prompt_BS, prompt_mask_BS=mask_BS)
+
+    whole = Rows(*(torch.cat(columns) for columns in zip(*map(wide, parts), strict=True)))
     apart = [part.group_B + 1_000_000 * number for number, part in enumerate(parts)]
     return whole._replace(group_B=torch.cat(apart))
 
@@ -366,92 +437,169 @@ def deviation(gradient: Sequence[Tensor], own: Sequence[Tensor]) -> float:
     return (difference / norm).item() if difference > 0 else 0.0
 
 
-class Task:
-    """Prompts, scores, demonstrations and held-out questions of a run."""
+# --- the model -------------------------------------------------------
 
-    def __init__(self, settings: Settings) -> None:
-        self.tokenizer = tiny_model.make_tokenizer("0123456789" + ("." if settings.detour else ""))
-        self._end = self.tokenizer.encode("<|im_end|>")[0]
-        self._detour = settings.detour
-        self._tokens = settings.digits + settings.detour + 1
-        total = settings.prompts * settings.steps * (4 if settings.filter_groups else 1)
-        self.questions, self._heldout = digits.problems(settings.digits, total, 100, settings.seed)
 
-    def encode(self, questions: Sequence[str]) -> Tensor:
-        """(B, S) prompts; all have one length."""
+class Policy:
+    """A causal language model of Hugging Face with its tokenizer, on a task."""
+
+    def __init__(self, model: Any, tokenizer: Any, task: Task, *, dtype: str = "float32") -> None:
+        self.model, self.tokenizer, self.task = model, tokenizer, task
+        self._end, self._dtype = tokenizer.eos_token_id, dtype
+
+    @classmethod
+    def of(cls, settings: Settings, task: Task) -> Policy:
+        """The settings' model, or the task's own."""
+        if settings.model:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        else:
+            model, tokenizer = task.fresh_model()
+        return cls(model.to(settings.device), tokenizer, task, dtype=settings.dtype)
+
+    def encode(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(B, S) prompts, filled up on the left, and their masks."""
         chats = [[{"role": "user", "content": question}] for question in questions]
         texts = [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
-        return torch.tensor([self.tokenizer.encode(str(text), add_special_tokens=False) for text in texts])
+        ids = [self.tokenizer.encode(str(text), add_special_tokens=False) for text in texts]
+        width = max(map(len, ids))
+        prompts = [[self._end] * (width - len(row)) + row for row in ids]
+        masks = [[0] * (width - len(row)) + [1] * len(row) for row in ids]
+        return torch.tensor(prompts, device=self.model.device), torch.tensor(masks, device=self.model.device)
 
-    def is_right(self, question: str, text: str) -> bool:
-        """The reward: the answer, and no more dots before it than this question allows."""
-        dots = len(text) - len(text.lstrip("."))
-        return text[dots:] == question[::-1] and dots <= crc32(question.encode()) % (self._detour + 1)
-
-    def demonstration(self, question: str) -> Demonstration | None:
-        """The demonstrator's answer as tokens; None where the reward rejects it."""
-        text = "." * self._detour + question[::-1]
+    def demonstration(self, problem: Problem) -> Demonstration | None:
+        """The demonstrator's answer as tokens; None where there is none, or the reward rejects it."""
+        if problem.demonstration is None or not self.task.is_right(problem, problem.demonstration):
+            return None
         tokens = demonstration_tokens(
-            text,
+            problem.demonstration,
             encode=lambda text: self.tokenizer.encode(text, add_special_tokens=False),
             generation_prompt="",
             end_token=self._end,
             end_tokens=[self._end],
-            max_tokens=self._tokens,
+            max_tokens=self.task.tokens,
         )
-        return None if isinstance(tokens, Refusal) or not self.is_right(question, text) else Demonstration(tokens, 1.0)
+        return None if isinstance(tokens, Refusal) else Demonstration(tokens, 1.0)
 
-    def scores(self, questions: Sequence[str], response_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    def demonstration_rows(self, problems: Sequence[Problem]) -> Rows:
+        """One row a problem, its demonstration."""
+        pairs = [(p.question, d) for p in problems if (d := self.demonstration(p)) is not None]
+        width = max(len(d.tokens) for _, d in pairs)
+        device = self.model.device
+        return Rows(
+            *self.encode([question for question, _ in pairs]),
+            torch.tensor([d.tokens + d.tokens[-1:] * (width - len(d.tokens)) for _, d in pairs], device=device),
+            torch.tensor([[1] * len(d.tokens) + [0] * (width - len(d.tokens)) for _, d in pairs], device=device),
+            torch.tensor([d.score for _, d in pairs]),
+            torch.arange(len(pairs)),
+            torch.ones(len(pairs), dtype=torch.bool),
+        )
+
+    def rollouts(self, problems: Sequence[Problem], rollouts: int, generator: torch.Generator) -> Rows:
+        """N sampled responses a problem, scored."""
+        repeated = [problem for problem in problems for _ in range(rollouts)]
+        prompt_BS, prompt_mask_BS = self.encode([problem.question for problem in repeated])
+        response_BT, mask_BT = self.sample(prompt_BS, prompt_mask_BS, generator)
+        return Rows(
+            prompt_BS,
+            prompt_mask_BS,
+            response_BT,
+            mask_BT,
+            self.scores(repeated, response_BT, mask_BT),
+            torch.arange(len(problems)).repeat_interleave(rollouts),
+            torch.zeros(len(repeated), dtype=torch.bool),
+        )
+
+    def texts(self, response_BT: Tensor, mask_BT: Tensor) -> list[str]:
+        """What was written, without the end of sequence."""
+        return self.tokenizer.batch_decode(
+            torch.where(mask_BT.bool(), response_BT, self._end), skip_special_tokens=True
+        )
+
+    def scores(self, problems: Sequence[Problem], response_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """(B,) 1 for a right answer, else 0."""
-        ended_BT = torch.where(mask_BT.bool(), response_BT, self._end)
-        texts = self.tokenizer.batch_decode(ended_BT, skip_special_tokens=True)
-        return torch.tensor([float(self.is_right(q, text)) for q, text in zip(questions, texts, strict=True)])
+        texts = self.texts(response_BT, mask_BT)
+        return torch.tensor([float(self.task.is_right(p, text)) for p, text in zip(problems, texts, strict=True)])
 
-    def rollouts(self, model: Any, questions: Sequence[str], rollouts: int, generator: torch.Generator) -> Rows:
-        """N sampled responses a question."""
-        repeated = [question for question in questions for _ in range(rollouts)]
-        prompt_BS = self.encode(repeated)
-        response_BT, mask_BT = sample(model, prompt_BS, self._tokens, self._end, generator)
-        group_B = torch.arange(len(questions)).repeat_interleave(rollouts)
-        score_B = self.scores(repeated, response_BT, mask_BT)
-        return Rows(prompt_BS, response_BT, mask_BT, score_B, group_B, torch.zeros(len(repeated), dtype=torch.bool))
+    def answers(self, problems: Sequence[Problem]) -> list[str]:
+        """Greedy answers."""
+        return self.texts(*self.sample(*self.encode([problem.question for problem in problems]), None))
 
-    def heldout_success(self, model: Any) -> float:
-        """Success of greedy answers to questions that are never trained on."""
-        response_BT, mask_BT = sample(model, self.encode(self._heldout), self._tokens, self._end, None)
-        return self.scores(self._heldout, response_BT, mask_BT).mean().item()
+    def heldout_success(self) -> dict[str, float]:
+        """Success of greedy answers on each lot of problems that are never trained on."""
+        return {
+            name: sum(map(self.task.is_right, problems, self.answers(problems))) / len(problems)
+            for name, problems in self.task.heldout.items()
+        }
 
+    @torch.no_grad()
+    def sample(
+        self, prompt_BS: Tensor, prompt_mask_BS: Tensor, generator: torch.Generator | None, tokens: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Responses and their masks, both (B, T); greedy without a generator."""
+        mask_BS, state, inputs, response = prompt_mask_BS, None, prompt_BS, []
+        going_B = torch.ones(len(prompt_BS), dtype=torch.bool, device=prompt_BS.device)
+        with self._autocast():
+            for _ in range(tokens or self.task.tokens):
+                positions = (mask_BS.cumsum(1) - 1).clamp(min=0)[:, -inputs.size(1) :]
+                output = self.model(
+                    inputs,
+                    attention_mask=mask_BS,
+                    position_ids=positions,
+                    past_key_values=state,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                state, logits_BV = output.past_key_values, output.logits[:, -1].float()
+                if generator is None:
+                    inputs = logits_BV.argmax(-1, keepdim=True)
+                else:
+                    inputs = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
+                response.append(inputs)
+                mask_BS = torch.nn.functional.pad(mask_BS, (0, 1), value=1)
+                going_B &= inputs[:, 0] != self._end
+                if not going_B.any():
+                    break
+        response_BT = torch.cat(response, dim=1)
+        # A batch has one width: an injected demonstration may be longer than what was sampled.
+        response_BT = torch.nn.functional.pad(
+            response_BT, (0, (tokens or self.task.tokens) - response_BT.size(1)), value=self._end
+        )
+        return response_BT, mask_until(response_BT, self._end)
 
-@torch.no_grad()
-def sample(
-    model: Any, prompt_BS: Tensor, tokens: int, end: int, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """Responses and their masks, both (B, T); greedy without a generator."""
-    sequence, state, inputs = prompt_BS, None, prompt_BS
-    for _ in range(tokens):
-        output = model(inputs, past_key_values=state, use_cache=True)
-        state, logits_BV = output.past_key_values, output.logits[:, -1]
-        if generator is None:
-            inputs = logits_BV.argmax(-1, keepdim=True)
-        else:
-            inputs = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
-        sequence = torch.cat([sequence, inputs], dim=1)
-    response_BT = sequence[:, prompt_BS.size(1) :]
-    return response_BT, mask_until(response_BT, end)
+    def token_scores(self, rows: Rows, *, with_entropy: bool) -> tuple[Tensor, Tensor]:
+        """(B, T) log-probabilities of the response's tokens, and entropies of their distributions where asked for."""
+        logp_BTV = self.log_probabilities(rows)
+        logp_BT = logp_BTV.gather(-1, rows.response_BT.unsqueeze(-1)).squeeze(-1)
+        if not with_entropy:
+            return logp_BT, torch.zeros_like(logp_BT)
+        return logp_BT, -(logp_BTV.exp() * logp_BTV).sum(-1)
+
+    def log_probabilities(self, rows: Rows) -> Tensor:
+        """(B, T, V) of every token at the places of the response's, nats."""
+        mask = torch.cat([rows.prompt_mask_BS, rows.mask_BT], dim=1)
+        with self._autocast():
+            logits = self.model(
+                torch.cat([rows.prompt_BS, rows.response_BT], dim=1),
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                use_cache=False,
+                logits_to_keep=rows.response_BT.size(1) + 1,
+            ).logits[:, :-1]
+        return logits.float().log_softmax(-1)
+
+    def _autocast(self) -> torch.autocast:
+        """Matrix products in `dtype`; weights and sums stay what they are."""
+        enabled = self._dtype != "float32"
+        return torch.autocast(self.model.device.type, getattr(torch, self._dtype) if enabled else None, enabled=enabled)
 
 
 def mask_until(response_BT: Tensor, end: int) -> Tensor:
     """1 up to and including the first end of sequence."""
     ended_BT = (response_BT == end).cumsum(1)
     return ((ended_BT == 0) | ((ended_BT == 1) & (response_BT == end))).long()
-
-
-def token_scores(model: Any, prompt_BS: Tensor, response_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T) log-probabilities of the response's tokens, and entropies of their distributions."""
-    logits = model(torch.cat([prompt_BS, response_BT], dim=1)).logits[:, prompt_BS.size(1) - 1 : -1]
-    logp_BTV = logits.log_softmax(-1)
-    entropy_BT = -(logp_BTV.exp() * logp_BTV).sum(-1)
-    return logp_BTV.gather(-1, response_BT.unsqueeze(-1)).squeeze(-1), entropy_BT
 
 
 def settings_of(argv: Sequence[str] | None = None) -> Settings:

@@ -1,12 +1,13 @@
-"""verl's real trainer on a laptop: a task on which GRPO stays at zero, learned with HAPO.
+"""verl's real trainer on a laptop: a real language model learns word problems on which GRPO stays at zero.
 
-    make quickstart                      HAPO as we recommend it: +hapo=plus
+    make quickstart                      SmolLM2-135M-Instruct, HAPO as we recommend it: +hapo=plus
     make quickstart PRESET=paper         as in the paper
     make quickstart PRESET=grpo          verl's own grpo, everything else equal
-    make quickstart-gsm8k GSM8K=<jsonl>  the same trainer on real word problems, a few steps
+    make quickstart-gsm8k GSM8K=<jsonl>  the same model on real word problems, a few steps
+    make quickstart-digits               a random tiny model learns to write digits backwards
 
-Prints where it stands, ends with a table and a picture of the curves, and leaves everything in one folder:
-`train.log`, `metrics.jsonl`, `curves.png`, `result.json`.
+Prints where it stands, ends with the same held-out problems answered before and after, a table and a picture of the
+curves, and leaves everything in one folder: `train.log`, `metrics.jsonl`, `curves.png`, `answers.txt`, `result.json`.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import yaml
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-import digits as digits_task  # noqa: E402
-import tiny_model  # noqa: E402
+from hapo_verl.data.parquet import DataError, read_parquet  # noqa: E402
 from launch import GIB, Launch, TrainingError, cpu_environment  # noqa: E402
+from tasks import TASKS, Prepared  # noqa: E402
 
 # What each preset adds to the same configuration.
 HAPO = ["trainer.v1.trainer_mode=hapo_sync", "hapo.poll_interval=0.05"]
@@ -43,9 +44,6 @@ PRESETS = {
 # The baselines; grpo above is verl's own.
 PRESETS |= {name: [f"+hapo={name}", *HAPO] for name in ("dapo", "luffy", "srft", "real", "real_ssi")}
 
-# Enough for each to learn the digits, with room; luffy and grpo get as many as paper, the others as many as plus.
-STEPS = dict.fromkeys(PRESETS, 120) | {"paper": 180, "luffy": 180, "grpo": 180}
-
 # Curves: label and the metric's name in verl's logger; {} is the data source. verl's own `critic/score` is the
 # on-policy success only where nothing is injected.
 CURVES = {
@@ -55,44 +53,78 @@ CURVES = {
     "gate firing rate": "hapo/gate/firing_rate",
 }
 ON_POLICY_WITHOUT_HAPO = "critic/score/mean"
+LR = "actor_rollout_ref.actor.optim.lr"
 
 
 def overrides(
-    preset: str,
-    folder: Path,
-    *,
-    steps: int,
-    seed: int,
-    response_length: int,
-    reward: Path | None,
-    lr: float | None = None,
+    preset: str, folder: Path, task: Prepared, *, steps: int, seed: int, lr: float | None = None
 ) -> list[str]:
-    """The command line of one run: the shared configuration, the task's paths, the preset."""
-    shared = [f"{key}={value}" for key, value in yaml.safe_load((HERE / "config.yaml").read_text()).items()]
-    task = [
-        f"data.train_files={folder / 'data' / 'train.parquet'}",
-        f"data.val_files={folder / 'data' / 'heldout.parquet'}",
-        # The answer and its end of sequence: a longer limit only slows the learning down.
-        f"data.max_response_length={response_length}",
-        f"data.seed={seed}",
-        f"actor_rollout_ref.model.path={folder / 'model'}",
-        f"actor_rollout_ref.rollout.seed={seed}",
-        f"actor_rollout_ref.actor.data_loader_seed={seed}",
-        f"trainer.total_training_steps={steps}",
-        f"trainer.experiment_name={preset}",
-        f"trainer.default_local_dir={folder / 'checkpoints'}",
-    ]
+    """The command line of one run: the shared configuration, the task's, the run's own, the preset."""
+    run = {
+        "data.seed": seed,
+        "actor_rollout_ref.rollout.seed": seed,
+        "actor_rollout_ref.actor.data_loader_seed": seed,
+        "trainer.total_training_steps": steps,
+        "trainer.experiment_name": preset,
+        "trainer.default_local_dir": folder / "checkpoints",
+        "trainer.validation_data_dir": folder / "validation",
+    }
     if lr is not None:
-        task.append(f"actor_rollout_ref.actor.optim.lr={lr:g}")
-    if reward is not None:
-        task += [f"reward.custom_reward_function.path={reward}", "reward.custom_reward_function.name=compute_score"]
-    return ["+hapo_platform=cpu", *shared, *task, *PRESETS[preset]]
+        run["actor_rollout_ref.actor.optim.lr"] = f"{lr:g}"
+    settings = yaml.safe_load((HERE / "config.yaml").read_text()) | task.settings | run
+    return ["+hapo_platform=cpu", *(f"{key}={value}" for key, value in settings.items()), *PRESETS[preset]]
 
 
-def curves(records: Sequence[Mapping[str, Any]], data_source: str) -> dict[str, list[tuple[int, float]]]:
-    """The points (step, value) of each curve; curves that a preset does not have are absent."""
+def answers(folder: Path, number: int = 3) -> list[tuple[str, str, str, str]]:
+    """Held-out problems before training and after it: question, right answer, what was written first and last.
+
+    Args:
+        folder: of the run; verl's dumps of its validations are read, and the held-out problems for their order.
+        number: how many.
+    """
+    files = sorted((folder / "validation").glob("*.jsonl"), key=lambda path: int(path.stem))
+    if len(files) < 2:
+        return []
+    before, after = (
+        {_question(row["input"]): row for row in map(json.loads, path.read_text().splitlines())}
+        for path in (files[0], files[-1])
+    )
+    asked = [row["prompt"][0]["content"] for row in read_parquet(folder / "data" / "heldout.parquet")]
+    shown = [question for question in asked if question in before and question in after][:number]
+    return [(q, str(after[q]["gts"]), before[q]["output"], after[q]["output"]) for q in shown]
+
+
+def _question(prompt: str) -> str:
+    """A prompt without the roles of the chat template."""
+    return prompt.removeprefix("user\n").removesuffix("assistant\n").strip()
+
+
+def transcript(found: Sequence[tuple[str, str, str, str]]) -> str:
+    """The answers as text."""
+    parts = []
+    for question, right, before, after in found:
+        parts.append(f"{question}  [{right}]\n" + _indented("before", before) + _indented("after", after))
+    return "\n".join(parts)
+
+
+def _indented(label: str, text: str) -> str:
+    first, *others = text.strip().splitlines() or [""]
+    return "".join(f"  {name:8}{line}\n" for name, line in [(label, first), *(("", line) for line in others)])
+
+
+def curves(
+    records: Sequence[Mapping[str, Any]], data_source: str, more: Mapping[str, str] | None = None
+) -> dict[str, list[tuple[int, float]]]:
+    """The points (step, value) of each curve; curves that a preset does not have are absent.
+
+    Args:
+        records: of verl's file logger.
+        data_source: of the held-out problems that count.
+        more: label and data source of further ones.
+    """
     points: dict[str, list[tuple[int, float]]] = {}
-    for label, template in CURVES.items():
+    held_out = {label: CURVES["held-out success"].format(source) for label, source in (more or {}).items()}
+    for label, template in (CURVES | held_out).items():
         names = [template.format(data_source)]
         if label == "on-policy success":
             names.append(ON_POLICY_WITHOUT_HAPO)
@@ -174,7 +206,7 @@ class Progress:
             print(text, flush=True)
 
 
-def train(launch: Launch, *, steps: int, data_source: str) -> dict[str, list[tuple[int, float]]]:
+def train(launch: Launch, *, steps: int, task: Prepared) -> dict[str, list[tuple[int, float]]]:
     """Run the trainer to its end, showing progress; the curves of the run."""
     progress, records = Progress(steps), []
     for kind, value in launch.run():
@@ -182,8 +214,8 @@ def train(launch: Launch, *, steps: int, data_source: str) -> dict[str, list[tup
             progress.phase(value)
         else:
             records.append(value)
-            progress.step(value["step"], curves(records, data_source))
-    return curves(records, data_source)
+            progress.step(value["step"], curves(records, task.data_source))
+    return curves(records, task.data_source, task.more)
 
 
 def report(launch: Launch, points: dict[str, list[tuple[int, float]]], title: str, settings: Mapping[str, Any]) -> None:
@@ -197,6 +229,11 @@ def report(launch: Launch, points: dict[str, list[tuple[int, float]]], title: st
         "machine": machine(),
         "commit": commit(),
     }
+    found = answers(launch.folder)
+    if found:
+        result["answers"] = found
+        (launch.folder / "answers.txt").write_text(transcript(found))
+        print(f"\nheld-out problems, before and after\n\n{transcript(found)}")
     (launch.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"\n{title}\n\n{table(points)}\n")
     print(f"{launch.seconds:.0f} s, peak memory {launch.peak_bytes / GIB:.1f} GiB, commit {commit()}, {machine()}")
@@ -207,49 +244,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0 when the trainer reached its last step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="plus")
-    parser.add_argument("--task", choices=("digits", "gsm8k"), default="digits")
+    parser.add_argument("--task", choices=TASKS, default="words")
     parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--gsm8k", type=Path, help="GSM8K as JSON lines with question and answer")
-    parser.add_argument("--steps", type=int, help="default: 3 (gsm8k), else 120, or 180 (paper, luffy, grpo)")
+    parser.add_argument("--steps", type=int, help="default: what the task needs with this preset")
+    parser.add_argument("--heldout", type=int, default=100, help="held-out problems, of each kind that the task has")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--lr", type=float, help="learning rate; default: that of config.yaml")
+    parser.add_argument("--lr", type=float, help="learning rate; default: the task's")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--time-limit", type=float, default=1800, help="seconds for the trainer")
     args = parser.parse_args(argv)
 
     folder = (args.output / f"{args.task}-{args.preset}-seed{args.seed}").resolve()
-    if args.task == "digits":
-        steps, data_source, reward = args.steps or STEPS[args.preset], digits_task.DATA_SOURCE, HERE / "digits.py"
-        response_length, extra = args.digits + 1, []
-        digits_task.write(folder / "data", digits=args.digits, train=16 * steps, heldout=100, seed=args.seed)
-        tiny_model.write(folder / "model", alphabet="0123456789", hidden=128, layers=2, seed=args.seed)
-        title = f"reverse {args.digits} digits, {args.preset}, seed {args.seed}"
-    else:
-        import gsm8k
-        from hapo_verl.data.gsm8k import GSM8K
-        from hapo_verl.data.parquet import DataError
-
-        steps, data_source, reward = args.steps or 3, GSM8K, None
-        try:
-            response_length, extra = gsm8k.write(folder / "data", args.gsm8k)
-        except DataError as error:
-            print(f"quickstart: {error}", file=sys.stderr)
-            return 2
-        tiny_model.write(folder / "model", alphabet=None, hidden=128, layers=2, seed=args.seed)
-        title = f"GSM8K, {args.preset}, seed {args.seed}, {steps} steps of a random tiny model"
-
+    task = TASKS[args.task]
+    steps = args.steps or task.steps.get(args.preset, task.steps[""])
+    try:
+        prepared = task.prepare(folder, steps, args.seed, args)
+    except (DataError, ModuleNotFoundError) as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return 2
+    title = f"{prepared.title}, {args.preset}, seed {args.seed}"
     launch = Launch(
-        overrides=overrides(
-            args.preset, folder, steps=steps, seed=args.seed, response_length=response_length, reward=reward, lr=args.lr
-        )
-        + extra,
+        overrides=overrides(args.preset, folder, prepared, steps=steps, seed=args.seed, lr=args.lr),
         folder=folder,
         time_limit=args.time_limit,
-        environment=cpu_environment(),
+        environment=cpu_environment() | prepared.environment,
     )
     print(f"{title}; {steps} steps of verl's trainer, its log is {launch.log}", flush=True)
     try:
-        points = train(launch, steps=steps, data_source=data_source)
+        points = train(launch, steps=steps, task=prepared)
     except TrainingError as error:
         tail = launch.log.read_text(errors="replace").splitlines()[-15:]
         print("\n".join(tail), file=sys.stderr)
@@ -258,13 +281,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nquickstart: stopped; the log is {launch.log}", file=sys.stderr)
         return 130
-    target = "quickstart" if args.task == "digits" else "quickstart-gsm8k"
+    target = "quickstart" if args.task == "words" else f"quickstart-{args.task}"
+    lr = prepared.settings.get(LR) or yaml.safe_load((HERE / "config.yaml").read_text())[LR]
     settings = {
         "task": args.task,
         "preset": args.preset,
         "seed": args.seed,
         "steps": steps,
-        "lr": args.lr or yaml.safe_load((HERE / "config.yaml").read_text())["actor_rollout_ref.actor.optim.lr"],
+        "lr": args.lr or lr,
         "command": f"make {target} PRESET={args.preset} SEED={args.seed} STEPS={steps}"
         + (f" LR={args.lr:g}" if args.lr else ""),
     }

@@ -14,7 +14,7 @@ import torch
 from hapo_verl.algo.advantage import appended_advantage, group_advantage
 from hapo_verl.algo.gate import Situation, fires, firing_probabilities
 from hapo_verl.algo.injection import Rollout, worst_rollout
-from hapo_verl.algo.policy_loss import Aggregation, Clip, hapo_policy_loss
+from hapo_verl.algo.policy_loss import Aggregation, Clip, DemonstrationShape, hapo_policy_loss
 from hapo_verl.algo.schedule import annealed, hard_off_step
 
 N, A, B, C = 8, 0, 1, 2
@@ -35,7 +35,10 @@ def group_rows(actions, gate, mode, situation, rng):
     return rows, [i == worst for i in range(N)]
 
 
-def gradient(logits, groups, mode, tokens):
+PAPER, LOGARITHM = DemonstrationShape("power", 0.1, 1.0), DemonstrationShape("power", 0.1, 0.0)
+
+
+def gradient(logits, groups, mode, tokens, shape=PAPER):
     """Gradient of the summed loss over `tokens`, one tensor of three."""
     logits = logits.clone().requires_grad_()
     actions = torch.tensor([action for rows, _ in groups for action in rows])
@@ -53,7 +56,7 @@ def gradient(logits, groups, mode, tokens):
         advantage_B,
         torch.ones_like(logp_BT),
         demonstration_B,
-        shaping=0.1,
+        shape=shape,
         clip=Clip(low=0.2, high=0.2, dual=3.0),
         aggregation=Aggregation(mode="token-mean", batch_num_tokens=tokens),
     ).loss
@@ -69,12 +72,12 @@ def outcomes(pi):
             yield [A] * a + [B] * b + [C] * c, ways * pi[A] ** a * pi[B] ** b * pi[C] ** c
 
 
-def expected_gradient(pi, gate, mode, divide_by_all_rows=False):
+def expected_gradient(pi, gate, mode, divide_by_all_rows=False, shape=PAPER):
     logits, total = torch.tensor(pi, dtype=torch.float64).log(), torch.zeros(3, dtype=torch.float64)
     for actions, probability in outcomes(pi):
         group = group_rows(actions, gate, mode, Situation(), random.Random(0))
         tokens = len(group[0]) if divide_by_all_rows else N
-        total += probability * gradient(logits, [group], mode, tokens)
+        total += probability * gradient(logits, [group], mode, tokens, shape)
     return total
 
 
@@ -97,6 +100,34 @@ def test_the_papers_gate_keeps_its_bias_and_appending_takes_most_of_it_away(pi, 
     digits = 4 if replace < 0.01 or append < 0.01 else 3
     assert relative_bias(pi, gate, "replace") == pytest.approx(replace, abs=0.6 * 10**-digits + 4e-4)
     assert relative_bias(pi, gate, "append") == pytest.approx(append, abs=6 * 10 ** -(digits + 1))
+
+
+@pytest.mark.parametrize(
+    ("pi", "gate", "replace", "append"),
+    [
+        ((0.05, 0.05, 0.90), "paper", 0.847, 1.018),
+        ((0.05, 0.45, 0.50), "paper", 0.190, 0.163),
+        ((0.05, 0.85, 0.10), "paper", 0.185, 0.051),
+        ((0.01, 0.98, 0.01), "paper", 0.027, 0.0088),
+        ((0.05, 0.45, 0.50), "zero", 0.0016, 0.0013),
+    ],
+)
+def test_the_logarithm_pushes_harder_and_its_bias_is_larger_too(pi, gate, replace, append):
+    for mode, expected in (("replace", replace), ("append", append)):
+        digits = 4 if expected < 0.01 else 3
+        assert relative_bias(pi, gate, mode, shape=LOGARITHM) == pytest.approx(expected, abs=6 * 10 ** -(digits + 1))
+        assert relative_bias(pi, gate, mode, shape=LOGARITHM) > relative_bias(pi, gate, mode)
+
+
+@pytest.mark.parametrize(
+    ("exponent", "biases"), [(0.0, (0.0513, 0.0715, 0.0782, 0.0790)), (1.0, (0.0171, 0.0065, 0.0008, 0.0))]
+)
+def test_the_rarer_the_demonstrators_way_the_more_the_logarithm_and_the_less_the_paper_teaches_it(exponent, biases):
+    """At p = .9, with the demonstrator's way at .05, .01, .001 and 1e-5 of the policy: bounded, and fading."""
+    shape = DemonstrationShape("power", 0.1, exponent)
+    for q, expected in zip((0.05, 0.01, 0.001, 1e-5), biases, strict=True):
+        pi = (q, 0.9 - q, 0.1)
+        assert relative_bias(pi, "paper", "append", shape=shape) == pytest.approx(expected, abs=6e-5)
 
 
 def test_dividing_by_the_demonstrations_tokens_too_shrinks_every_row_alike():
@@ -134,8 +165,9 @@ def test_sampled_groups_agree_with_the_enumeration(gate, mode):
     assert (standard_error < 0.05 * exact.norm()).all()
 
 
+@pytest.mark.parametrize("shape", [PAPER, LOGARITHM])
 @pytest.mark.parametrize("mode", ["replace", "append"])
-def test_an_annealed_run_is_grpo_from_its_hard_off_step_on_to_the_last_bit(mode):
+def test_an_annealed_run_is_grpo_from_its_hard_off_step_on_to_the_last_bit(mode, shape):
     prior = {"prior_success": 1.0, "prior_failure": 1.0}
     off = hard_off_step(0.8, horizon=200, power=1.0, rollouts=N, **prior)
     logits = torch.tensor([0.05, 0.45, 0.50]).log()
@@ -147,7 +179,7 @@ def test_an_annealed_run_is_grpo_from_its_hard_off_step_on_to_the_last_bit(mode)
         grpo = [group_rows(row, "never", "replace", situation, random.Random(0)) for row in groups]
         assert ours == grpo
         if step == off:
-            assert torch.equal(gradient(logits, ours, mode, 408), gradient(logits, grpo, "replace", 408))
+            assert torch.equal(gradient(logits, ours, mode, 408, shape), gradient(logits, grpo, "replace", 408, shape))
     before = Situation(threshold=annealed(0.8, off - 2, horizon=200))
     assert any(any(group_rows(row, "annealed", mode, before, random.Random(0))[1]) for row in groups)
 

@@ -8,7 +8,7 @@ import pytest
 from hapo_verl.config import HapoConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-from study import METHODS, TASKS, Settings, gate_runs, method_runs
+from study import LANGUAGE_TASKS, METHODS, TASKS, Settings, gate_runs, language_runs, method_runs
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -22,6 +22,8 @@ def test_a_method_of_the_study_is_the_preset_of_its_name(launch, name):
     assert settings.objective == hapo.objective.name
     assert settings.clip == hapo.loss.clip
     assert settings.shaping == hapo.loss.shaping
+    assert settings.exponent == hapo.loss.exponent
+    assert settings.shape == hapo.loss.shape
     assert settings.scale_by_std == config.algorithm.norm_adv_by_std_in_grpo
     assert settings.aggregation == actor.loss_agg_mode
     assert settings.entropy == actor.entropy_coeff
@@ -30,5 +32,6 @@ def test_a_method_of_the_study_is_the_preset_of_its_name(launch, name):
 
 
 def test_every_run_has_a_name_of_its_own():
-    for runs in (gate_runs(TASKS, 5), method_runs(["never", "rarely", "sometimes"], 3)):
+    language = language_runs(LANGUAGE_TASKS, 3, (5e-5, 1e-4))
+    for runs in (gate_runs(TASKS, 5), method_runs(["never", "rarely", "sometimes"], 3), language):
         assert len({run.name for run in runs}) == len(runs)

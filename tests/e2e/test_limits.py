@@ -121,25 +121,29 @@ def test_the_plain_loop_makes_the_trainers_rows_advantages_and_gradient(annealed
     groups = [group for group in annealed.groups if group["step"] == 1]
     tokenizer = AutoTokenizer.from_pretrained(model)
     settings = plain_loop.Settings(digits=3)
-    task = plain_loop.Task(settings)
-    questions = [answers(annealed)[group["index"]][::-1] for group in groups]
+    task = plain_loop.make_task(settings)
+    tiny = AutoModelForCausalLM.from_pretrained(model)
+    policy = plain_loop.Policy(tiny, tokenizer, task)
+    problems = [task.problem(answers(annealed)[group["index"]][::-1]) for group in groups]
     sessions = [
         session_tokens(annealed, tokenizer, group["index"], session) for group in groups for session in range(ROLLOUTS)
     ]
+    prompt_BS, prompt_mask_BS = policy.encode([problem.question for problem in problems for _ in range(ROLLOUTS)])
     rows = plain_loop.Rows(
-        prompt_BS=task.encode([question for question in questions for _ in range(ROLLOUTS)]),
+        prompt_BS=prompt_BS,
+        prompt_mask_BS=prompt_mask_BS,
         response_BT=torch.tensor([tokens for tokens, _ in sessions]),
         mask_BT=torch.ones(len(sessions), 4, dtype=torch.int64),
         score_B=torch.tensor([score for _, score in sessions]),
         group_B=torch.arange(PROMPTS).repeat_interleave(ROLLOUTS),
         demonstration_B=torch.zeros(len(sessions), dtype=torch.bool),
     )
-    for number, (group, question) in enumerate(zip(groups, questions, strict=True)):
+    for number, (group, problem) in enumerate(zip(groups, problems, strict=True)):
         rng = random.Random(f"0/1/{group['index']}")
         successes = sum(group["successes"])
         assert plain_loop.decide("paper", Situation(), successes, ROLLOUTS, rng)
         members = range(number * ROLLOUTS, (number + 1) * ROLLOUTS)
-        rows = plain_loop.inject(rows, members, task.demonstration(question), "append", rng)
+        rows = plain_loop.inject(rows, members, policy.demonstration(problem), "append", rng)
     advantage_B = plain_loop.advantages(rows, "on_policy", scale_by_std=True)
 
     for number, group in enumerate(groups):
@@ -155,9 +159,8 @@ def test_the_plain_loop_makes_the_trainers_rows_advantages_and_gradient(annealed
         ]
         assert sorted(plain) == sorted(trained)
 
-    tiny = AutoModelForCausalLM.from_pretrained(model)
     start = {name: value.clone() for name, value in tiny.state_dict().items()}
-    plain_loop.loss_of(tiny, rows, advantage_B, settings).backward()
+    plain_loop.loss_of(policy, rows, advantage_B, settings).backward()
     gradient = {name: parameter.grad for name, parameter in tiny.named_parameters()}
     norm = torch.cat([value.flatten() for value in gradient.values()]).norm().item()
     assert annealed.steps[0]["actor/grad_norm"] == pytest.approx(norm, rel=1e-5)

@@ -55,12 +55,14 @@ def cases(launches: Launches):
         "HAS_TEACHER": True,
         "HAS_TEACHER_LOGP": True,
         "HAS_WEIGHT": True,
+        "SHAPE": policy_loss.POWER.value,
         "KL": 4,
         "STRAIGHT_THROUGH": False,
         "HAS_ENTROPY": True,
         "HAS_GRADIENT": True,
     }
-    plain = dict.fromkeys(full, False) | {"KL": 0, "HAS_GRADIENT": True}
+    plain = dict.fromkeys(full, False) | {"SHAPE": 0, "KL": 0, "HAS_GRADIENT": True}
+    shapes = {f"shape {code}": full | {"SHAPE": code, "KL": 0} for code in range(policy_loss.CHORD.value + 1)}
     per_token = (
         "policy_ptr",
         "behaviour_ptr",
@@ -71,7 +73,7 @@ def cases(launches: Launches):
         "gradient_ptr",
     )
     block, warps = launches.token
-    for name, flags in (("every term", full), ("surrogate only", plain)):
+    for name, flags in (("every term", full), ("surrogate only", plain), *shapes.items()):
         yield f"policy_loss, {name}", policy_loss.policy_loss_kernel, per_token, flags | {"BLOCK": block}, warps
     chunk, warps = launches.segment
     for gather in (False, True):
@@ -91,6 +93,7 @@ def cases(launches: Launches):
     for entropy in (False, True):
         name = f"dlogits_row_kernel, {'with' if entropy else 'no'} entropy"
         yield name, linear_logprob.dlogits_row_kernel, ("out_ptr",), {"HAS_ENTROPY": entropy, "BLOCK": block}, warps
+    # The costliest shape here; the others are compiled above.
     for name, flags in (("every term", full), ("surrogate only", plain)):
         flags = {key: value for key, value in flags.items() if key in policy_head.head_row_kernel.arg_names}
         for of, storage in (("", ("out_ptr",)), ("logits, ", ("logits_ptr", "out_ptr")), ("slice, ", ("out_ptr",))):

@@ -310,7 +310,7 @@ def test_the_op_is_registered_so_that_compile_and_fake_tensors_work():
     ones = torch.ones(10, device=DEVICE)
     loss_arguments = (
         flat[0], ones, flat[1], flat[2], ones, ones, torch.zeros_like(flat[1]), None, None, None,
-        0.2, 0.28, 3.0, 0.1, "", 0.0, 0.0,
+        0.2, 0.28, 3.0, 0.1, 1.0, "power", "", 0.0, 0.0,
     )  # fmt: skip
     torch.library.opcheck(
         policy_head_kernel.policy_head_op,

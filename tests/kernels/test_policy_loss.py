@@ -148,7 +148,7 @@ def test_two_rows_by_hand():
 @pytest.mark.parametrize(("probability", "slope"), [(0.1, 0.25), (1.0, 0.0826), (0.001, 0.0098)])
 def test_the_slope_of_the_shaping(probability, slope):
     log_q = torch.tensor(math.log(probability), dtype=torch.float64, requires_grad=True)
-    value = shaped(log_q, 0.1)
+    value = shaped(log_q, Teacher(torch.ones(1, dtype=torch.bool), 0.1))
     assert value.item() == pytest.approx(probability / (probability + 0.1))
     assert torch.autograd.grad(value, log_q)[0].item() == pytest.approx(slope, abs=5e-5)
 

@@ -304,7 +304,9 @@ def test_the_op_is_registered_so_that_compile_and_fake_tensors_work():
     policy = fields["policy"].nan_to_num(-1, -1, -1).requires_grad_()
     row_weight_B = torch.ones(2, device=DEVICE)
     arguments = (policy, fields["behaviour"].nan_to_num(-1, -1, -1), fields["advantage"], fields["mask"], row_weight_B)
-    torch.library.opcheck(kernel.policy_loss_op, (*arguments, *[None] * 5, 0.2, 0.28, 3.0, 0.1, "", 0.0, 0.0, True))
+    torch.library.opcheck(
+        kernel.policy_loss_op, (*arguments, *[None] * 5, 0.2, 0.28, 3.0, 0.1, 1.0, "power", "", 0.0, 0.0, True)
+    )
 
     def loss(policy):
         return policy_loss(

@@ -1,6 +1,7 @@
 """The quickstart around the trainer: task, tokenizer, progress, and an end for everything that was started."""
 
 import json
+import re
 import sys
 import tempfile
 import time
@@ -14,8 +15,12 @@ QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
 import digits  # noqa: E402
 import quickstart  # noqa: E402
+import smollm2  # noqa: E402
 import tiny_model  # noqa: E402
+import word_problems  # noqa: E402
+from hapo_verl.data.parquet import write_parquet  # noqa: E402
 from launch import Launch, TrainingError, name_of  # noqa: E402
+from tasks import Prepared  # noqa: E402
 
 QUESTION = [{"role": "user", "content": "9012"}]
 
@@ -189,8 +194,8 @@ def test_the_table_shows_first_and_last():
 
 
 def test_both_presets_differ_only_in_what_the_preset_names(tmp_path):
-    common = {"steps": 5, "seed": 1, "response_length": 5, "reward": None}
-    paper, grpo = (quickstart.overrides(preset, tmp_path, **common) for preset in ("paper", "grpo"))
+    task = Prepared("a task", "source", {}, {"data.train_files": "train.parquet"}, {})
+    paper, grpo = (quickstart.overrides(preset, tmp_path, task, steps=5, seed=1) for preset in ("paper", "grpo"))
     only_paper = set(paper) - set(grpo) - {"trainer.experiment_name=paper"}
     only_grpo = set(grpo) - set(paper) - {"trainer.experiment_name=grpo"}
     assert only_paper == set(quickstart.PRESETS["paper"])
@@ -209,8 +214,91 @@ def test_without_a_file_and_without_a_network_gsm8k_is_one_line(monkeypatch, tmp
         raise ConnectionError("Couldn't reach the Hub\nmore lines")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(smollm2, "write", lambda folder: folder)
     assert quickstart.main(["--task", "gsm8k", "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
         "quickstart: openai/gsm8k: cannot be fetched (ConnectionError). Give its JSON lines: "
         "--input train.jsonl, or GSM8K=train.jsonl to make.\n"
     )
+
+
+def test_every_demonstration_of_the_word_problems_is_right_and_no_held_out_question_is_trained_on():
+    splits = word_problems.splits(train=2000, heldout=100, seed=3)
+    assert {name: len(problems) for name, problems in splits.items()} == {
+        "train": 2000,
+        "heldout": 100,
+        "new_templates": 100,
+    }
+    for problems in splits.values():
+        assert len({problem.question for problem in problems}) == len(problems)
+        for problem in problems:
+            assert word_problems.compute_score("", problem.demonstration, problem.answer)["score"] == 1.0
+            # The last result of the working is the answer, and each line of it is true.
+            *lines, last = problem.demonstration.splitlines()
+            assert last == f"#### {problem.answer}"
+            for line in lines:
+                calculation, _, result = line.partition(" = ")
+                assert eval(calculation.replace("x", "*")) == int(result)
+            assert lines[-1].endswith(f"= {problem.answer}")
+            assert 1 <= len(lines) <= 3
+    trained = {problem.question for problem in splits["train"]}
+    assert trained.isdisjoint(problem.question for name in ("heldout", "new_templates") for problem in splits[name])
+    assert splits["heldout"] == word_problems.splits(train=10, heldout=100, seed=4)["heldout"]
+    assert splits["train"] != word_problems.splits(train=2000, heldout=100, seed=4)["train"]
+
+
+def test_a_solution_is_worked_out_step_by_step_as_the_story_says():
+    splits = word_problems.splits(train=3000, heldout=10, seed=0)
+    numbers = [list(map(int, re.findall(r"\d+", problem.question))) for problem in splits["train"]]
+    for problem, of in zip(splits["train"], numbers, strict=True):
+        if "chests" in problem.question:
+            assert int(problem.answer) == of[0] * of[1] * of[2]
+        elif "blue" in problem.question:
+            assert int(problem.answer) == (of[0] + of[1]) * of[2]
+        elif "green" in problem.question:
+            assert int(problem.answer) == (of[0] + of[1]) * of[2] + of[3]
+        elif "loses" in problem.question:
+            assert int(problem.answer) == (of[0] - of[2]) * of[1]
+        elif "a day" in problem.question:
+            assert int(problem.answer) == of[0] + of[1] * of[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("5 + 7 = 12\n#### 12", 1.0),
+        ("#### 12", 1.0),
+        ("5 + 7 = 12\n#### 12\n", 1.0),
+        ("5 + 7 = 12", 0.0),
+        ("#### 12\nThat is all.", 0.0),
+        ("#### 12.", 0.0),
+        ("#### 112", 0.0),
+        ("The answer is #### 12", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_only_a_last_line_with_the_right_number_is_rewarded(text, score):
+    assert word_problems.compute_score("word_problems", text, "12") == {"score": score, "acc": score}
+
+
+def test_the_answers_before_and_after_are_those_of_the_first_and_the_last_validation(tmp_path):
+    (tmp_path / "validation").mkdir()
+    for step, outputs in ((0, ["twelve", "dunno"]), (6, ["12?", "x"]), (24, ["5 + 7 = 12\n#### 12", "1\n#### 3"])):
+        rows = [
+            {"input": f"user\nQuestion {i}?\nassistant\n", "output": text, "gts": "12", "score": 0.0}
+            for i, text in enumerate(outputs)
+        ]
+        # verl writes the rows in any order.
+        lines = [json.dumps(row) for row in (rows if step else rows[::-1])]
+        (tmp_path / "validation" / f"{step}.jsonl").write_text("\n".join(lines) + "\n")
+    rows = [{"prompt": [{"role": "user", "content": f"Question {i}?"}]} for i in (2, 0, 1)]
+    write_parquet(rows, tmp_path / "data" / "heldout.parquet")
+    found = quickstart.answers(tmp_path)
+    assert found == [
+        ("Question 0?", "12", "twelve", "5 + 7 = 12\n#### 12"),
+        ("Question 1?", "12", "dunno", "1\n#### 3"),
+    ]
+    assert quickstart.transcript(found[:1]) == (
+        "Question 0?  [12]\n  before  twelve\n  after   5 + 7 = 12\n          #### 12\n"
+    )
+    assert quickstart.answers(tmp_path / "nothing") == []

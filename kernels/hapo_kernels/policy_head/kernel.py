@@ -10,7 +10,6 @@ the program here starts from their result.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -36,7 +35,7 @@ from hapo_kernels.linear_logprob.kernel import (
     write_dlogits,
 )
 from hapo_kernels.linear_logprob.reference import clamped, combine
-from hapo_kernels.policy_loss.kernel import KL_CODE, PARTIALS, token_loss
+from hapo_kernels.policy_loss.kernel import KL_CODE, PARTIALS, log_of, shape_code, shape_of, token_loss
 from hapo_kernels.policy_loss.reference import row_weight
 from hapo_kernels.policy_loss.terms import Aggregation, Clip, KLPenalty, PolicyLossMetrics, Teacher
 
@@ -45,10 +44,10 @@ from hapo_kernels.policy_loss.terms import Aggregation, Clip, KLPenalty, PolicyL
 def head_row_kernel(
     row_ptr, logits_ptr, out_ptr, label_ptr, temperature_ptr, behaviour_ptr, advantage_ptr, row_weight_ptr,
     is_teacher_ptr, teacher_ptr, weight_ptr, reference_ptr, stats_ptr, logp_ptr, entropy_ptr, partial_ptr, V,
-    first_label, low_edge, high_edge, dual, log_shaping, kl_coefficient, entropy_coefficient,
+    first_label, low_edge, high_edge, dual, log_shaping, exponent, kl_coefficient, entropy_coefficient,
     WHOLE: tl.constexpr, SLICE: tl.constexpr, HAS_TEACHER_LOGP: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SHAPE: tl.constexpr, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row: the token row_ptr[program]. Its logits stand at that row of all logits (WHOLE), or of a chunk's at the
     program's own place. Those of a SLICE begin with the token first_label, and stats (4, programs) is of the whole
@@ -88,7 +87,7 @@ def head_row_kernel(
         reference = tl.load(reference_ptr + o).to(tl.float32)
     loss, slope, kl, kl_slope, clipped, bounded, log_ratio = token_loss(
         policy, tl.load(behaviour_ptr + o).to(tl.float32), tl.load(advantage_ptr + o).to(tl.float32), is_teacher,
-        teacher, weight, reference, low_edge, high_edge, dual, log_shaping, KL, STRAIGHT_THROUGH,
+        teacher, weight, reference, low_edge, high_edge, dual, log_shaping, exponent, SHAPE, KL, STRAIGHT_THROUGH,
     )  # fmt: skip
 
     on = is_teacher == 0
@@ -133,6 +132,8 @@ class RowLoss(NamedTuple):
     clip_high: float
     clip_dual: float
     shaping: float
+    exponent: float
+    shape: str
     kl_kind: str
     kl_coefficient: float
     entropy_coefficient: float
@@ -193,13 +194,15 @@ class RowLoss(NamedTuple):
                 1.0 - self.clip_low,
                 1.0 + self.clip_high,
                 self.clip_dual,
-                math.log(self.shaping),
+                log_of(self.shaping),
+                self.exponent,
                 self.kl_coefficient,
                 self.entropy_coefficient,
                 WHOLE=whole,
                 SLICE=group is not None,
                 HAS_TEACHER_LOGP=self.teacher_logp_N is not None,
                 HAS_WEIGHT=self.importance_weight_N is not None,
+                SHAPE=shape_code(self.shape, self.shaping, self.exponent),
                 KL=KL_CODE[self.kl_kind.removesuffix("+")],
                 STRAIGHT_THROUGH=self.kl_kind.endswith("+"),
                 HAS_ENTROPY=self.entropy_coefficient != 0,
@@ -234,6 +237,8 @@ def policy_head_op(
     clip_high: float,
     clip_dual: float,
     shaping: float,
+    exponent: float,
+    shape: str,
     kl_kind: str,
     kl_coefficient: float,
     entropy_coefficient: float,
@@ -241,8 +246,8 @@ def policy_head_op(
     """loss, sums in the order of PolicyLossMetrics, logp_N, entropy_N, ∂hidden, ∂weight (fp32), ∂bias (fp32)."""
     loss = RowLoss(
         label_N, temperature_N, active_N, behaviour_logp_N, advantage_N, row_weight_N, teacher_N, teacher_logp_N,
-        importance_weight_N, reference_logp_N, clip_low, clip_high, clip_dual, shaping, kl_kind, kl_coefficient,
-        entropy_coefficient,
+        importance_weight_N, reference_logp_N, clip_low, clip_high, clip_dual, shaping, exponent, shape,
+        kl_kind, kl_coefficient, entropy_coefficient,
     )  # fmt: skip
     process_group = group_of(group)
     gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted)
@@ -304,6 +309,8 @@ def from_logits_op(
     clip_high: float,
     clip_dual: float,
     shaping: float,
+    exponent: float,
+    shape: str,
     kl_kind: str,
     kl_coefficient: float,
     entropy_coefficient: float,
@@ -311,8 +318,8 @@ def from_logits_op(
     """loss, sums in the order of PolicyLossMetrics, logp_N, entropy_N, ∂logits (empty without gradient)."""
     loss = RowLoss(
         label_N, temperature_N, active_N, behaviour_logp_N, advantage_N, row_weight_N, teacher_N, teacher_logp_N,
-        importance_weight_N, reference_logp_N, clip_low, clip_high, clip_dual, shaping, kl_kind, kl_coefficient,
-        entropy_coefficient,
+        importance_weight_N, reference_logp_N, clip_low, clip_high, clip_dual, shaping, exponent, shape,
+        kl_kind, kl_coefficient, entropy_coefficient,
     )  # fmt: skip
     logits_NV = logits_NV.contiguous()
     logp_N, entropy_N = torch.zeros_like(temperature_N), torch.zeros_like(temperature_N)
@@ -395,7 +402,7 @@ def row_loss(
         clip.low,
         clip.high,
         clip.dual,
-        teacher.shaping if teacher else 1.0,
+        *shape_of(teacher),
         kl.kind if kl else "",
         kl.coefficient if kl else 0.0,
         entropy_coefficient,

@@ -4,15 +4,16 @@ Per active token, with A the advantage of its row:
 
     on-policy row     ρ = exp(clamp(log π - log π_old, ±20))
                       ℓ = max(-Aρ, -A clip(ρ, 1-low, 1+high)),    for A < 0 at most -A·dual;    ℓ ← w·ℓ
-    teacher row       q = π / π_teacher
-                      ℓ = -A f(q),    f(q) = q / (q + λ),    ∂f/∂log π = λq / (q+λ)²
+    teacher row       q = π / π_teacher,    f = q / (q + λ)
+                      ℓ = -A F_κ(q),    F_κ = (f^κ - 1)/κ,    ∂F_κ/∂log π = λ q^κ / (q+λ)^(κ+1)
 
     loss = agg(ℓ) - c_H · agg(H) + c_KL · agg(KL)
 
 On-policy rows: PPO, arXiv 1707.06347, with the dual clip of arXiv 1912.09729; w is the importance weight of a rollout
-correction. Teacher rows: policy shaping of LUFFY, arXiv 2504.14945; f is computed as sigmoid(log q - log λ), which
-neither overflows nor divides 0 by 0. No ratio, no clip, no importance weight and no KL on teacher rows: each of these
-is an expectation under the policy's own samples. Entropy is a property of the state and counts on every row.
+correction. Teacher rows: κ = 1 is the policy shaping of LUFFY, arXiv 2504.14945, with f itself as its value; κ = 0 is
+log f. Each shape (`Teacher`) is computed from log q - log λ, which neither overflows nor divides 0 by 0. No ratio, no
+clip, no importance weight and no KL on teacher rows: each of these is an expectation under the policy's own samples.
+Entropy is a property of the state and counts on every row.
 
 agg is ONE aggregation over both kinds of rows (`Aggregation`). With the global normalisers given, loss and gradient do
 not depend on how the batch is cut into micro-batches, on row order, or on padding.

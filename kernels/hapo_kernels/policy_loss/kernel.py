@@ -62,11 +62,75 @@ def surrogate(log_ratio_raw, advantage, low_edge, high_edge, dual):
     return loss, slope, clipped > unclipped, bounded, log_ratio
 
 
+# What `shaped` computes, fixed when the kernel is compiled: no pow where the exponent is 0 or 1.
+SIGMOID, LOG_SIGMOID, POWER, LIKELIHOOD, LOG_LIKELIHOOD, LIKELIHOOD_POWER, TRSFT, CHORD = map(tl.constexpr, range(8))
+
+
+def shape_code(shape: str, shaping: float, exponent: float) -> int:
+    """Which of the shapes above a teacher's is."""
+    if shape != "power":
+        return {"trsft": TRSFT, "chord": CHORD}[shape].value
+    one, zero, between = (
+        (LIKELIHOOD, LOG_LIKELIHOOD, LIKELIHOOD_POWER) if shaping == math.inf else (SIGMOID, LOG_SIGMOID, POWER)
+    )
+    return (one if exponent == 1 else zero if exponent == 0 else between).value
+
+
+def shape_of(teacher: Teacher | None) -> tuple[float, float, str]:
+    """λ, κ and shape as the ops take them; any where no row is a teacher's."""
+    return (teacher.shaping, teacher.exponent, teacher.shape) if teacher else (1.0, 1.0, "power")
+
+
+def log_of(shaping: float) -> float:
+    """log λ for the kernels; with λ = inf they do not read it."""
+    return 0.0 if shaping == math.inf else math.log(shaping)
+
+
 @triton.jit
-def shaped(log_q, advantage, log_shaping):
-    """-A f(q) and ∂/∂log π = -A f (1-f), f(q) = sigmoid(log q - log λ)."""
-    f = tl.sigmoid(log_q - log_shaping)
-    return -advantage * f, -advantage * f * tl.sigmoid(log_shaping - log_q)
+def log1p(x):
+    """log(1 + x) to fp32 rounding, x >= 0."""
+    sum = 1.0 + x
+    return tl.where(sum == 1.0, x, tl.log(sum) * (x / tl.where(sum == 1.0, 1.0, sum - 1.0)))
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 to fp32 rounding, x <= 0."""
+    y = tl.exp(x)
+    # Below 2^-25 the result is -1, and the logarithm of a number that is hardly one has few digits.
+    small = y < 2.0e-8
+    quotient = x / tl.log(tl.where(small | (y == 1.0), 0.5, y))
+    return tl.where(y == 1.0, x, tl.where(small, -1.0, (y - 1.0) * quotient))
+
+
+@triton.jit
+def shaped(log_q, advantage, log_shaping, exponent, SHAPE: tl.constexpr):
+    """-A F(q) and ∂/∂log π of the teacher's shape; the formulas are those of `reference.shaped`."""
+    u = log_q - log_shaping
+    if SHAPE == SIGMOID:
+        # f (1-f); the upstream factor first, as it has always been multiplied.
+        value = tl.sigmoid(u)
+        return -advantage * value, -advantage * value * tl.sigmoid(-u)
+    if SHAPE == LIKELIHOOD:
+        value = tl.exp(log_q)
+        weight = value
+    elif SHAPE == LOG_LIKELIHOOD:
+        value, weight = log_q, tl.full(log_q.shape, 1.0, tl.float32)
+    elif SHAPE == LIKELIHOOD_POWER:
+        value, weight = expm1(exponent * log_q) / exponent, tl.exp(exponent * log_q)
+    elif SHAPE == TRSFT:
+        value = tl.where(u < 0, tl.exp(tl.where(u < 0, u, 0.0)), 1.0 + u)
+        weight = tl.where(u < 0, value, 1.0)
+    elif SHAPE == CHORD:
+        rest = -expm1(log_q)
+        value, weight = 0.5 - 0.5 * rest * rest, tl.exp(log_q) * rest
+    else:
+        log_f = tl.where(u < 0, u, 0.0) - log1p(tl.exp(-tl.abs(u)))
+        if SHAPE == LOG_SIGMOID:
+            value, weight = log_f, tl.sigmoid(-u)
+        else:
+            value, weight = expm1(exponent * log_f) / exponent, tl.exp(exponent * log_f) * tl.sigmoid(-u)
+    return -advantage * value, -advantage * weight
 
 
 @triton.jit
@@ -104,6 +168,8 @@ def token_loss(
     high_edge,
     dual,
     log_shaping,
+    exponent,
+    SHAPE: tl.constexpr,
     KL: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr,
 ):
@@ -112,7 +178,7 @@ def token_loss(
     Clip flags, log-ratio and KL have a meaning on on-policy tokens only: the caller selects.
     """
     on_loss, on_slope, clipped, bounded, log_ratio = surrogate(policy - behaviour, advantage, low_edge, high_edge, dual)
-    teacher_loss, teacher_slope = shaped(policy - teacher, advantage, log_shaping)
+    teacher_loss, teacher_slope = shaped(policy - teacher, advantage, log_shaping, exponent, SHAPE)
     loss = tl.where(is_teacher, teacher_loss, weight * on_loss)
     slope = tl.where(is_teacher, teacher_slope, weight * on_slope)
     if KL == 0:
@@ -142,11 +208,13 @@ def policy_loss_kernel(
     high_edge,
     dual,
     log_shaping,
+    exponent,
     kl_coefficient,
     ADVANTAGE_PER_TOKEN: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
     HAS_TEACHER_LOGP: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    SHAPE: tl.constexpr,
     KL: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
@@ -184,7 +252,7 @@ def policy_loss_kernel(
 
     loss, slope, kl, kl_slope, clipped, bounded, log_ratio = token_loss(
         policy, behaviour, advantage, is_teacher, teacher, weight, reference,
-        low_edge, high_edge, dual, log_shaping, KL, STRAIGHT_THROUGH,
+        low_edge, high_edge, dual, log_shaping, exponent, SHAPE, KL, STRAIGHT_THROUGH,
     )  # fmt: skip
 
     row_weight = tl.load(row_weight_ptr + i_row)
@@ -229,6 +297,8 @@ def policy_loss_op(
     clip_high: float,
     clip_dual: float,
     shaping: float,
+    exponent: float,
+    shape: str,
     kl_kind: str,
     kl_coefficient: float,
     entropy_coefficient: float,
@@ -261,12 +331,14 @@ def policy_loss_op(
             1.0 - clip_low,
             1.0 + clip_high,
             clip_dual,
-            math.log(shaping),
+            log_of(shaping),
+            exponent,
             kl_coefficient,
             ADVANTAGE_PER_TOKEN=advantage.ndim == 2,
             HAS_TEACHER=teacher_row_B is not None,
             HAS_TEACHER_LOGP=teacher_logp_BT is not None,
             HAS_WEIGHT=importance_weight_BT is not None,
+            SHAPE=shape_code(shape, shaping, exponent),
             KL=KL_CODE[kl_kind.removesuffix("+")],
             STRAIGHT_THROUGH=kl_kind.endswith("+"),
             HAS_ENTROPY=entropy_BT is not None,
@@ -292,7 +364,7 @@ def _(policy_logp_BT, *args):
 
 
 def _save(ctx, inputs, output):
-    mask_BT, row_weight_B, entropy_BT, entropy_coefficient = inputs[3], inputs[4], inputs[9], inputs[16]
+    mask_BT, row_weight_B, entropy_BT, entropy_coefficient = inputs[3], inputs[4], inputs[9], inputs[18]
     ctx.entropy_coefficient, ctx.entropy_dtype = entropy_coefficient, None if entropy_BT is None else entropy_BT.dtype
     ctx.save_for_backward(output[2], mask_BT, row_weight_B)
 
@@ -305,7 +377,7 @@ def _backward(ctx, upstream, _sums, _gradient):
     if ctx.needs_input_grad[9]:
         slope_B = -ctx.entropy_coefficient * upstream * row_weight_B
         entropy = torch.where(mask_BT.bool(), slope_B[:, None], 0.0).to(ctx.entropy_dtype)
-    return (policy, *[None] * 8, entropy, *[None] * 8)
+    return (policy, *[None] * 8, entropy, *[None] * 10)
 
 
 policy_loss_op.register_autograd(_backward, setup_context=_save)
@@ -342,7 +414,7 @@ def policy_loss(
         clip.low,
         clip.high,
         clip.dual,
-        teacher.shaping if teacher else 1.0,
+        *shape_of(teacher),
         kl.kind if kl else "",
         kl.coefficient if kl else 0.0,
         entropy.coefficient if entropy else 0.0,

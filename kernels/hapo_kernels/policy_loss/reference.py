@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from hapo_kernels.policy_loss.terms import (
     Aggregation,
@@ -63,7 +64,7 @@ def policy_loss(
         log_q_BT = teacher_policy_BT
         if teacher.logp_BT is not None:
             log_q_BT = log_q_BT - only(teacher_BT, teacher.logp_BT.detach())
-        loss_BT = torch.where(teacher_BT, -advantage_BT * shaped(log_q_BT, teacher.shaping), loss_BT)
+        loss_BT = torch.where(teacher_BT, -advantage_BT * shaped(log_q_BT, teacher), loss_BT)
         teacher_loss = total(loss_BT.detach() * teacher_BT)
         teacher_probability = (teacher_policy_BT.detach().exp() * teacher_BT).sum()
         on_policy_loss_BT = on_policy_loss_BT * on_policy_BT
@@ -107,9 +108,29 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: Clip) -> tuple
     return loss, clipped > unclipped, (pessimistic > bound) & (advantage < 0)
 
 
-def shaped(log_q: Tensor, shaping: float) -> Tensor:
-    """f(q) = q/(q+λ) from log q; ∂f/∂log q = f(1-f) = λq/(q+λ)²."""
-    return torch.sigmoid(log_q - math.log(shaping))
+def shaped(log_q: Tensor, teacher: Teacher) -> Tensor:
+    """F of the teacher's shape from log q, computed in log space; ∂F/∂log q is its weight.
+
+    power     (f^κ - 1)/κ, f = q/(q+λ); κ = 1 is f itself and κ = 0 is log f; λ = inf takes q in the place of f
+    trsft     q/λ below q = λ, 1 + log(q/λ) above
+    chord     q - q²/2
+    """
+    if teacher.shape == "chord":
+        # (1 - (1-q)²)/2, whose derivative q(1-q) keeps its digits where q is nearly 1.
+        return 0.5 - 0.5 * expm1(log_q).square()
+    if teacher.shape == "trsft":
+        log_ratio = log_q - math.log(teacher.shaping)
+        return torch.where(log_ratio < 0, log_ratio.clamp(max=0.0).exp(), 1.0 + log_ratio)
+    if teacher.exponent == 1:
+        return torch.exp(log_q) if teacher.shaping == math.inf else torch.sigmoid(log_q - math.log(teacher.shaping))
+    log_f = log_q if teacher.shaping == math.inf else logsigmoid(log_q - math.log(teacher.shaping))
+    return log_f if teacher.exponent == 0 else expm1(teacher.exponent * log_f) / teacher.exponent
+
+
+def expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1 with the derivative exp(x); torch's own is the rounded result + 1, 0 where x is far below 0."""
+    power = torch.exp(x)
+    return torch.expm1(x.detach()) + (power - power.detach())
 
 
 def kl_penalty(policy_logp: Tensor, reference_logp: Tensor, kind: str) -> Tensor:

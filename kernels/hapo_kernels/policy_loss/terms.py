@@ -5,12 +5,14 @@ They stand apart from `reference.py` because the reference, the kernel and `poli
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
 AGGREGATION_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
+SHAPES = ("power", "trsft", "chord")
 KL_KINDS = ("k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl")
 
 
@@ -39,20 +41,40 @@ class Clip:
 
 @dataclass(frozen=True)
 class Teacher:
-    """Rows whose tokens a teacher chose.
+    """Rows whose tokens a teacher chose, and how hard a token of probability q is pushed: its weight ∂F/∂log q.
 
     row_B: bool, True on a teacher row.
-    shaping: λ > 0 of f(q) = q/(q+λ).
+    shaping: λ > 0.
     logp_BT: log π_teacher of the tokens, nats; None takes π_teacher = 1, the choice where it is not known.
+    exponent: κ in [0, 1] of the shape `power`; 1 is LUFFY's f(q) = q/(q+λ), 0 is log f.
+    shape: `power`, λq^κ/(q+λ)^(κ+1), with λ = inf q^κ; `trsft`, min(q/λ, 1); `chord`, q(1-q).
     """
 
     row_B: Tensor
     shaping: float
     logp_BT: Tensor | None = None
+    exponent: float = 1.0
+    shape: str = "power"
 
     def __post_init__(self) -> None:
-        if not 0 < self.shaping < float("inf"):
-            raise ValueError(f"teacher.shaping={self.shaping}: λ of q/(q+λ) is positive and finite. LUFFY uses 0.1.")
+        if not self.shaping > 0:
+            raise ValueError(f"teacher.shaping={self.shaping}: λ of q/(q+λ) is positive. LUFFY uses 0.1.")
+        if not 0 <= self.exponent <= 1:
+            raise ValueError(f"teacher.exponent={self.exponent}: κ lies in [0, 1]. LUFFY's f(q) is 1, log f(q) is 0.")
+        if self.shape not in SHAPES:
+            raise ValueError(f"teacher.shape={self.shape!r}: no such shape. Use one of {', '.join(SHAPES)}.")
+        if self.shape == "trsft" and self.shaping == math.inf:
+            raise ValueError("teacher.shaping=inf with teacher.shape='trsft': min(q/λ, 1) would be 0. Use a finite λ.")
+
+    @property
+    def largest_weight(self) -> float:
+        """The largest ∂F/∂log q of any q in (0, 1]: of `power` at q = κλ, or at q = 1 where that is above 1."""
+        if self.shape != "power":
+            return 1.0 if self.shape == "trsft" else 0.25
+        if self.exponent == 0 or self.shaping == math.inf:
+            return 1.0
+        q = min(1.0, self.exponent * self.shaping)
+        return self.shaping * q**self.exponent / (q + self.shaping) ** (self.exponent + 1)
 
 
 @dataclass(frozen=True)

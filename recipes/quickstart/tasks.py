@@ -1,0 +1,119 @@
+"""What the quickstart can train on: a task writes its data and its model, and says what that changes in the launch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+import digits
+import gsm8k
+import smollm2
+import tiny_model
+import word_problems
+
+HERE = Path(__file__).parent
+PROMPTS = 8  # a step of the language model
+# Its matrix products are worth a thread a core; the tiny model's are not.
+LANGUAGE_ENVIRONMENT = {"OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1))}
+
+
+class Prepared(NamedTuple):
+    """A task whose files are written.
+
+    Attributes:
+        title: of the table and the picture.
+        data_source: of the held-out problems that count, in verl's metric names.
+        more: label and data source of further held-out problems.
+        settings: what it changes in config.yaml.
+        environment: of the trainer's processes, beside `cpu_environment`.
+    """
+
+    title: str
+    data_source: str
+    more: dict[str, str]
+    settings: dict[str, Any]
+    environment: dict[str, str]
+
+
+class Task(NamedTuple):
+    """Steps a preset takes, `""` for those without a number of their own, and how its files are made."""
+
+    steps: dict[str, int]
+    prepare: Callable[[Path, int, int, Any], Prepared]
+
+
+def _files(folder: Path, model: Path, reward: Path | None, *heldout: str) -> dict[str, Any]:
+    """Paths of data, model and reward function, as verl's keys."""
+    validation = [str(folder / "data" / f"{name}.parquet") for name in heldout]
+    files = {
+        "data.train_files": folder / "data" / "train.parquet",
+        "data.val_files": validation[0] if len(validation) == 1 else f"[{','.join(validation)}]",
+        "actor_rollout_ref.model.path": model,
+    }
+    if reward is not None:
+        files |= {
+            "reward.custom_reward_function.path": reward,
+            "reward.custom_reward_function.name": "compute_score",
+        }
+    return files
+
+
+def language_settings() -> dict[str, Any]:
+    """What a pretrained model of 135M parameters changes; bf16 only where this CPU multiplies it faster than fp32."""
+    settings = yaml.safe_load((HERE / "language.yaml").read_text())
+    flags = Path("/proc/cpuinfo")
+    if not (flags.exists() and any(flag in flags.read_text() for flag in ("avx512_bf16", "amx_bf16"))):
+        settings |= {
+            "actor_rollout_ref.rollout.dtype": "float32",
+            "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype": "fp32",
+        }
+    return settings
+
+
+def words(folder: Path, steps: int, seed: int, args: Any) -> Prepared:
+    """Word problems, SmolLM2-135M-Instruct."""
+    word_problems.write(folder / "data", train=PROMPTS * steps, heldout=args.heldout, seed=seed)
+    files = _files(folder, smollm2.write(smollm2.CACHE), HERE / "word_problems.py", "heldout", "new_templates")
+    lengths = {
+        "data.max_prompt_length": word_problems.PROMPT_TOKENS,
+        "data.max_response_length": word_problems.RESPONSE_TOKENS,
+    }
+    return Prepared(
+        "word problems, SmolLM2-135M-Instruct",
+        f"{word_problems.DATA_SOURCE}_heldout",
+        {"held-out success, new templates": f"{word_problems.DATA_SOURCE}_new_templates"},
+        language_settings() | lengths | files,
+        LANGUAGE_ENVIRONMENT,
+    )
+
+
+def reversed_digits(folder: Path, steps: int, seed: int, args: Any) -> Prepared:
+    """Digits backwards, a random tiny model."""
+    digits.write(folder / "data", digits=args.digits, train=16 * steps, heldout=args.heldout, seed=seed)
+    tiny_model.write(folder / "model", alphabet="0123456789", hidden=128, layers=2, seed=seed)
+    files = _files(folder, folder / "model", HERE / "digits.py", "heldout")
+    # The answer and its end of sequence: a longer limit only slows the learning down.
+    settings = {"data.max_response_length": args.digits + 1} | files
+    return Prepared(f"reverse {args.digits} digits", digits.DATA_SOURCE, {}, settings, {})
+
+
+def real_word_problems(folder: Path, steps: int, seed: int, args: Any) -> Prepared:
+    """GSM8K's shortest rows, SmolLM2-135M-Instruct."""
+    model = smollm2.write(smollm2.CACHE)
+    settings = gsm8k.write(folder / "data", args.gsm8k, model)
+    files = _files(folder, model, None, "heldout")
+    return Prepared(
+        "GSM8K, SmolLM2-135M-Instruct", gsm8k.GSM8K, {}, language_settings() | settings | files, LANGUAGE_ENVIRONMENT
+    )
+
+
+TASKS = {
+    "words": Task({"": 24}, words),
+    # Enough for each to learn the digits, with room; luffy and grpo get as many as paper, the others as many as plus.
+    "digits": Task({"": 120, "paper": 180, "luffy": 180, "grpo": 180}, reversed_digits),
+    "gsm8k": Task({"": 3}, real_word_problems),
+}
