@@ -270,6 +270,24 @@ class HapoConfig:
         lambda v: v is None or positive(v),
         "seconds between two looks must be positive. Use 5.0, or null to wait for ever where a worker has died.",
     )
+    # Seconds without progress until a line says what the trainer waits for, and where the stacks of all processes are.
+    stall_report: float | None = checked(
+        1800.0,
+        lambda v: v is None or positive(v),
+        "seconds without progress must be positive. Use 1800.0, or null to say nothing.",
+    )
+    # Seconds without progress until the run ends; null waits for ever.
+    stall_limit: float | None = checked(
+        7200.0,
+        lambda v: v is None or positive(v),
+        "seconds without progress must be positive. Use 7200.0, or null to wait for ever.",
+    )
+    # Seconds until a call of the reward function has failed; null waits for ever.
+    reward_timeout: float | None = checked(
+        3600.0,
+        lambda v: v is None or positive(v),
+        "seconds that a reward function may take must be positive. Use 3600.0, or null to wait for ever.",
+    )
     # Folder for one JSON line a group and step, and the rows that reached the loss; null writes nothing.
     trace_dir: str | None = checked(
         None, lambda v: v is None or (isinstance(v, str) and bool(v)), "a folder is needed. Use null to write no trace."

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.utils import JobReturn, JobStatus
 
 from hapo_verl.adapters.preflight import Preflight
+from hapo_verl.adapters.reward import RewardError
 from hapo_verl.config import ConfigError
 
 # Importing verl is most of it: 7 s on two idle cores. A loaded machine takes a multiple.
@@ -154,6 +155,7 @@ def test_what_only_the_trainer_sees_is_said_as_one_sentence_too(composed, capsys
     through_ray = ray.exceptions.RayTaskError("run", "a traceback", error).as_instanceof_cause()
     assert ended(through_ray, config, capsys) == (2, "a sentence. And the fix.\n")
     assert ended(error, config, capsys) == (2, "a sentence. And the fix.\n")
+    assert ended(RewardError("none."), config, capsys) == (2, "none.\n")
     for other in (ValueError("x"), ray.exceptions.RayTaskError("run", "a traceback", ValueError("x"))):
         assert ended(other, config, capsys) == (None, "")
     assert ended(None, config, capsys) == (None, "")

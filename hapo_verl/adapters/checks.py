@@ -270,40 +270,66 @@ def _check_objective(config: DictConfig, hapo: HapoConfig) -> None:
         )
 
 
-def check_cluster() -> None:
-    """Raise `ConfigError` where a Ray node lacks this version of hapo-verl or does not load it with verl.
+def _installation() -> Callable[[], tuple[str, str]]:
+    """A function that says which version of this package a process has, and a digest of its files.
 
-    Actors and agent loops import this package on their own nodes.
+    It travels by value, so it also runs where the package is missing or is another one.
     """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def plugin() -> str:
-        # A nested function travels by value, so it also runs where the package is missing.
+    def look() -> tuple[str, str]:
+        import hashlib
+        import importlib.util
         import sys
         from importlib import metadata
+        from pathlib import Path
 
         try:
             import verl  # noqa: F401
 
             version = metadata.version("hapo-verl")
         except (ImportError, metadata.PackageNotFoundError):
-            return "is not installed"
-        return version if "hapo_verl.plugin" in sys.modules else "is not loaded by `import verl`"
+            return "is not installed", ""
+        if "hapo_verl.plugin" not in sys.modules:
+            return "is not loaded by `import verl`", ""
+        digest = hashlib.sha256()
+        for package in ("hapo_verl", "hapo_kernels"):
+            spec = importlib.util.find_spec(package)
+            for folder in map(Path, (spec and spec.submodule_search_locations) or ()):
+                for file in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".yaml")):
+                    digest.update(f"{package}/{file.relative_to(folder)}".encode() + b"\0" + file.read_bytes() + b"\0")
+        return version, digest.hexdigest()[:12]
 
+    return look
+
+
+def check_cluster() -> None:
+    """Raise `ConfigError` where a Ray node lacks this version of hapo-verl, has other files, or does not load it.
+
+    Actors and agent loops import this package on their own nodes.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look = _installation()
+    own_digest = look()[1]
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
-    probe = ray.remote(num_cpus=0)(plugin)
+    probe = ray.remote(num_cpus=0)(look)
     answers = ray.get(
         [
             probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
             for node in nodes
         ]
     )
-    for node, answer in zip(nodes, answers, strict=True):
-        if answer != hapo_verl.__version__:
+    for node, (version, digest) in zip(nodes, answers, strict=True):
+        if version != hapo_verl.__version__:
             raise ConfigError(
-                f"Ray node {node['NodeManagerAddress']}: hapo-verl {answer}, the driver has {hapo_verl.__version__}. "
+                f"Ray node {node['NodeManagerAddress']}: hapo-verl {version}, the driver has {hapo_verl.__version__}. "
                 f"pip install hapo-verl=={hapo_verl.__version__} there and leave VERL_USE_EXTERNAL_PLUGINS unset."
+            )
+        if digest != own_digest:
+            raise ConfigError(
+                f"Ray node {node['NodeManagerAddress']}: hapo-verl {version} with other files than the driver's "
+                f"(digest {digest} there, {own_digest} here). Install the same commit on every node."
             )
 
 

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hapo_verl.adapters.checks import check_before_ray
 from hapo_verl.adapters.files import MissingFileError
+from hapo_verl.adapters.reward import RewardError
 from hapo_verl.config import ConfigError
 
 EXIT_CODE = 2
@@ -41,7 +42,7 @@ class Preflight(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """The trainer's sentence, without the way that it took through Ray."""
         if job_return.status == JobStatus.FAILED:
-            error = _configuration_error(job_return._return_value)
+            error = _sentence(job_return._return_value)
             if error is not None:
                 _end(error)
 
@@ -75,7 +76,7 @@ def _joins_a_cluster(config: DictConfig) -> bool:
     return (Path(folder) / "ray" / "ray_current_cluster").exists()
 
 
-def _configuration_error(error: Any) -> ConfigError | None:
-    """The `ConfigError` that a job ended with, as it was raised in another process or here."""
+def _sentence(error: Any) -> BaseException | None:
+    """The error of ours that a job ended with, whose text is for the reader, raised in another process or here."""
     cause = getattr(error, "cause", None)
-    return next((found for found in (cause, error) if isinstance(found, ConfigError)), None)
+    return next((found for found in (cause, error) if isinstance(found, ConfigError | RewardError)), None)

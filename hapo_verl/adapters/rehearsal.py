@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -124,14 +125,23 @@ class Rehearsal:
         """The run's own reward function on the first demonstrations that can be injected, as the run decodes them."""
         succeeds = success_of(self.config, self.hapo.success_threshold)
         tried = self.injectable[0][:SCORED]
-        successes = sum(
-            succeeds(
-                self.rows[number], self.tokenizer.decode(response.tokens, skip_special_tokens=True), response.num_turns
+
+        def scored() -> list[bool]:
+            texts = (self.tokenizer.decode(response.tokens, skip_special_tokens=True) for _, response in tried)
+            return [
+                succeeds(self.rows[number], text, response.num_turns)
+                for (number, response), text in zip(tried, texts, strict=True)
+            ]
+
+        first, second = scored(), scored()
+        successes, unsteady = sum(first), sum(a != b for a, b in zip(first, second, strict=True))
+        path = OmegaConf.select(self.config, "reward.custom_reward_function.path")
+        if unsteady:
+            raise ConfigError(
+                f"reward.custom_reward_function.path={path}: {unsteady} of {len(tried)} demonstrations are a success "
+                "in one call and none in the next. Make it reproducible."
             )
-            for number, response in tried
-        )
         if not successes:
-            path = OmegaConf.select(self.config, "reward.custom_reward_function.path")
             raise ConfigError(
                 f"reward.custom_reward_function.path={path}: none of {len(tried)} demonstrations is a success, so none "
                 "would be injected. Use the reward function that these data were verified with."

@@ -43,8 +43,10 @@ from hapo_verl.adapters.gatekeeper import Gatekeeper
 from hapo_verl.adapters.head import choose_head
 from hapo_verl.adapters.idle_rows import counted, savings
 from hapo_verl.adapters.loss import TRAINED, hapo_loss, token_means
-from hapo_verl.adapters.metrics import group_metrics
+from hapo_verl.adapters.metrics import group_metrics, silence
 from hapo_verl.adapters.mini_batches import Reduced, grown_mini_batch, order_of_whole_groups, reduced
+from hapo_verl.adapters.progress import Progress
+from hapo_verl.adapters.reward import RewardError
 from hapo_verl.adapters.rows import (
     APPENDED,
     DEMONSTRATION,
@@ -57,9 +59,9 @@ from hapo_verl.adapters.rows import (
     plain_values,
 )
 from hapo_verl.adapters.trace import Trace
-from hapo_verl.adapters.watch import Watch
+from hapo_verl.adapters.watch import Stall, Watch
 from hapo_verl.algo.advantage import session_advantage
-from hapo_verl.config import ConfigError
+from hapo_verl.config import ConfigError, HapoConfig
 
 logger = logging.getLogger("verl." + __name__)
 
@@ -91,6 +93,8 @@ class HapoTrainer(PPOTrainer):
         self._reduced: Reduced | None = None
         self.timing_raw: dict[str, float] = {}
         self._watch: Watch | None = None
+        # The first groups of this run have been looked at.
+        self._heard = False
         super().__init__(config)
 
     @property
@@ -130,6 +134,11 @@ class HapoTrainer(PPOTrainer):
             self.gatekeeper.load(Path(explicit or Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"))
 
     def _balance_batch(self, batch: Any, metrics: dict, *args: Any, **kwargs: Any) -> Any:
+        if not batch.keys:
+            raise RewardError(
+                f"step {self.global_steps}: no rollout has a reward, so there is nothing to train on. Look for the "
+                "error of the reward function, or of the agent loop, in the lines of the agent loop worker above."
+            )
         self._rows, self._appended = len(batch.keys), sum(bool(tag.get(APPENDED)) for tag in batch.tags)
         if self.hapo.objective.whole_groups:
             self._group_sizes = list(Counter(_split_keys(batch.keys)[0]).values())
@@ -173,15 +182,20 @@ class HapoTrainer(PPOTrainer):
             buffer.poll_interval = self.hapo.poll_interval
         return buffer
 
+    def init(self) -> None:
+        # From here on: a cluster that is too small lets the start wait for ever.
+        self._start_watch()
+        super().init()
+
     def on_init_end(self) -> None:
         # What follows sends the first weights, which hangs where a server is dead.
-        self._start_watch()
+        self._watch_members()
         super().on_init_end()
         actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
         self.actor_rollout_wg.set_loss_fn(partial(hapo_loss, config=actor, hapo=self.hapo))
 
     def fit(self, agent_loop_manager: Any) -> None:
-        if self._watch:
+        if self._watch and self.hapo.watch_interval is not None:
             self._watch.over(_named("agent loop worker", agent_loop_manager.agent_loop_workers))
         failed = False
         try:
@@ -194,29 +208,38 @@ class HapoTrainer(PPOTrainer):
                 self._watch.stop(failed=failed)
 
     def _start_watch(self) -> None:
-        """Watch all that this run waits for."""
-        interval, trainer = self.hapo.watch_interval, self.config.trainer
-        if interval is None:
+        """Watch this trainer, and what it will wait for."""
+        hapo, trainer = self.hapo, self.config.trainer
+        if all(seconds is None for seconds in (hapo.watch_interval, hapo.stall_report, hapo.stall_limit)):
             return
-        replicas = [replica for manager in self._rollout_server_managers() for replica in manager.get_replicas()]
-        training = self.actor_rollout_wg.workers
+        folder = Path(trainer.default_local_dir)
         self._watch = Watch(
-            interval=interval,
+            interval=hapo.watch_interval or HapoConfig.watch_interval,
+            stall=Stall(Progress(self).position, hapo.stall_report, hapo.stall_limit, folder),
             advice="Start it again with trainer.resume_mode=auto: it goes on from its last checkpoint."
             if trainer.save_freq > 0
             else f"No checkpoint is saved, for trainer.save_freq={trainer.save_freq}: start it again from step 1.",
         )
+        self._watch.start()
+
+    def _watch_members(self) -> None:
+        """Watch all that this run waits for."""
+        if self._watch is None or self.hapo.watch_interval is None:
+            return
+        replicas = [replica for manager in self._rollout_server_managers() for replica in manager.get_replicas()]
+        training = self.actor_rollout_wg.workers
         engine = self.config.actor_rollout_ref.rollout.name
+        servers = _named(f"{engine} server", [server for replica in replicas for server in replica.servers])
         self._watch.over(
             {"TransferQueue": ray.get_actor("TransferQueueController", namespace="transfer_queue")}
             | _named("training worker", training)
-            | _named(f"{engine} server", [server for replica in replicas for server in replica.servers])
+            | servers
             | _named("rollout worker", [w for replica in replicas for w in replica.workers if w not in training])
             | _named("reward worker", self.reward_loop_manager.reward_loop_workers),
             # Other engines answer other questions.
             _named("vllm engine", [replica.server_address for replica in replicas]) if engine == "vllm" else {},
+            servers if engine == "vllm" else {},
         )
-        self._watch.start()
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
         """Those of all rows; or of the rows that are trained on, if the update does not bring its own."""
@@ -312,6 +335,10 @@ class HapoTrainer(PPOTrainer):
                 tokens_B=tokens_B[real_B],
             )
         )
+        if not self._heard:
+            self._heard = True
+            if (advice := silence(groups)) is not None:
+                logger.warning("hapo: step %d: %s", self.global_steps, advice)
         self.gatekeeper.observe(groups.values())
         self.trace.groups(self.global_steps, groups)
         return tq.kv_batch_put(

@@ -91,7 +91,9 @@ def demonstration_turns(value: Any) -> list[Turn] | Refusal:
     """
     if value is None:
         return Refusal("missing")
-    messages = [{"role": "assistant", "content": value}] if isinstance(value, str) else list(value)
+    messages = [{"role": "assistant", "content": value}] if isinstance(value, str) else _items(value)
+    if messages is None:
+        return Refusal("malformed")
     if not messages:
         return Refusal("missing")
     turns: list[Turn] = []
@@ -102,7 +104,7 @@ def demonstration_turns(value: Any) -> list[Turn] | Refusal:
             if isinstance(turn, Refusal):
                 return turn
             turns.append(turn)
-        elif role == "tool" and turns and isinstance(content, str):
+        elif role == "tool" and turns and _is_text(content):
             turns[-1] = replace(turns[-1], answers=(*turns[-1].answers, content))
         else:
             return Refusal("malformed")
@@ -111,10 +113,22 @@ def demonstration_turns(value: Any) -> list[Turn] | Refusal:
     return turns
 
 
+def _items(value: Any) -> list[Any] | None:
+    """The items of a list, also of one that a file of arrays holds; None where it is none."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return list(value) if isinstance(value, list | tuple) else None
+
+
+def _is_text(value: Any) -> bool:
+    """A string of whole characters: half of a surrogate pair, as JSON may spell one, has no tokens."""
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
 def _turn(content: Any, tool_calls: Any) -> Turn | Refusal:
-    calls = [_call(item) for item in ([] if tool_calls is None else tool_calls)]
+    items = [] if tool_calls is None else _items(tool_calls)
+    calls = [_call(item) for item in items or ()]
     text = "" if content is None and calls else content
-    if not isinstance(text, str) or None in calls:
+    if items is None or not _is_text(text) or None in calls:
         return Refusal("malformed")
     if not calls and not text.strip():
         return Refusal("empty")
@@ -129,11 +143,11 @@ def _call(item: Any) -> Call | None:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return None
     else:
         arguments = _without_nulls(arguments)
-    if not isinstance(name, str) or not isinstance(arguments, Mapping):
+    if not _is_text(name) or not isinstance(arguments, Mapping):
         return None
     return Call(name, arguments, item.get("id"))
 

@@ -34,7 +34,11 @@ def _one(value: Any) -> list[Any]:
 
 
 def _several(value: Any) -> list[Any]:
-    return [_message(item) for item in ([] if value is None else value)]
+    if value is None:
+        return []
+    # What is no list is one demonstration, if it is one at all.
+    items = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
+    return [_message(item) for item in items]
 
 
 def _message(item: Any) -> Any:

@@ -68,8 +68,10 @@ def _json_object(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"not JSON ({error.msg}). One object a line.") from None
+    except (ValueError, RecursionError) as error:
+        # Also a number of too many digits, and lists in lists beyond what Python can follow.
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
+        raise DataError(f"not JSON ({reason}). One object a line.") from None
     if not isinstance(record, dict):
         raise DataError("not a JSON object. One object a line.")
     return record
@@ -81,15 +83,20 @@ def gsm8k_problem(record: dict[str, Any]) -> Problem | str:
     The calculator annotations `<<48/2=24>>` are removed: they were written for a tool, not for a reader.
     """
     question, solution = record.get("question"), record.get("answer")
-    if not isinstance(question, str) or not question.strip():
+    if not _is_text(question):
         return "no question"
-    if not isinstance(solution, str) or not solution.strip():
+    if not _is_text(solution):
         return "no answer"
     answer = re.search(r"####\s*(\S+)\s*$", solution)
     if answer is None:
         return "no #### line"
     demonstration = re.sub(r"<<[^>]*>>", "", solution).strip()
     return Problem(question.strip(), demonstration, answer[1].replace(",", "").replace("$", ""))
+
+
+def _is_text(value: Any) -> bool:
+    """A string with something in it, of whole characters: JSON may spell half of a surrogate pair."""
+    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def gsm8k_row(problem: Problem, index: int, split: str) -> dict[str, Any]:
