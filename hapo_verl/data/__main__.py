@@ -13,6 +13,7 @@ from pathlib import Path
 from hapo_verl.config import ConfigError, HapoConfig
 from hapo_verl.data import demonstrations as demonstrations_
 from hapo_verl.data import gsm8k as gsm8k_
+from hapo_verl.data import gym as gym_
 from hapo_verl.data.parquet import DataError, read_parquet, write_parquet
 
 
@@ -60,6 +61,18 @@ def demonstrations(args: argparse.Namespace) -> None:
     _print_kept(len(kept), len(rows), args.output)
 
 
+def reasoning_gym(args: argparse.Namespace) -> None:
+    """A task of reasoning-gym, with a demonstration column where it has worked solutions."""
+    rows, without = gym_.rows(args.task, size=args.size, seed=args.seed, split=args.split)
+    _print_reasons(without, "without one")
+    if without.total() == len(rows):
+        print(f"{args.task} has no worked solutions: the file gets no demonstration column")
+        rows = [{key: value for key, value in row.items() if key != "demonstration"} for row in rows]
+    write_parquet(rows, args.output)
+    _print_kept(len(rows), len(rows), args.output)
+    print(f"{'reward':<{_WIDTH}}reward.custom_reward_function.path={gym_.__file__}")
+
+
 _WIDTH = 13
 
 
@@ -80,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     command = parser.add_subparsers(dest="dataset", required=True)
 
     def subcommand(run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        sub = command.add_parser(run.__name__, help=text)
+        sub = command.add_parser(run.__name__.replace("_", "-"), help=text)
         sub.set_defaults(run=run)
         return sub
 
@@ -112,6 +125,13 @@ def main(argv: list[str] | None = None) -> int:
         help="leave out rows without a usable demonstration; default: they stay, with none, for on-policy training",
     )
     sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one a core")
+
+    sub = subcommand(reasoning_gym, "a task of reasoning-gym, with its worked solutions where it has some")
+    sub.add_argument("--task", required=True, help="its name, as gsm_symbolic")
+    sub.add_argument("--size", type=int, required=True, help="rows")
+    sub.add_argument("--output", type=Path, required=True, help="parquet file")
+    sub.add_argument("--seed", type=int, default=0, help="of the generator; another one for held-out rows")
+    sub.add_argument("--split", default="train", help="kept in extra_info")
     args = parser.parse_args(argv)
 
     try:
