@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import torch
@@ -214,7 +214,7 @@ class HapoTrainer(PPOTrainer):
             return
         folder = Path(trainer.default_local_dir)
         self._watch = Watch(
-            interval=hapo.watch_interval or HapoConfig.watch_interval,
+            interval=hapo.watch_interval or cast("float", HapoConfig.watch_interval),
             stall=Stall(Progress(self).position, hapo.stall_report, hapo.stall_limit, folder),
             advice="Start it again with trainer.resume_mode=auto: it goes on from its last checkpoint."
             if trainer.save_freq > 0
@@ -451,7 +451,7 @@ class HapoTrainer(PPOTrainer):
         rows.extra_info[SINGLE_UPDATE] = self._is_single_update(batch)
         rows.extra_info[OWN_OLD_LOG_PROBS] = self._brings_old_log_probs(batch)
         # verl multiplies the two.
-        if rows is not batch:
+        if self._reduced is not None and rows is not batch:
             actor.ppo_mini_batch_size, rollout.n = self._reduced.rows, 1
         else:
             actor.ppo_mini_batch_size = self._prompts_per_mini_batch or configured[0]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hapo_verl.adapters.progress import Position
@@ -261,7 +261,7 @@ class Watch:
         for reference, of in asked.items():
             try:
                 stacks = ray.get(reference) if reference in answered else dict.fromkeys(of, "its node does not answer")
-            except ray.exceptions.RayError as error:
+            except RayError as error:
                 stacks = dict.fromkeys(of, f"its node does not answer ({type(error).__name__})")
             found += (f"{of.get(pid, 'started by it')}, process {pid}: {stack}" for pid, stack in stacks.items())
         return found

@@ -96,7 +96,7 @@ def _is_tied(model: dict[str, Any], override: Any) -> bool:
         # A file leaves out what its architecture has by default.
         from transformers import AutoConfig
 
-        kind = AutoConfig.for_model(model.get("model_type"))
+        kind = AutoConfig.for_model(str(model.get("model_type")))
     except (ImportError, ValueError):
         return False
     return bool(getattr(kind.get_text_config(), key, False))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from hapo_verl.algo.thought import continued
 
@@ -119,7 +119,7 @@ def _items(value: Any) -> list[Any] | None:
     return list(value) if isinstance(value, list | tuple) else None
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Any) -> TypeGuard[str]:
     """A string of whole characters: half of a surrogate pair, as JSON may spell one, has no tokens."""
     return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
 

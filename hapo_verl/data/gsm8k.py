@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from hapo_verl.data.parquet import DataError
 
@@ -94,7 +94,7 @@ def gsm8k_problem(record: dict[str, Any]) -> Problem | str:
     return Problem(question.strip(), demonstration, answer[1].replace(",", "").replace("$", ""))
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Any) -> TypeGuard[str]:
     """A string with something in it, of whole characters: JSON may spell half of a surrogate pair."""
     return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= char <= "\udfff" for char in value)
 
