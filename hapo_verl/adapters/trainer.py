@@ -251,7 +251,7 @@ class HapoTrainer(PPOTrainer):
             apart_B=demonstration_B if self._statistics == "on_policy" else None,
         )
         self._check_scores(score_B)
-        advantage_B = self.hapo.objective.advantage(advantage_B, demonstration_B)
+        advantage_B = self.hapo.objective.advantage(advantage_B, demonstration_B, jagged.row_sums(mask))
         advantages = jagged.spread(advantage_B, mask)
         output.update({"advantages": advantages, "returns": advantages})
 

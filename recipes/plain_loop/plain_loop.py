@@ -190,7 +190,7 @@ def loss_of(policy: Policy, rows: Rows, advantage_B: Tensor, settings: Settings)
         global_batch_size=len(rows.mask_BT),
         loss_scale_factor=rows.mask_BT.size(1),
     )
-    advantage_B = objective.advantage(advantage_B, rows.demonstration_B)
+    advantage_B = objective.advantage(advantage_B, rows.demonstration_B, rows.mask_BT.sum(1))
     if not settings.entropy and not objective.weighs_likelihood:
         trains_B = advantage_B != 0
         rows, advantage_B = Rows(*(column[trains_B] for column in rows)), advantage_B[trains_B]

@@ -34,7 +34,7 @@ class Srft(Objective):
     reads: ClassVar[frozenset[str]] = frozenset({"entropy"})
     binary_scores: ClassVar[bool] = True
 
-    def advantage(self, advantage_B: Tensor, demonstration_B: Tensor) -> Tensor:
+    def advantage(self, advantage_B: Tensor, demonstration_B: Tensor, tokens_B: Tensor) -> Tensor:
         return torch.where(demonstration_B, advantage_B, 0.0)
 
     def likelihood_weight(self, rows: Rows) -> Tensor:
