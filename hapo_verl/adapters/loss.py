@@ -5,6 +5,7 @@ verl's own policy losses are handed seven tensors and could not tell a demonstra
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from hapo_verl.adapters.rows import DEMONSTRATION, LIKELIHOOD_WEIGHT, OBJECTIVE_LOSS, demonstration_flags
 from hapo_verl.adapters.trace import Trace
+from hapo_verl.algo import teachability
 from hapo_verl.algo.policy_loss import (
     UNCLIPPED,
     Aggregation,
@@ -32,6 +34,8 @@ from hapo_verl.config import HapoConfig
 
 # Prefix of token sums on their way to the trainer, which turns them into means once all micro-batches are added up.
 TOKEN_SUM = "hapo_token_sum/"
+# Prefix of what is counted of the demonstrations, on the same way.
+COUNT = "hapo_count/"
 # Where `hapo.kernels.head=policy_head` leaves the loss in the model's output.
 POLICY_HEAD = "hapo_policy_head"
 
@@ -55,7 +59,7 @@ def hapo_loss(
     fused: PolicyHead | None = model_output.pop(POLICY_HEAD, None)  # pyright: ignore[reportAssignmentType]
     likelihood: dict[str, Any] = {}
     if fused is not None:
-        loss, metrics = fused.loss, fused.metrics
+        loss, metrics, policy_logp_BT = fused.loss, fused.metrics, fused.logp_BT
         has_entropy = bool(tu.get_non_tensor_data(data=data, key="calculate_entropy", default=False))
     else:
         policy_logp_BT, entropy = no_padding_2_padding(model_output["log_probs"], data), model_output.get("entropy")
@@ -75,7 +79,8 @@ def hapo_loss(
             likelihood = _likelihood_metrics(term, hapo, data)
     names = ("uid", "responses", DEMONSTRATION, "advantages", "response_mask", LIKELIHOOD_WEIGHT)
     Trace(hapo.trace_dir).loss_rows(data, names=[name for name in names if name in data])
-    return loss, _metrics(metrics._asdict(), config, has_entropy=has_entropy) | likelihood
+    of_demonstrations = _demonstration_counts(hapo, data, policy_logp_BT)
+    return loss, _metrics(metrics._asdict(), config, has_entropy=has_entropy) | likelihood | of_demonstrations
 
 
 def loss_terms(config: ActorConfig, hapo: HapoConfig, data: TensorDict, device: torch.device) -> dict[str, Any]:
@@ -91,7 +96,7 @@ def loss_terms(config: ActorConfig, hapo: HapoConfig, data: TensorDict, device: 
         "advantage_BT": rows["advantages"],
         "mask_BT": rows["response_mask"].bool(),
         "demonstration_B": demonstration_B.to(device),
-        "shape": DemonstrationShape(hapo.loss.shape, hapo.loss.shaping, hapo.loss.exponent),
+        "shape": demonstration_shape(hapo),
         "clip": clip if hapo.loss.clip else UNCLIPPED,
         "aggregation": Aggregation(
             mode=config.loss_agg_mode,
@@ -131,6 +136,40 @@ def _likelihood_metrics(term: Tensor, hapo: HapoConfig, data: TensorDict) -> dic
     if own is not None:
         metrics[f"hapo/loss/{hapo.objective.name}"] = Metric(AggregationType.MEAN, own)
     return metrics
+
+
+def demonstration_shape(hapo: HapoConfig) -> DemonstrationShape:
+    """`hapo.loss.shape`, with its λ and κ."""
+    return DemonstrationShape(hapo.loss.shape, hapo.loss.shaping, hapo.loss.exponent)
+
+
+def untaught_below(hapo: HapoConfig) -> float:
+    """log π below which a demonstration's token is hardly pushed, nats; −inf where the objective weighs likelihoods."""
+    return -math.inf if hapo.objective.weighs_likelihood else teachability.untaught_below(demonstration_shape(hapo))
+
+
+def _demonstration_counts(hapo: HapoConfig, data: TensorDict, policy_logp_BT: Tensor) -> dict[str, Any]:
+    mask: Any = data["response_mask"]
+    counts = teachability.count(
+        policy_logp_BT.detach(),
+        mask.to_padded_tensor(0).bool(),
+        demonstration_flags(data).to(policy_logp_BT.device),
+        untaught_below=untaught_below(hapo),
+    )
+    # One copy from the device, and every name in every micro-batch: verl adds up by position.
+    return {f"{COUNT}{i}": Metric(AggregationType.SUM, value) for i, value in enumerate(counts.tolist())}
+
+
+def demonstration_means(metrics: dict[str, Any]) -> dict[str, float]:
+    """What the counts of `hapo_loss` say of the demonstrations; takes the counts out of `metrics`.
+
+    Args:
+        metrics: as for `token_means`. What verl makes of a count is the same multiple of its sum for all counts.
+    """
+    prefix = "actor/" + COUNT
+    counts = [metrics.pop(name) for name in [f"{prefix}{i}" for i in range(teachability.COUNTED)] if name in metrics]
+    described = teachability.describe(counts) if counts else {}
+    return {f"hapo/demonstration/{name}": value for name, value in described.items()}
 
 
 def token_means(metrics: dict[str, Any]) -> dict[str, float]:

@@ -39,7 +39,7 @@ from hapo_kernels.segment_norm import segment_ids
 from hapo_verl.adapters import checks, jagged
 from hapo_verl.adapters.gatekeeper import Gatekeeper
 from hapo_verl.adapters.head import choose_head
-from hapo_verl.adapters.loss import hapo_loss, token_means
+from hapo_verl.adapters.loss import demonstration_means, hapo_loss, token_means
 from hapo_verl.adapters.metrics import group_metrics
 from hapo_verl.adapters.mini_batches import grown_mini_batch, order_of_whole_groups
 from hapo_verl.adapters.rows import (
@@ -323,6 +323,7 @@ class HapoTrainer(PPOTrainer):
         finally:
             actor.ppo_mini_batch_size = configured
         metrics.update(token_means(metrics))
+        metrics.update(demonstration_means(metrics))
         for name in [name for name in metrics if name.startswith("actor/hapo/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         return batch
