@@ -16,7 +16,14 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.config import ActorConfig
 from verl.workers.utils.padding import no_padding_2_padding
 
-from hapo_verl.adapters.rows import DEMONSTRATION, LIKELIHOOD_WEIGHT, OBJECTIVE_LOSS, demonstration_flags
+from hapo_verl.adapters.rows import (
+    DEMONSTRATION,
+    LIKELIHOOD_WEIGHT,
+    OBJECTIVE_LOSS,
+    OWN_OLD_LOG_PROBS,
+    demonstration_flags,
+    mini_batch,
+)
 from hapo_verl.adapters.trace import Trace
 from hapo_verl.algo import teachability
 from hapo_verl.algo.policy_loss import (
@@ -36,6 +43,8 @@ from hapo_verl.config import HapoConfig
 TOKEN_SUM = "hapo_token_sum/"
 # Prefix of what is counted of the demonstrations, on the same way.
 COUNT = "hapo_count/"
+# Prefix of metrics over the rows that were trained on, where verl's are over all rows of the batch.
+TRAINED = "hapo/trained/"
 # Where `hapo.kernels.head=policy_head` leaves the loss in the model's output.
 POLICY_HEAD = "hapo_policy_head"
 
@@ -53,6 +62,9 @@ def hapo_loss(
         data: the micro-batch, one jagged tensor a field.
         dp_group: not used; the normalisers in `data` are global already.
 
+    Where rows without a gradient are left out, the normalisers are those of the mini-batch with them in it
+    (`hapo_mini_batch`), and verl's counts of what is left are not read.
+
     Raises:
         RuntimeError: when a row did not pass HAPO's agent loop.
     """
@@ -60,17 +72,18 @@ def hapo_loss(
     likelihood: dict[str, Any] = {}
     if fused is not None:
         loss, metrics, policy_logp_BT = fused.loss, fused.metrics, fused.logp_BT
-        has_entropy = bool(tu.get_non_tensor_data(data=data, key="calculate_entropy", default=False))
+        asked = tu.get_non_tensor_data(data=data, key="calculate_entropy", default=False)
+        entropy_BT = fused.entropy_BT if asked else None
     else:
         policy_logp_BT, entropy = no_padding_2_padding(model_output["log_probs"], data), model_output.get("entropy")
-        has_entropy = entropy is not None
+        entropy_BT = None if entropy is None else no_padding_2_padding(entropy, data)
         terms = loss_terms(config, hapo, data, policy_logp_BT.device)
+        if terms["old_logp_BT"] is None:
+            terms["old_logp_BT"] = policy_logp_BT.detach()
         loss, metrics = hapo_policy_loss(
             policy_logp_BT,
             **terms,
-            entropy=None
-            if entropy is None
-            else EntropyBonus(no_padding_2_padding(entropy, data), config.entropy_coeff),
+            entropy=None if entropy_BT is None else EntropyBonus(entropy_BT, config.entropy_coeff),
         )
         if hapo.objective.weighs_likelihood:
             weight_B: Any = data[LIKELIHOOD_WEIGHT]
@@ -79,20 +92,32 @@ def hapo_loss(
             likelihood = _likelihood_metrics(term, hapo, data)
     names = ("uid", "responses", DEMONSTRATION, "advantages", "response_mask", LIKELIHOOD_WEIGHT)
     Trace(hapo.trace_dir).loss_rows(data, names=[name for name in names if name in data])
-    of_demonstrations = _demonstration_counts(hapo, data, policy_logp_BT)
-    return loss, _metrics(metrics._asdict(), config, has_entropy=has_entropy) | likelihood | of_demonstrations
+    reported = _metrics(metrics._asdict(), config, has_entropy=entropy_BT is not None) | likelihood
+    whole = mini_batch(data)
+    if whole is not None:
+        on_policy_tokens = whole.on_policy_tokens / data["dp_size"]
+        reported[TOKEN_SUM + "whole_on_policy_tokens"] = Metric(AggregationType.MEAN, on_policy_tokens)
+        if entropy_BT is not None:
+            del reported["actor/entropy_loss"]
+            reported |= _token_sums({"entropy_sum": entropy_BT}, _own_tokens(data, demonstrations=True))
+    if _has_no_old_log_probs(data) and "rollout_log_probs" in data:
+        reported |= _comparison(policy_logp_BT.detach(), data)
+    return loss, reported | _demonstration_counts(hapo, data, policy_logp_BT)
 
 
 def loss_terms(config: ActorConfig, hapo: HapoConfig, data: TensorDict, device: torch.device) -> dict[str, Any]:
-    """What the loss of a micro-batch takes beside the policy's own log-probabilities and entropy."""
-    demonstration_B = demonstration_flags(data)
+    """What the loss of a micro-batch takes beside the policy's own log-probabilities and entropy.
+
+    `old_logp_BT` is None where it is the policy's own.
+    """
+    demonstration_B, whole = demonstration_flags(data), mini_batch(data)
     names = ["response_mask", "old_log_probs", "advantages", "rollout_is_weights", "ref_log_prob"]
     rows = data.select(*(name for name in names if name in data)).to_padded_tensor()
     clip_low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
     clip_high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
     clip = Clip(low=clip_low, high=clip_high, dual=config.get("clip_ratio_c", 3.0))
     return {
-        "old_logp_BT": rows["old_log_probs"],
+        "old_logp_BT": None if _has_no_old_log_probs(data) else rows["old_log_probs"],
         "advantage_BT": rows["advantages"],
         "mask_BT": rows["response_mask"].bool(),
         "demonstration_B": demonstration_B.to(device),
@@ -101,14 +126,50 @@ def loss_terms(config: ActorConfig, hapo: HapoConfig, data: TensorDict, device: 
         "aggregation": Aggregation(
             mode=config.loss_agg_mode,
             dp_size=data["dp_size"],
-            batch_num_tokens=data["batch_num_tokens"],
-            global_batch_size=data["global_batch_size"],
+            batch_num_tokens=data["batch_num_tokens"] if whole is None else whole.tokens,
+            global_batch_size=data["global_batch_size"] if whole is None else whole.rows,
             loss_scale_factor=config.loss_scale_factor,
         ),
         "importance_weight_BT": rows.get("rollout_is_weights", None),
         "kl": KLPenalty(rows["ref_log_prob"], config.kl_loss_type, config.kl_loss_coef) if config.use_kl_loss else None,
         "impl": hapo.kernels.policy_loss,
     }
+
+
+def _has_no_old_log_probs(data: TensorDict) -> bool:
+    return bool(tu.get_non_tensor_data(data=data, key=OWN_OLD_LOG_PROBS, default=False))
+
+
+def _own_tokens(data: TensorDict, *, demonstrations: bool) -> Tensor:
+    """(B, T) bool: the tokens that train, of demonstrations too or of the policy's own rows only."""
+    active_BT = data.select("response_mask").to_padded_tensor()["response_mask"].bool()
+    return active_BT if demonstrations else active_BT & ~demonstration_flags(data).to(active_BT.device).unsqueeze(1)
+
+
+def _token_sums(values: dict[str, Tensor], where_BT: Tensor) -> dict[str, Any]:
+    """Sums over these tokens, for `token_means`; in fp64, since differences are taken of some."""
+    return {
+        TOKEN_SUM + name: Metric(AggregationType.SUM, value_BT.detach()[where_BT].double().sum())
+        for name, value_BT in values.items()
+    }
+
+
+def _comparison(policy_logp_BT: Tensor, data: TensorDict) -> dict[str, Any]:
+    """Of the probabilities of the policy's own tokens, rollout engine against actor: verl compares these in a pass."""
+    own_BT = _own_tokens(data, demonstrations=False)
+    rollout_BT = data.select("rollout_log_probs").to_padded_tensor()["rollout_log_probs"].to(policy_logp_BT).exp()
+    actor_BT = policy_logp_BT.exp()
+    difference_BT = torch.where(own_BT, (actor_BT - rollout_BT).abs(), 0.0)
+    sums = {
+        "difference_sum": difference_BT,
+        "actor_sum": actor_BT,
+        "rollout_sum": rollout_BT,
+        "actor_square_sum": actor_BT.double().square(),
+        "rollout_square_sum": rollout_BT.double().square(),
+        "product_sum": actor_BT.double() * rollout_BT,
+    }
+    largest = Metric(AggregationType.MAX, difference_BT.max())
+    return _token_sums(sums, own_BT) | {TRAINED + "rollout_probs_diff_max": largest}
 
 
 def _metrics(values: dict[str, Tensor], config: ActorConfig, *, has_entropy: bool) -> dict[str, Any]:
@@ -149,10 +210,9 @@ def untaught_below(hapo: HapoConfig) -> float:
 
 
 def _demonstration_counts(hapo: HapoConfig, data: TensorDict, policy_logp_BT: Tensor) -> dict[str, Any]:
-    mask: Any = data["response_mask"]
     counts = teachability.count(
         policy_logp_BT.detach(),
-        mask.to_padded_tensor(0).bool(),
+        _own_tokens(data, demonstrations=True),
         demonstration_flags(data).to(policy_logp_BT.device),
         untaught_below=untaught_below(hapo),
     )
@@ -175,6 +235,9 @@ def demonstration_means(metrics: dict[str, Any]) -> dict[str, float]:
 def token_means(metrics: dict[str, Any]) -> dict[str, float]:
     """The token means that the sums of `hapo_loss` stand for; takes the sums out of `metrics`.
 
+    What holds of every row that was left out is 0: no clip holds where the advantage is 0. So `pg_clipfrac` is over all
+    tokens of the policy's own, as if they had been trained on. Other means are over the tokens that were, and say so.
+
     Args:
         metrics: the actor's metrics after verl has added up micro-batches and averaged mini-batches and ranks.
     """
@@ -182,10 +245,36 @@ def token_means(metrics: dict[str, Any]) -> dict[str, float]:
     sums = {name.removeprefix(prefix): metrics.pop(name) for name in list(metrics) if name.startswith(prefix)}
     if not sums:
         return {}
-    on_policy, demonstration = max(sums["on_policy_tokens"], 1), max(sums["teacher_tokens"], 1)
-    return {
+    whole = "whole_on_policy_tokens" in sums
+    trained, demonstration = max(sums["on_policy_tokens"], 1), max(sums["teacher_tokens"], 1)
+    on_policy = max(sums["whole_on_policy_tokens"], 1) if whole else trained
+    means = {
         "actor/pg_clipfrac": sums["clipped_tokens"] / on_policy,
         "actor/pg_clipfrac_lower": sums["dual_clipped_tokens"] / on_policy,
-        "actor/ppo_kl": sums["log_ratio_sum"] / on_policy,
-        "hapo/demonstration/probability": sums["teacher_probability_sum"] / demonstration,
+        TRAINED + "ppo_kl" if whole else "actor/ppo_kl": sums["log_ratio_sum"] / trained,
+        TRAINED + "demonstration_probability" if whole else "hapo/demonstration/probability": (
+            sums["teacher_probability_sum"] / demonstration
+        ),
+    }
+    if "entropy_sum" in sums:
+        tokens = max(sums["on_policy_tokens"] + sums["teacher_tokens"], 1)
+        means[TRAINED + "entropy_loss"] = sums["entropy_sum"] / tokens
+    return means | _compared(sums)
+
+
+def _compared(sums: dict[str, float]) -> dict[str, float]:
+    """verl's comparison of rollout and actor, by its names of it, from the sums of `_comparison`."""
+    tokens = sums["on_policy_tokens"] if "difference_sum" in sums else 0
+    if not tokens:
+        return {}
+    actor, rollout = sums["actor_sum"] / tokens, sums["rollout_sum"] / tokens
+    variances = [
+        sums["actor_square_sum"] / tokens - actor**2,
+        sums["rollout_square_sum"] / tokens - rollout**2,
+    ]
+    covariance = sums["product_sum"] / tokens - actor * rollout
+    spread = math.sqrt(max(variances[0], 0.0) * max(variances[1], 0.0))
+    return {
+        TRAINED + "rollout_probs_diff_mean": sums["difference_sum"] / tokens,
+        TRAINED + "rollout_actor_probs_pearson_corr": covariance / spread if spread else math.nan,
     }

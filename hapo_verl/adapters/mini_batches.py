@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
+import torch
+from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
 
 def grown_mini_batch(
@@ -88,9 +89,74 @@ def order_of_whole_groups(
     loads = [sum(load_of[row] for row in group) for group in groups]
     bin_of = pack([len(group) for group in groups], loads, mini_batches, len(group_of) // mini_batches)
     assert bin_of is not None, "the batch was padded until its groups fit"
+    members_of = [
+        [row for group, b in zip(groups, bin_of, strict=True) if b == mini_batch for row in group]
+        for mini_batch in range(mini_batches)
+    ]
+    return _order_of(members_of, load_of, dp_size)
+
+
+class Reduced(NamedTuple):
+    """The rows of a step that are computed.
+
+    Attributes:
+        order: row numbers, as ranks and mini-batches take them.
+        rows: of an optimizer step, on all ranks.
+        micro_batch: rows of a fixed micro-batch that divides those of a rank; None: as configured.
+    """
+
+    order: list[int]
+    rows: int
+    micro_batch: int | None = None
+
+
+def reduced(
+    keep: Sequence[bool], length_of: Sequence[int], mini_batches: int, dp_size: int, micro_batch: int | None = None
+) -> Reduced:
+    """Of every mini-batch the rows to keep, and as few others as make all slices of a mini-batch and a rank equal.
+
+    verl's workers cut what they get into mini-batches of one size. The others are the shortest of the same mini-batch.
+    A mini-batch without a row to keep is a row of them on every rank: verl makes an optimizer step whose gradient is 0
+    of it, in which moments, weight decay and schedule go on.
+
+    Args:
+        keep: of each row, in the order of the batch.
+        length_of: of each row, its tokens.
+        mini_batches: of the step; they and the ranks divide the rows evenly.
+        dp_size: data-parallel ranks.
+        micro_batch: the most rows in a fixed micro-batch; None where they are cut by tokens.
+    """
+    rows = len(keep)
+    of_slice = rows // dp_size // mini_batches
+    members_of: list[list[int]] = [[] for _ in range(mini_batches)]
+    for row, mini_batch in enumerate(mini_batch_of(rows, mini_batches, dp_size)):
+        members_of[mini_batch].append(row)
+    most = max(1, *(math.ceil(sum(keep[row] for row in members) / dp_size) for members in members_of))
+    if micro_batch is not None:
+        # As many micro-batches as are needed, of one size: fewer rows are filled in than up to the next whole one.
+        parts = math.ceil(most / micro_batch)
+        micro_batch = math.ceil(most / parts)
+        most = parts * micro_batch
+    if most >= of_slice:
+        return Reduced(list(range(rows)), rows // mini_batches)
+    chosen = []
+    for members in members_of:
+        shortest_first = sorted(members, key=lambda row: (not keep[row], length_of[row], row))
+        chosen.append(sorted(shortest_first[: most * dp_size]))
+    loads = calculate_workload(torch.tensor(length_of, dtype=torch.int64)).tolist()
+    return Reduced(_order_of(chosen, loads, dp_size), most * dp_size, micro_batch)
+
+
+def mini_batch_of(rows: int, mini_batches: int, dp_size: int) -> list[int]:
+    """The mini-batch of each row as verl cuts: a slice a rank, then mini-batches within it."""
+    of_rank = rows // dp_size
+    return [row % of_rank // (of_rank // mini_batches) for row in range(rows)]
+
+
+def _order_of(members_of: Sequence[Sequence[int]], load_of: Sequence[int], dp_size: int) -> list[int]:
+    """The rows of each mini-batch in the order in which verl hands them out, equal in number and about so in load."""
     slices: list[list[list[int]]] = []
-    for mini_batch in range(mini_batches):
-        rows = [row for group, b in zip(groups, bin_of, strict=True) if b == mini_batch for row in group]
+    for rows in members_of:
         loads_here: Any = [load_of[row] for row in rows]
         parts: Any = get_seqlen_balanced_partitions(loads_here, k_partitions=dp_size, equal_size=True)
         slices.append([[rows[i] for i in part] for part in parts])

@@ -7,12 +7,14 @@ hapo_appended            tag of a row, to the trainer: it is one row more than t
 hapo_likelihood_weight   of a row, from the engine to the loss: W of the objective in this optimizer step
 hapo_objective_loss      of a batch, from the engine to the loss: the objective's own loss in this optimizer step
 hapo_single_update       of a batch, from the trainer to the engine: the step's only update, so that π is π_old
+hapo_own_old_log_probs   of a batch, from the trainer to the loss: no row has old log-probs, they are the update's
+hapo_mini_batch          of a row, from the trainer to the loss: (4,) int64, `MiniBatch`
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from tensordict import TensorDict
@@ -25,6 +27,32 @@ APPENDED = "hapo_appended"
 LIKELIHOOD_WEIGHT = "hapo_likelihood_weight"
 OBJECTIVE_LOSS = "hapo_objective_loss"
 SINGLE_UPDATE = "hapo_single_update"
+OWN_OLD_LOG_PROBS = "hapo_own_old_log_probs"
+MINI_BATCH = "hapo_mini_batch"
+
+
+class MiniBatch(NamedTuple):
+    """The optimizer step that a row belongs to, over all ranks and with the rows that are left out of it.
+
+    Attributes:
+        rows: what the `seq-mean-*` aggregations divide by, padding included.
+        tokens: what `token-mean` divides by.
+        on_policy_tokens: of them those that train and are not a demonstration's.
+        groups: prompts with a token that trains.
+    """
+
+    rows: int
+    tokens: int
+    on_policy_tokens: int
+    groups: int
+
+
+def mini_batch(data: TensorDict) -> MiniBatch | None:
+    """That of these rows, which are one's; None where nothing is left out."""
+    if MINI_BATCH not in data:
+        return None
+    counts = cast("torch.Tensor", data[MINI_BATCH])
+    return MiniBatch(*counts.unbind()[0].tolist())
 
 
 def demonstration_flags(data: TensorDict) -> Tensor:

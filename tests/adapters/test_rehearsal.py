@@ -62,6 +62,7 @@ def test_what_is_right_is_counted(folder):
         "launch": "gate paper with threshold 0.8, prior_success 1.0, prior_failure 1.0; replace",
         "sizes": "16 prompts x 8 rollouts = 128 rows a step, 1 update(s) of 16 rows on each of 8 rank(s)",
         "columns": "data_source, prompt, reward_model in 2 file(s), demonstration in those to train on",
+        "weights": f"{folder}/model sends 1 MiB at every update; 2048 MiB at a time",
         "demonstrations": (
             "18 of 20 looked at can be injected, 5.0% do not fit data.max_response_length=8 (longest that fits: 4 "
             "tokens); 1 missing; 20 rows"

@@ -316,11 +316,12 @@ def test_what_stands_in_masked_positions_leaks_nowhere(mode, garbage):
 
 
 @pytest.mark.parametrize("mode", AGGREGATION_MODES)
-def test_a_micro_batch_without_active_tokens_gives_zero(mode):
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0)], ids=["counted here", "a number", "a tensor"])
+def test_a_batch_without_active_tokens_gives_zero(mode, count):
+    """Also where the whole global batch has none: everything was rejected, or is padding."""
     policy, behaviour, advantage, mask = batch()
-    result, gradient = loss_and_gradient(
-        policy, behaviour, advantage, torch.zeros_like(mask), aggregation=Aggregation(mode)
-    )
+    nothing = Aggregation(mode, batch_num_tokens=count, global_batch_size=count)
+    result, gradient = loss_and_gradient(policy, behaviour, advantage, torch.zeros_like(mask), aggregation=nothing)
     assert result.loss == 0
     assert (gradient == 0).all()
     assert all(value == 0 for value in result.metrics)

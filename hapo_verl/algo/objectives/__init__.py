@@ -30,7 +30,9 @@ class Rows(NamedTuple):
         tokens_B: (B,) tokens that train, > 0.
         log_ratio_B: (B,) mean over those tokens of log π − log π_old, nats; 0 where it is not read.
         entropy_B: (B,) mean entropy of the policy over those tokens, nats; 0 where it is not read.
-        batch_size: what the `seq-mean-*` aggregations divide by; B and the rows without a token that trains.
+        batch_size: what the `seq-mean-*` aggregations divide by; B and the rows that are not among these, for they have
+            no token that trains, or no gradient.
+        groups: prompts of the whole step, those included of which no row is among these.
     """
 
     score_B: Tensor
@@ -40,6 +42,7 @@ class Rows(NamedTuple):
     log_ratio_B: Tensor
     entropy_B: Tensor
     batch_size: int
+    groups: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Objective:
         whole_groups: every optimizer step has to see whole groups.
         binary_scores: rewards must be 0 or 1.
         aggregation: the only `loss_agg_mode` in which the loss is the method's; None: any.
+        idle_rows: a row may have no gradient; False: every row always has one.
     """
 
     name: str = "surrogate"
@@ -58,6 +62,7 @@ class Objective:
     whole_groups: ClassVar[bool] = False
     binary_scores: ClassVar[bool] = False
     aggregation: ClassVar[str | None] = None
+    idle_rows: ClassVar[bool] = True
 
     @property
     def weighs_likelihood(self) -> bool:
@@ -67,6 +72,20 @@ class Objective:
     def advantage(self, advantage_B: Tensor, demonstration_B: Tensor, tokens_B: Tensor) -> Tensor:
         """A of each row, (B,), from the group-relative one; tokens_B: how many of the row train."""
         return advantage_B
+
+    def has_gradient(self, advantage_B: Tensor, score_B: Tensor, group_B: Tensor) -> Tensor:
+        """Which rows move the policy, (B,) bool; what the others contribute to the gradient is exactly 0.
+
+        Known before any pass through the model, and of this method alone: a KL term or an entropy bonus beside it moves
+        every row. A ratio, clipped or not, and its importance weight are multiplied by A, and so is a demonstration's
+        shaped term.
+
+        Args:
+            advantage_B: (B,) what `advantage` gave.
+            score_B: (B,) rewards.
+            group_B: (B,) int64 id of each row's prompt.
+        """
+        return advantage_B != 0
 
     def likelihood_weight(self, rows: Rows) -> Tensor:
         """W of each row, (B,)."""
