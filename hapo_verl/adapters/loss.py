@@ -24,13 +24,13 @@ from hapo_verl.adapters.rows import (
     demonstration_flags,
     mini_batch,
 )
+from hapo_verl.adapters.teachable import demonstration_shape, untaught_below
 from hapo_verl.adapters.trace import Trace
 from hapo_verl.algo import teachability
 from hapo_verl.algo.policy_loss import (
     UNCLIPPED,
     Aggregation,
     Clip,
-    DemonstrationShape,
     EntropyBonus,
     KLPenalty,
     PolicyHead,
@@ -197,16 +197,6 @@ def _likelihood_metrics(term: Tensor, hapo: HapoConfig, data: TensorDict) -> dic
     if own is not None:
         metrics[f"hapo/loss/{hapo.objective.name}"] = Metric(AggregationType.MEAN, own)
     return metrics
-
-
-def demonstration_shape(hapo: HapoConfig) -> DemonstrationShape:
-    """`hapo.loss.shape`, with its λ and κ."""
-    return DemonstrationShape(hapo.loss.shape, hapo.loss.shaping, hapo.loss.exponent)
-
-
-def untaught_below(hapo: HapoConfig) -> float:
-    """log π below which a demonstration's token is hardly pushed, nats; −inf where the objective weighs likelihoods."""
-    return -math.inf if hapo.objective.weighs_likelihood else teachability.untaught_below(demonstration_shape(hapo))
 
 
 def _demonstration_counts(hapo: HapoConfig, data: TensorDict, policy_logp_BT: Tensor) -> dict[str, Any]:
