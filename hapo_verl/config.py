@@ -178,6 +178,8 @@ class AdvantageConfig:
 
 
 SHAPES = ("power", "trsft", "chord")
+# A command line reads a bare inf as a number and .inf as a string, YAML the other way round.
+_INFINITE = (math.inf, "inf", ".inf")
 
 
 @dataclass(frozen=True)
@@ -187,19 +189,28 @@ class LossConfig:
     # What weighs a demonstration's token of probability q. power: lambda * q^kappa / (q + lambda)^(kappa + 1), the
     # paper's and LUFFY's at kappa = 1; trsft: min(q/lambda, 1); chord: q(1 - q).
     shape: str = checked("power", lambda v: v in SHAPES, "no such shape. Use one of: power, trsft, chord.")
-    # lambda; inf: power is then q^kappa.
+    # lambda; inf: power is then q^kappa; not read by chord.
     shaping: float = checked(
         0.1,
-        lambda v: positive(v) or v == math.inf,
-        "lambda of q/(q+lambda) must be positive. Use 0.1, the value of the paper.",
+        lambda v: positive(v) or v in _INFINITE,
+        "lambda of q/(q+lambda) must be positive, or inf. Use 0.1, the value of the paper.",
     )
     # kappa: 1 is the paper's and LUFFY's q/(q+lambda); 0 is its logarithm, which also teaches what the policy would
-    # never write.
+    # never write. Read by power alone.
     exponent: float = checked(
         1.0, lambda v: _is_number(v) and 0 <= v <= 1, "kappa lies in [0, 1]. Use 1.0, the value of the paper, or 0.0."
     )
     # false: the ratio of the policy's own rows is clipped nowhere, as in LUFFY's published script.
     clip: bool = checked(True, lambda v: isinstance(v, bool), "either true or false. Use true.")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.shaping, str):
+            object.__setattr__(self, "shaping", math.inf)
+        if self.shape == "trsft" and self.shaping == math.inf:
+            raise ConfigError(
+                "hapo.loss.shaping=inf: with hapo.loss.shape=trsft no token would have a weight. "
+                "Use 0.1, the value of TRAPO."
+            )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """The `hapo:` block: defaults, and one clear line for everything else."""
 
+import math
+
 import pytest
+from omegaconf import OmegaConf
 
 from hapo_verl.config import (
     GATES,
@@ -9,6 +12,7 @@ from hapo_verl.config import (
     GateConfig,
     HapoConfig,
     KernelsConfig,
+    LossConfig,
     PaperGate,
     PosteriorGate,
     ThompsonGate,
@@ -21,7 +25,7 @@ def test_an_empty_block_is_the_paper():
     assert hapo.gate == PaperGate(name="paper", threshold=0.8, prior_success=1.0, prior_failure=1.0)
     assert hapo.injection.mode == "replace"
     assert hapo.budget.share == 1.0
-    assert hapo.loss.shaping == 0.1
+    assert hapo.loss == LossConfig(shape="power", shaping=0.1, exponent=1.0, clip=True)
     assert hapo.kernels == KernelsConfig(policy_loss="auto", head="off")
 
 
@@ -44,6 +48,14 @@ def test_a_gates_keys_are_checked_as_its_own():
 
 def test_a_bare_off_on_a_command_line_is_the_head_called_off():
     assert HapoConfig.parse({"kernels": {"head": False}}).kernels.head == "off"
+
+
+@pytest.mark.parametrize("written", ["inf", ".inf"])
+def test_an_infinite_lambda_is_a_number_on_a_command_line_and_in_yaml(launch, written):
+    block = OmegaConf.create(f"loss: {{shaping: {written}}}")
+    assert HapoConfig.parse(OmegaConf.to_container(block)).loss.shaping == math.inf
+    typed = launch(f"hapo.loss.shaping={written}").hapo.loss.shaping
+    assert HapoConfig.parse({"loss": {"shaping": typed}}).loss.shaping == math.inf
 
 
 def test_a_key_replaces_its_default_and_no_other():
@@ -98,7 +110,7 @@ def test_a_key_replaces_its_default_and_no_other():
         ),
         (
             {"objective": {"name": "reel"}},
-            "hapo.objective.name='reel': not an objective. Use one of: surrogate, real, srft.",
+            "hapo.objective.name='reel': not an objective. Use one of: surrogate, chord, real, srft.",
         ),
         (
             {"objective": {"name": "srft", "temperature": 1.0}},
@@ -122,7 +134,29 @@ def test_a_key_replaces_its_default_and_no_other():
         ({"gate": 0.8}, "hapo.gate=0.8: a block of keys is needed. Launch with +hapo=paper."),
         (
             {"loss": {"shaping": 0.0}},
-            "hapo.loss.shaping=0.0: lambda of q/(q+lambda) must be positive. Use 0.1, the value of the paper.",
+            "hapo.loss.shaping=0.0: lambda of q/(q+lambda) must be positive, or inf. Use 0.1, the value of the paper.",
+        ),
+        (
+            {"loss": {"shaping": float("nan")}},
+            "hapo.loss.shaping=nan: lambda of q/(q+lambda) must be positive, or inf. Use 0.1, the value of the paper.",
+        ),
+        (
+            {"loss": {"shaping": "-inf"}},
+            "hapo.loss.shaping='-inf': lambda of q/(q+lambda) must be positive, or inf. Use 0.1, the value of the paper.",
+        ),
+        (
+            {"loss": {"exponent": 1.5}},
+            "hapo.loss.exponent=1.5: kappa lies in [0, 1]. Use 1.0, the value of the paper, or 0.0.",
+        ),
+        (
+            {"loss": {"exponent": True}},
+            "hapo.loss.exponent=True: kappa lies in [0, 1]. Use 1.0, the value of the paper, or 0.0.",
+        ),
+        ({"loss": {"shape": "sft"}}, "hapo.loss.shape='sft': no such shape. Use one of: power, trsft, chord."),
+        (
+            {"loss": {"shape": "trsft", "shaping": ".inf"}},
+            "hapo.loss.shaping=inf: with hapo.loss.shape=trsft no token would have a weight. "
+            "Use 0.1, the value of TRAPO.",
         ),
         (
             {"kernels": {"policy_loss": "cuda"}},

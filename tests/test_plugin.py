@@ -81,9 +81,10 @@ def test_vllms_linear_layers_are_left_alone_without_the_cpu_platform(monkeypatch
         vllm_cpu.keep_plain_linear_weights()
 
 
-def test_plus_is_the_papers_launch_with_a_gate_that_lets_go_and_rows_of_its_own(launch):
+def test_plus_is_the_papers_launch_with_a_gate_that_lets_go_rows_of_its_own_and_the_logarithm(launch):
     plus, paper = (launch("actor_rollout_ref.rollout.n=8", preset=[f"+hapo={name}"]) for name in ("plus", "paper"))
     assert (plus.hapo.gate.name, plus.hapo.injection.mode) == ("annealed", "append")
+    assert (plus.hapo.loss.exponent, plus.hapo.loss.shaping) == (0.0, 0.1)
     assert check_launch(plus).gate == AnnealedGate()
     plus.hapo.gate.name, plus.hapo.injection.mode, plus.hapo.loss.exponent = "paper", "replace", 1.0
     assert plus == paper

@@ -238,9 +238,14 @@ def _check_engine(setting: str, fix: str) -> None:
 
 
 def _check_objective(config: DictConfig, hapo: HapoConfig) -> None:
-    """What an objective that weighs likelihoods needs of a launch."""
+    """What an objective needs of a launch, and the engine that one needs which weighs likelihoods."""
     objective, actor = hapo.objective, config.actor_rollout_ref.actor
     name = f"hapo.objective.name={objective.name}"
+    if objective.aggregation not in (None, actor.loss_agg_mode):
+        raise ConfigError(
+            f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}: {name} is defined in another. "
+            f"Use actor_rollout_ref.actor.loss_agg_mode={objective.aggregation}."
+        )
     if not objective.weighs_likelihood:
         return
     if actor.strategy != "fsdp2":
@@ -252,11 +257,6 @@ def _check_objective(config: DictConfig, hapo: HapoConfig) -> None:
         raise ConfigError(
             f"hapo.kernels.head=policy_head: {name} has a term that this head does not compute. "
             "Use hapo.kernels.head=linear_logprob."
-        )
-    if objective.aggregation not in (None, actor.loss_agg_mode):
-        raise ConfigError(
-            f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}: {name} is defined in another. "
-            f"Use actor_rollout_ref.actor.loss_agg_mode={objective.aggregation}."
         )
     if objective.whole_groups and actor.shuffle and actor.ppo_mini_batch_size < config.data.train_batch_size:
         raise ConfigError(

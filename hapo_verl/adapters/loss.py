@@ -24,12 +24,13 @@ from hapo_verl.adapters.rows import (
     demonstration_flags,
     mini_batch,
 )
+from hapo_verl.adapters.teachable import demonstration_shape, untaught_below
 from hapo_verl.adapters.trace import Trace
+from hapo_verl.algo import teachability
 from hapo_verl.algo.policy_loss import (
     UNCLIPPED,
     Aggregation,
     Clip,
-    DemonstrationShape,
     EntropyBonus,
     KLPenalty,
     PolicyHead,
@@ -40,6 +41,8 @@ from hapo_verl.config import HapoConfig
 
 # Prefix of token sums on their way to the trainer, which turns them into means once all micro-batches are added up.
 TOKEN_SUM = "hapo_token_sum/"
+# Prefix of what is counted of the demonstrations, on the same way.
+COUNT = "hapo_count/"
 # Prefix of metrics over the rows that were trained on, where verl's are over all rows of the batch.
 TRAINED = "hapo/trained/"
 # Where `hapo.kernels.head=policy_head` leaves the loss in the model's output.
@@ -99,7 +102,7 @@ def hapo_loss(
             reported |= _token_sums({"entropy_sum": entropy_BT}, _own_tokens(data, demonstrations=True))
     if _has_no_old_log_probs(data) and "rollout_log_probs" in data:
         reported |= _comparison(policy_logp_BT.detach(), data)
-    return loss, reported
+    return loss, reported | _demonstration_counts(hapo, data, policy_logp_BT)
 
 
 def loss_terms(config: ActorConfig, hapo: HapoConfig, data: TensorDict, device: torch.device) -> dict[str, Any]:
@@ -118,7 +121,7 @@ def loss_terms(config: ActorConfig, hapo: HapoConfig, data: TensorDict, device: 
         "advantage_BT": rows["advantages"],
         "mask_BT": rows["response_mask"].bool(),
         "demonstration_B": demonstration_B.to(device),
-        "shape": DemonstrationShape(hapo.loss.shape, hapo.loss.shaping, hapo.loss.exponent),
+        "shape": demonstration_shape(hapo),
         "clip": clip if hapo.loss.clip else UNCLIPPED,
         "aggregation": Aggregation(
             mode=config.loss_agg_mode,
@@ -194,6 +197,29 @@ def _likelihood_metrics(term: Tensor, hapo: HapoConfig, data: TensorDict) -> dic
     if own is not None:
         metrics[f"hapo/loss/{hapo.objective.name}"] = Metric(AggregationType.MEAN, own)
     return metrics
+
+
+def _demonstration_counts(hapo: HapoConfig, data: TensorDict, policy_logp_BT: Tensor) -> dict[str, Any]:
+    counts = teachability.count(
+        policy_logp_BT.detach(),
+        _own_tokens(data, demonstrations=True),
+        demonstration_flags(data).to(policy_logp_BT.device),
+        untaught_below=untaught_below(hapo),
+    )
+    # One copy from the device, and every name in every micro-batch: verl adds up by position.
+    return {f"{COUNT}{i}": Metric(AggregationType.SUM, value) for i, value in enumerate(counts.tolist())}
+
+
+def demonstration_means(metrics: dict[str, Any]) -> dict[str, float]:
+    """What the counts of `hapo_loss` say of the demonstrations; takes the counts out of `metrics`.
+
+    Args:
+        metrics: as for `token_means`. What verl makes of a count is the same multiple of its sum for all counts.
+    """
+    prefix = "actor/" + COUNT
+    counts = [metrics.pop(name) for name in [f"{prefix}{i}" for i in range(teachability.COUNTED)] if name in metrics]
+    described = teachability.describe(counts) if counts else {}
+    return {f"hapo/demonstration/{name}": value for name, value in described.items()}
 
 
 def token_means(metrics: dict[str, Any]) -> dict[str, float]:

@@ -6,6 +6,7 @@ Nothing is started; the model is loaded by the last check alone, which can be le
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -19,15 +20,24 @@ from hapo_verl.adapters.files import check_columns, check_files, local_files
 from hapo_verl.adapters.head_memory import linear_logprob_bytes, policy_head_bytes, verl_head_bytes
 from hapo_verl.adapters.reward import success_of
 from hapo_verl.adapters.sizes import check_sizes, tokens_at_a_time
-from hapo_verl.adapters.teachable import LEAST_WEIGHT, least_likely, score, untaught
+from hapo_verl.adapters.teachable import (
+    Asked,
+    does_not_fit,
+    judged_shape,
+    least_likely,
+    score,
+    untaught,
+    untaught_below,
+)
 from hapo_verl.adapters.tokens import ChatFormat
 from hapo_verl.adapters.weight_bucket import check_bucket
 from hapo_verl.algo.demonstration import Refusal, Response
-from hapo_verl.algo.policy_loss import DemonstrationShape
 from hapo_verl.config import ConfigError, HapoConfig
 
 GIB = 2**30
 LOOKED_AT, SCORED, ASKED = 256, 10, 32
+# Seconds for which the model is asked.
+ASKED_FOR = 60.0
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:
@@ -84,13 +94,16 @@ class Rehearsal:
         return AutoTokenizer.from_pretrained(self.config.actor_rollout_ref.model.path)
 
     @cached_property
+    def chat(self) -> ChatFormat:
+        return ChatFormat.of_launch(self.config, self.tokenizer)
+
+    @cached_property
     def injectable(self) -> tuple[list[tuple[int, Response]], Counter[str]]:
         """Of rows spread over the data: number and response of those that can be injected, reasons of the others."""
-        chat = ChatFormat.of_launch(self.config, self.tokenizer)
         limit, found, reasons = int(self.config.data.max_response_length), [], Counter()
         for number in range(0, len(self.rows), max(1, len(self.rows) // LOOKED_AT)):
             row = self.rows[number]
-            response = chat.demonstration(row[self.hapo.demonstration_key], row, max_tokens=limit)
+            response = self.chat.demonstration(row[self.hapo.demonstration_key], row, max_tokens=limit)
             if isinstance(response, Refusal):
                 reasons[response.reason] += 1
             else:
@@ -192,36 +205,54 @@ class Rehearsal:
         return f"{chosen} is chosen; at {tokens} tokens a rank, estimated: {detail}"
 
     def teachable(self) -> str:
-        """Demonstrations under the model: what share has a token that the launch's loss hardly pushes."""
-        path, loss = Path(self.config.actor_rollout_ref.model.path), self.hapo.loss
+        """Demonstrations under the model: what share has a token that the launch's loss does not teach."""
+        import torch
+
+        model = self.config.actor_rollout_ref.model
+        path, place = Path(model.path), f"actor_rollout_ref.model.path={model.path}"
         if not path.is_dir():
-            return f"actor_rollout_ref.model.path={path} is not on this machine: not looked at"
+            return f"not looked at: {place} is no folder on this machine"
         if self.hapo.gate.name == "never":
-            return "hapo.gate.name=never: no demonstration is trained on"
-        chosen = self.injectable[0][:: max(1, len(self.injectable[0]) // ASKED)][:ASKED]
+            return "not looked at: hapo.gate.name=never trains on no demonstration"
+        if reason := does_not_fit(path):
+            return f"not looked at: {place} has {reason}"
+        injectable, _ = self.injectable
+        if not injectable:
+            return "not looked at: no demonstration can be injected"
+        chosen = injectable[:: max(1, len(injectable) // ASKED)][:ASKED]
         scored = score(
             path,
-            [self._prompt(number) for number, _ in chosen],
-            [(response.tokens, response.mask) for _, response in chosen],
+            [Asked(self._prompt(number), response.tokens, response.mask) for number, response in chosen],
+            temperature=self.config.actor_rollout_ref.rollout.temperature,
+            seconds=ASKED_FOR,
+            trust_remote_code=bool(OmegaConf.select(self.config, "actor_rollout_ref.model.trust_remote_code")),
         )
-        shape = DemonstrationShape(loss.shape, loss.shaping, loss.exponent)
-        count = sum(untaught(scored, shape))
-        probability, token = least_likely(scored)
-        text = self.tokenizer.decode([token])
-        found = f"the least likely token of a demonstration has probability {probability:.0e} (median; {text!r})"
+        below, (logp, token), shape = untaught_below(self.hapo), least_likely(scored), judged_shape(self.hapo)
+        count = untaught(scored, below)
+        reach = f"down to a probability of {math.exp(below):.1e}" if math.isfinite(below) else "however improbable"
+        found = (
+            f"the least likely token of a demonstration (median: {self.tokenizer.decode([token])!r}) has "
+            f"{math.exp(logp):.1e} and {shape.weight(torch.tensor(logp)).item() / shape.largest_weight:.0%} of the "
+            "largest weight"
+        )
         if not count:
-            return f"every token of {len(scored)} demonstrations is pushed; {found}"
+            return f"every token of {len(scored)} demonstrations; the loss teaches tokens {reach}, {found}"
+        loss = self.hapo.loss
+        keys = "hapo.loss.exponent=0.0" if loss.shape == "power" else "hapo.loss.shape=power hapo.loss.exponent=0.0"
         return (
-            f"hapo.loss.exponent={loss.exponent} hardly pushes a token of {count} of {len(scored)} demonstrations (its "
-            f"weight is under {LEAST_WEIGHT:.0%} of the largest), and they may never be written; {found}. "
-            "Use hapo.loss.shape=power hapo.loss.exponent=0.0, which pushes it most."
+            f"{count} of {len(scored)} demonstrations ({count / len(scored):.0%}) have a token that the loss does not "
+            f"teach, and may never be written: hapo.loss.shape={loss.shape} with exponent {loss.exponent} and shaping "
+            f"{loss.shaping} teaches tokens {reach}, {found}. Use {keys}, which teaches every token."
         )
 
     def _prompt(self, number: int) -> list[int]:
         """Token ids of a row's prompt, as the run writes it."""
-        kwargs = OmegaConf.select(self.config, "data.apply_chat_template_kwargs") or {}
-        messages = self.rows[number][self.config.data.prompt_key]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
+        row, kwargs = self.rows[number], dict(OmegaConf.select(self.config, "data.apply_chat_template_kwargs") or {})
+        if self.chat.tool_loop and (conversation := self.chat.tool_loop.conversation(row)):
+            kwargs["tools"] = conversation.schemas
+        text = self.tokenizer.apply_chat_template(
+            row[self.config.data.prompt_key], tokenize=False, add_generation_prompt=True, **kwargs
+        )
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     @cached_property

@@ -1,11 +1,12 @@
-"""What a launch's loss can teach its model: the demonstrations, scored by the model as it is before training.
+"""What a launch's loss can teach, and its model: the demonstrations, scored by the model as it is before training.
 
-A token whose weight is under 1 % of the largest that the loss can give is hardly pushed. One such token that the reward
-asks for is enough, and the policy never writes the demonstration (`hapo_verl/algo/THEORY.md`).
+`hapo_verl.algo.teachability` says what a token is that a loss leaves untaught, and what becomes of its demonstration.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +14,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hapo_verl.algo import teachability
 from hapo_verl.algo.policy_loss import DemonstrationShape
+from hapo_verl.config import HapoConfig
 
-# Of the largest weight: below it a token counts as not taught.
-LEAST_WEIGHT = 0.01
+# Logits that are turned into fp32 at a time: a long response over a large vocabulary has gigabytes of them.
+ROWS = 1024
+
+
+class Asked(NamedTuple):
+    """A demonstration as the model is asked for it.
+
+    Attributes:
+        prompt: token ids, generation prompt included.
+        response: token ids.
+        mask: 1 on the response's tokens that train.
+    """
+
+    prompt: Sequence[int]
+    response: Sequence[int]
+    mask: Sequence[int]
 
 
 class Scored(NamedTuple):
@@ -26,45 +43,79 @@ class Scored(NamedTuple):
     tokens: Tensor
 
 
+def judged_shape(hapo: HapoConfig) -> DemonstrationShape:
+    """What weighs a demonstration's tokens; an objective that weighs likelihoods pushes all of them, by log π."""
+    return DemonstrationShape("power", math.inf, 0.0) if hapo.objective.weighs_likelihood else demonstration_shape(hapo)
+
+
+def demonstration_shape(hapo: HapoConfig) -> DemonstrationShape:
+    """`hapo.loss.shape`, with its λ and κ."""
+    return DemonstrationShape(hapo.loss.shape, hapo.loss.shaping, hapo.loss.exponent)
+
+
+def untaught_below(hapo: HapoConfig) -> float:
+    """log π below which a launch leaves tokens untaught, nats; −inf where it teaches all."""
+    return teachability.untaught_below(judged_shape(hapo))
+
+
+def does_not_fit(model_path: Path) -> str:
+    """Why the model is not to be loaded on this machine; an empty string where it is."""
+    weights = sum(file.stat().st_size for suffix in ("safetensors", "bin") for file in model_path.glob(f"*.{suffix}"))
+    if torch.cuda.is_available():
+        free, kind = torch.cuda.mem_get_info()[0], "GPU memory"
+    else:
+        import psutil
+
+        free, kind = psutil.virtual_memory().available, "memory"
+    # Beside the weights there are the activations and logits of one row.
+    return (
+        f"{weights / 2**30:.1f} GiB of weights, {free / 2**30:.1f} GiB of {kind} free" if 1.2 * weights > free else ""
+    )
+
+
 @torch.no_grad()
 def score(
-    model_path: Path, prompts: Sequence[Sequence[int]], responses: Sequence[tuple[Sequence[int], Sequence[int]]]
+    model_path: Path, demonstrations: Sequence[Asked], *, temperature: float, seconds: float, trust_remote_code: bool
 ) -> list[Scored]:
     """Demonstrations under the model on disk, on a GPU where one is visible; progress on standard error.
 
     Args:
         model_path: folder of a Hugging Face causal language model.
-        prompts: token ids of each prompt, generation prompt included.
-        responses: token ids of each demonstration, and its mask, 1 on the tokens that train.
+        demonstrations: at least one.
+        temperature: of the run's rollouts, by which the actor divides its logits; > 0.
+        seconds: no further demonstration is begun after this time, loading left out; one is always scored.
+        trust_remote_code: as in the launch.
     """
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
-    model = loaded.to(device).eval()
-    scored = []
-    for prompt, (response, mask) in tqdm(
-        list(zip(prompts, responses, strict=True)), desc="scoring demonstrations", unit="row", leave=False
-    ):
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto", trust_remote_code=trust_remote_code)
+    model, scored, begun = loaded.to(device).eval(), [], time.monotonic()
+    for prompt, response, mask in tqdm(demonstrations, desc="scoring demonstrations", unit="row", leave=False):
+        if scored and time.monotonic() - begun > seconds:
+            break
         ids = torch.tensor([[*prompt, *response]], device=device)
         # What predicts the response's tokens, and no logits of the prompt.
-        logits_TV = model(ids, use_cache=False, logits_to_keep=len(response) + 1).logits[0, :-1].float()
+        logits_TV = model(ids, use_cache=False, logits_to_keep=len(response) + 1).logits[0, :-1]
         token_T = ids[0, len(prompt) :]
-        logp_T = logits_TV.log_softmax(-1).gather(-1, token_T.unsqueeze(-1))[:, 0]
+        logp_T = torch.cat(
+            [
+                (part.float() / temperature).log_softmax(-1).gather(-1, token.unsqueeze(-1))[:, 0]
+                for part, token in zip(logits_TV.split(ROWS), token_T.split(ROWS), strict=True)
+            ]
+        )
         keep_T = torch.tensor(mask, device=device).bool()
         scored.append(Scored(logp_T[keep_T].cpu(), token_T[keep_T].cpu()))
     return scored
 
 
-def untaught(scored: Sequence[Scored], shape: DemonstrationShape) -> list[bool]:
-    """Of each demonstration, whether it has a token that the loss hardly pushes."""
-    least = LEAST_WEIGHT * shape.largest_weight
-    return [bool((shape.weight(of.logp) < least).any()) for of in scored]
+def untaught(scored: Sequence[Scored], below: float) -> int:
+    """How many demonstrations have a token with a log-probability below this bound, nats."""
+    return sum(bool((of.logp < below).any()) for of in scored)
 
 
 def least_likely(scored: Sequence[Scored]) -> tuple[float, int]:
-    """The least probability of a demonstration's token, median over demonstrations, and the token's id there."""
-    least = sorted((of.logp.min().item(), int(of.tokens[of.logp.argmin()])) for of in scored)
-    logp, token = least[len(least) // 2]
-    return float(torch.tensor(logp).exp()), token
+    """A demonstration's least log-probability, nats, the median over demonstrations, and the id of its token."""
+    least = [(of.logp.min().item(), int(of.tokens[of.logp.argmin()])) for of in scored]
+    return sorted(least)[(len(least) - 1) // 2]

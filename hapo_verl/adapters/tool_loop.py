@@ -170,7 +170,8 @@ class Conversation:
         return {name: tools[name] for name in self._selection if name in tools} if self._selection else tools
 
     @cached_property
-    def _schemas(self) -> list[dict[str, Any]]:
+    def schemas(self) -> list[dict[str, Any]]:
+        """Of the row's tools, as verl hands them to the chat template."""
         return [tool.tool_schema.model_dump(exclude_unset=True, exclude_none=True) for tool in self._tools.values()]
 
     def admits(self, turns: Sequence[Turn]) -> bool:
@@ -190,7 +191,7 @@ class Conversation:
         """
         if not turn.calls:
             return ""
-        loop, tools = self._loop, {"tools": self._schemas}
+        loop, tools = self._loop, {"tools": self.schemas}
         try:
             head, mark, calls = loop.render([_QUESTION, _assistant(_MARK, turn.calls)], **tools).rpartition(_MARK)
             if mark and not turn.text:
@@ -239,7 +240,7 @@ class Conversation:
         ]
         before = [*self._messages, own]
         self._messages = [*before, *answers]
-        merged = loop.builder.merge_context_tokens(before, self._messages, response.tokens, tools=self._schemas)
+        merged = loop.builder.merge_context_tokens(before, self._messages, response.tokens, tools=self.schemas)
         mask, _ = loop.builder.align_response_metadata(merged, response.mask)
         return Response(merged.token_ids, mask, response.turns, response.answers + len(answers))
 

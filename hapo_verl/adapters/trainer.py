@@ -42,7 +42,7 @@ from hapo_verl.adapters import checks, jagged
 from hapo_verl.adapters.gatekeeper import Gatekeeper
 from hapo_verl.adapters.head import choose_head
 from hapo_verl.adapters.idle_rows import counted, savings
-from hapo_verl.adapters.loss import TRAINED, hapo_loss, token_means
+from hapo_verl.adapters.loss import TRAINED, demonstration_means, hapo_loss, token_means
 from hapo_verl.adapters.metrics import group_metrics, silence
 from hapo_verl.adapters.mini_batches import Reduced, grown_mini_batch, order_of_whole_groups, reduced
 from hapo_verl.adapters.progress import Progress
@@ -314,10 +314,10 @@ class HapoTrainer(PPOTrainer):
             apart_B=demonstration_B if self._statistics == "on_policy" else None,
         )
         self._check_scores(score_B)
-        advantage_B = self.hapo.objective.advantage(advantage_B, demonstration_B)
+        tokens_B = jagged.row_sums(data["response_mask"])
+        advantage_B = self.hapo.objective.advantage(advantage_B, demonstration_B, tokens_B)
         advantages = jagged.spread(advantage_B, mask)
         output.update({"advantages": advantages, "returns": advantages})
-        tokens_B = jagged.row_sums(data["response_mask"])
         if not self._leaves_out.idle_rows and self._mini_batches_are_known(batch):
             active_B = jagged.row_sums(mask)
             keep_B = self.hapo.objective.has_gradient(advantage_B, score_B, group_B) & (active_B > 0)
@@ -460,6 +460,7 @@ class HapoTrainer(PPOTrainer):
         finally:
             actor.ppo_mini_batch_size, rollout.n = configured
         metrics.update(token_means(metrics))
+        metrics.update(demonstration_means(metrics))
         for name in [name for name in metrics if name.startswith("actor/hapo/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         return batch

@@ -10,8 +10,10 @@ Nobody sampled a demonstration, so it has no ratio, no clip and no KL estimate; 
 as 1. κ = 1 is LUFFY's policy shaping f (arXiv 2504.14945), which is also the paper's: its gradient is largest, A/4, at
 π = λ and fades like π/λ for tokens that the policy would never write, so that a demonstration with one such token is
 never learned. κ = 0 is log f, whose gradient λ/(π + λ) is A for those tokens and fades where the policy knows the token
-already. λ = inf takes π in the place of f: κ = 0 is then log-likelihood, κ = 1 the likelihood itself. `trsft` and
-`chord` are the shapes of two papers that lie outside of this family. Both kinds of rows go through one aggregation.
+already. λ = inf takes π in the place of f: κ = 0 is then log-likelihood, κ = 1 the likelihood itself. `trsft`
+(TRAPO, arXiv 2512.17636) and `chord` (arXiv 2508.11408) are weights of log π outside of this family; their F is the
+weight's integral, so that gradients are those of the papers and values are not. Whose weight is whose: `THEORY.md`.
+Both kinds of rows go through one aggregation.
 """
 
 from __future__ import annotations

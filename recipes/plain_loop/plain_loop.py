@@ -190,7 +190,7 @@ def loss_of(policy: Policy, rows: Rows, advantage_B: Tensor, settings: Settings)
         global_batch_size=len(rows.mask_BT),
         loss_scale_factor=rows.mask_BT.size(1),
     )
-    advantage_B = objective.advantage(advantage_B, rows.demonstration_B)
+    advantage_B = objective.advantage(advantage_B, rows.demonstration_B, rows.mask_BT.sum(1))
     batch_size, groups = len(rows.mask_BT), rows.group_B.unique().numel()
     if objective.idle_rows and not settings.entropy:
         trains_B = objective.has_gradient(advantage_B, rows.score_B, rows.group_B)

@@ -2,7 +2,7 @@
 
     A      (r − mean)/(std + 1e-6), or r − mean without the division, over the rows that the method compares
     ℓ      PPO's clipped surrogate with the dual clip at 3; without clip −A ρ
-    f(π)   π/(π + 0.1), LUFFY's shaping of a demonstration's tokens
+    f(π)   π/(π + 0.1), LUFFY's shaping of a demonstration's tokens; HAPO+ takes its logarithm
 
 A formula takes groups of rollouts and a demonstration of each, and gives the loss and the rows that took part.
 """
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -98,16 +99,49 @@ def shaped(row: Row, advantage: float) -> Tensor:
     return -(advantage * probability / (probability + 0.1)).sum()
 
 
+def logarithm(row: Row, advantage: float) -> Tensor:
+    """log f: the gradient of log π, less where the policy writes the token anyway."""
+    return -advantage * (row.policy - (row.policy.exp() + 0.1).log()).sum()
+
+
+def power(row: Row, advantage: float) -> Tensor:
+    """(f^κ − 1)/κ, between the two, at κ = 0.3 and λ = 0.5."""
+    probability = row.policy.exp()
+    return -advantage * (((probability / (probability + 0.5)) ** 0.3 - 1) / 0.3).sum()
+
+
+def trust_region(row: Row, advantage: float) -> Tensor:
+    """TrSFT (arXiv 2512.17636): log π weighed by min(π/0.2, 1); of the weight's integral, 1 + log(π/0.2) from 0.2 on."""
+    probability = row.policy.exp()
+    return -advantage * torch.where(probability < 0.2, probability / 0.2, 1 + (probability / 0.2).log()).sum()
+
+
+def uncertain(row: Row, advantage: float) -> Tensor:
+    """CHORD: log π weighed by π(1 − π), which is the slope of π − π²/2."""
+    probability = row.policy.exp()
+    return -advantage * (probability - probability**2 / 2).sum()
+
+
+def imitated(row: Row, advantage: float) -> Tensor:
+    return -advantage * row.policy.sum()
+
+
 def tokens(rows: Group) -> int:
     return sum(len(row.policy) for row in rows)
 
 
-def surrogate_loss(groups: list[Group], advantages: list[list[float]], **clip: float) -> tuple[Tensor, Group]:
-    """Mean over all tokens; a demonstration's are shaped."""
+def surrogate_loss(
+    groups: list[Group],
+    advantages: list[list[float]],
+    of_demonstration: Callable[[Row, float], Tensor] = shaped,
+    **clip: float,
+) -> tuple[Tensor, Group]:
+    """Mean over all tokens, a demonstration's by a loss of their own."""
     total = torch.zeros((), dtype=torch.float64)
     for group, of_group in zip(groups, advantages, strict=True):
         for row, advantage in zip(group, of_group, strict=True):
-            total = total + (shaped(row, advantage) if row.demonstration else surrogate(row, advantage, **clip))
+            term = of_demonstration(row, advantage) if row.demonstration else surrogate(row, advantage, **clip)
+            total = total + term
     rows = [row for group in groups for row in group]
     return total / tokens(rows), rows
 
@@ -127,7 +161,11 @@ def paper(groups: list[Group], demonstrations: list[Row]) -> tuple[Tensor, Group
     return surrogate_loss(groups, [normalised(group) for group in groups])
 
 
-def plus(groups: list[Group], demonstrations: list[Row]) -> tuple[Tensor, Group]:
+def plus(
+    groups: list[Group],
+    demonstrations: list[Row],
+    of_demonstration: Callable[[Row, float], Tensor] = logarithm,
+) -> tuple[Tensor, Group]:
     """At the first step γ is the paper's; rollouts compared with rollouts, the demonstration by the spread of all."""
     groups = [appended(g, d) if paper_gate(g) else g for g, d in zip(groups, demonstrations, strict=True)]
     advantages = []
@@ -139,7 +177,23 @@ def plus(groups: list[Group], demonstrations: list[Row]) -> tuple[Tensor, Group]
                 for row in group
             ]
         )
-    return surrogate_loss(groups, advantages)
+    return surrogate_loss(groups, advantages, of_demonstration)
+
+
+def s_grpo(groups: list[Group], demonstrations: list[Row]) -> tuple[Tensor, Group]:
+    """A group of failures gets its demonstration, with which all are compared; the demonstration: −A log π."""
+    groups = [g if any(rewards(g)) else appended(g, d) for g, d in zip(groups, demonstrations, strict=True)]
+    return surrogate_loss(groups, [normalised(group) for group in groups], imitated)
+
+
+def chord(groups: list[Group], demonstrations: list[Row]) -> tuple[Tensor, Group]:
+    """0.9 of GRPO's mean over the policy's tokens and 0.1 of the demonstrations' mean over theirs."""
+    own = sum(
+        surrogate(row, advantage) for group in groups for row, advantage in zip(group, normalised(group), strict=True)
+    )
+    expert = sum(uncertain(row, 1.0) for row in demonstrations)
+    rows = [row for g, d in zip(groups, demonstrations, strict=True) for row in appended(g, d)]
+    return 0.9 * own / sum(tokens(group) for group in groups) + 0.1 * expert / tokens(demonstrations), rows
 
 
 def luffy(
@@ -215,4 +269,10 @@ FORMULAS: dict[str, Callable[[list[Group], list[Row]], tuple[Tensor, Group]]] = 
     "real_ssi": real_ssi,
     "paper": paper,
     "plus": plus,
+    "plus hapo.loss.exponent=0.3 hapo.loss.shaping=0.5": partial(plus, of_demonstration=power),
+    "plus hapo.loss.shape=trsft hapo.loss.shaping=0.2": partial(plus, of_demonstration=trust_region),
+    "plus hapo.loss.shape=chord": partial(plus, of_demonstration=uncertain),
+    "plus hapo.loss.shaping=inf": partial(plus, of_demonstration=imitated),
+    "chord": chord,
+    "s_grpo": s_grpo,
 }

@@ -256,7 +256,7 @@ def _trainer(one, config, hapo, worker, queue):
     if hapo is not None:
         trainer.hapo, trainer.trace = hapo, Trace(None)
         trainer.gatekeeper = SimpleNamespace(observe=lambda groups: None)
-        trainer._leaves_out = savings(config, hapo)
+        trainer._leaves_out, trainer._heard = savings(config, hapo), True
         trainer._prompts_per_mini_batch, trainer._group_sizes, trainer._reduced = None, None, None
     return trainer
 

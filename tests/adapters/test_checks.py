@@ -278,6 +278,11 @@ REAL = (FSDP2, "hapo.objective.name=real", "actor_rollout_ref.actor.loss_agg_mod
             "actor_rollout_ref.actor.strategy=fsdp: hapo.objective.name=srft asks the policy in front of every "
             "optimizer step, which is written for FSDP2. Use actor_rollout_ref.actor.strategy=fsdp2.",
         ),
+        (
+            ("hapo.objective.name=chord", "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"),
+            "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean: hapo.objective.name=chord is defined in "
+            "another. Use actor_rollout_ref.actor.loss_agg_mode=token-mean.",
+        ),
     ],
 )
 def test_an_objective_that_the_launch_does_not_serve_is_refused(launch, overrides, message):
@@ -286,7 +291,7 @@ def test_an_objective_that_the_launch_does_not_serve_is_refused(launch, override
     assert str(error.value) == message
 
 
-PRESETS = ("grpo", "dapo", "luffy", "srft", "real", "real_ssi", "paper", "plus")
+PRESETS = ("grpo", "dapo", "luffy", "srft", "chord", "s_grpo", "real", "real_ssi", "paper", "plus")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -298,6 +303,8 @@ def test_every_preset_passes_its_own_checks(launch, name):
         "dapo": ("never", "replace", "surrogate"),
         "luffy": ("always", "replace", "surrogate"),
         "srft": ("always", "append", "srft"),
+        "chord": ("always", "append", "chord"),
+        "s_grpo": ("zero", "append", "surrogate"),
         "real": ("never", "replace", "real"),
         "real_ssi": ("paper", "replace", "real"),
         "paper": ("paper", "replace", "surrogate"),

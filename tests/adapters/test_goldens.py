@@ -26,6 +26,7 @@ from verl.utils.config import omega_conf_to_dataclass
 
 import hapo_verl
 from hapo_verl.adapters.gatekeeper import Gatekeeper
+from hapo_verl.adapters.idle_rows import Savings
 from hapo_verl.adapters.likelihood import weigh_likelihoods
 from hapo_verl.adapters.loss import hapo_loss
 from hapo_verl.adapters.rollout import HapoAgentLoopWorker, _Group, _Session
@@ -41,6 +42,8 @@ import tiny_model
 ON_FILE = json.loads(FILE.read_text())
 PRESETS = Path(hapo_verl.__file__).parent / "presets" / "hapo"
 TOKENIZER = tiny_model.make_tokenizer("0123456789")
+# A formula is over every row of the step, with or without a gradient.
+EVERY_ROW = Savings(idle_rows="a golden", idle_scores="a golden", old_log_probs="a golden")
 # Rows of the step in the order of the queue, cut into micro-batches.
 CUTS = {
     "halves": lambda rows: [range(rows // 2), range(rows // 2, rows)],
@@ -130,6 +133,7 @@ def step(launch, monkeypatch):
             monkeypatch.setattr(tq, name, getattr(queue, name))
         trainer = object.__new__(HapoTrainerSync)
         trainer.config, trainer.hapo, trainer.trace = config, HapoConfig.parse(config.hapo), Trace(None)
+        trainer._leaves_out, trainer._heard = EVERY_ROW, True
         trainer.gatekeeper, trainer.global_steps = Gatekeeper(trainer.hapo, total_steps=100), 1
         roll_out(trainer)
         keys = kept(trainer, queue)
@@ -143,7 +147,7 @@ def step(launch, monkeypatch):
 def roll_out(trainer):
     """Close the recorded groups as the agent loop worker does, in the situations that the trainer gives them."""
     worker = object.__new__(HapoAgentLoopWorker)
-    worker.config, worker._hapo = trainer.config, trainer.hapo
+    worker.config, worker._hapo, worker._verdicts = trainer.config, trainer.hapo, {}
     worker.tokenizer, worker.processor = TOKENIZER, None
     worker.rollout_config = trainer.config.actor_rollout_ref.rollout
     worker.model_config = SimpleNamespace(generation_config=None)

@@ -1,16 +1,21 @@
 """The loss in verl's actor against verl's own, on micro-batches in the form that verl's engine passes."""
 
+import math
 from functools import partial
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from tensordict import TensorDict
+from verl.trainer.ppo.v1.utils import MetricsAggregator
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.metric import Metric, reduce_metrics
+from verl.utils.py_functional import append_to_dict, rename_dict
+from verl.workers.engine.utils import postprocess_batch_func
 from verl.workers.utils.losses import ppo_loss
 
-from hapo_verl.adapters.loss import TOKEN_SUM, hapo_loss, token_means
+from hapo_verl.adapters.loss import COUNT, TOKEN_SUM, demonstration_means, hapo_loss, token_means
 from hapo_verl.config import HapoConfig
 
 PROMPT, LENGTHS = 3, [4, 1, 6, 3, 5, 2, 6, 4]
@@ -165,6 +170,79 @@ def test_token_means_are_over_the_policys_own_tokens(actor):
     assert means["actor/ppo_kl"] == pytest.approx(kl.item() / (sum(LENGTHS) - 1 - 1), rel=1e-5)
     assert means["hapo/demonstration/probability"] == pytest.approx(log_probs[1][PROMPT - 1].exp().item(), rel=1e-5)
     assert not any(TOKEN_SUM in name for name in reduced)
+
+
+def as_the_trainer_sees_it(mini_batches, data):
+    """The actor's metrics, mini_batches[number][rank] a list of micro-batches', added up by verl's own functions."""
+    metrics = {}
+    for ranks in mini_batches:
+        of_ranks = [postprocess_batch_func([{"metrics": m} for m in parts], None, data)["metrics"] for parts in ranks]
+        append_to_dict(metrics, {name: Metric.aggregate_dp([of[name] for of in of_ranks]) for name in of_ranks[0]})
+    return reduce_metrics(rename_dict(metrics, "actor/"))
+
+
+def test_what_is_said_of_demonstrations_is_of_all_of_them_however_verl_cuts_and_averages(actor):
+    demonstrations = [0, 1, 2, 4, 5, 7]
+    loss_fn = partial(hapo_loss, config=actor(), hapo=HapoConfig())
+
+    def metrics_of(*rows):
+        data, log_probs = a_batch(demonstrations=demonstrations, rows=rows)
+        # Down to e^-12.
+        return loss_fn(model_output={"log_probs": 4 * log_probs}, data=data)[1]
+
+    data, log_probs = a_batch(demonstrations=demonstrations)
+    seen = as_the_trainer_sees_it(
+        [[[metrics_of(0), metrics_of(1)], [metrics_of(2), metrics_of(3)]], [[metrics_of(4, 5)], [metrics_of(7, 6)]]],
+        data,
+    )
+    cut, whole = (
+        demonstration_means(seen),
+        demonstration_means(as_the_trainer_sees_it([[[metrics_of(*range(8))]]], data)),
+    )
+    assert cut == pytest.approx(whole)
+    assert not any(COUNT in name for name in seen)
+
+    own = {i: [t for t in range(LENGTHS[i]) if (i, t) != (2, 3)] for i in demonstrations}
+    logp = {i: 4 * log_probs.detach()[i][PROMPT - 1 : -1][own[i]] for i in demonstrations}
+    # Where the paper's weight is a hundredth of its largest, 1/4.
+    untaught = {i: (0.1 * row.exp() / (row.exp() + 0.1) ** 2 < 0.0025) & (row < -2.4) for i, row in logp.items()}
+    tokens = sum(len(row) for row in logp.values())
+    assert 0 < cut["hapo/demonstration/with_untaught_token"] < 1
+    assert cut["hapo/demonstration/untaught_tokens"] == pytest.approx(
+        sum(int(u.sum()) for u in untaught.values()) / tokens
+    )
+    assert cut["hapo/demonstration/with_untaught_token"] == pytest.approx(
+        sum(bool(u.any()) for u in untaught.values()) / 6
+    )
+    least = torch.stack([row.min() for row in logp.values()]) / math.log(10)
+    # The middle of the six lies between the third and the fourth.
+    third, fourth = least.sort().values[2:4].tolist()
+    assert third - 0.25 <= math.log10(cut["hapo/demonstration/least_probability_median"]) <= fourth + 0.25
+    assert math.log10(cut["hapo/demonstration/least_probability_q05"]) == pytest.approx(least.min().item(), abs=0.25)
+
+
+def test_every_token_is_taught_where_the_loss_is_a_logarithm_or_a_likelihood(actor):
+    for block in ({"loss": {"exponent": 0.0}}, {"objective": {"name": "srft"}}):
+        data, log_probs = a_batch(demonstrations=[1])
+        data["hapo_likelihood_weight"] = torch.ones(8)
+        loss_fn = partial(hapo_loss, config=actor(), hapo=HapoConfig.parse(block))
+        metrics = loss_fn(model_output={"log_probs": 30 * log_probs}, data=data)[1]
+        found = demonstration_means(as_the_trainer_sees_it([[[metrics]]], data))
+        assert (found["hapo/demonstration/untaught_tokens"], found["hapo/demonstration/with_untaught_token"]) == (0, 0)
+        assert found["hapo/demonstration/least_probability_median"] < 1e-6
+
+
+def test_a_step_without_a_demonstration_says_nothing_of_them(actor):
+    data, log_probs = a_batch()
+    metrics = hapo_loss(config=actor(), hapo=HapoConfig(), model_output={"log_probs": log_probs}, data=data)[1]
+    assert demonstration_means(as_the_trainer_sees_it([[[metrics]]], data)) == {}
+
+
+def test_verl_averages_what_is_said_of_demonstrations_over_the_updates_of_a_step(actor):
+    data, log_probs = a_batch(demonstrations=[1])
+    metrics = hapo_loss(config=actor(), hapo=HapoConfig(), model_output={"log_probs": log_probs}, data=data)[1]
+    names = demonstration_means(as_the_trainer_sees_it([[[metrics]]], data))
+    assert {MetricsAggregator()._get_aggregation_type(name) for name in names} == {"weighted_avg"}
 
 
 def rows_of(data, log_probs):

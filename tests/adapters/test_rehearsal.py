@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hapo_verl.adapters import teachable
 from hapo_verl.adapters.rehearsal import GIB, Rehearsal
-from hapo_verl.adapters.teachable import score
+from hapo_verl.adapters.teachable import Asked, does_not_fit, score
 from hapo_verl.config import ConfigError
 from hapo_verl.data.parquet import write_parquet
 from tests.adapters.tool_chat import QWEN, make_tokenizer
@@ -56,7 +57,7 @@ def test_what_is_right_is_counted(folder):
     found = {name: check() for name, check in rehearsal(folder).checks()}
     taught = found.pop("what the loss can teach")
     assert taught.startswith(
-        "every token of 18 demonstrations is pushed; the least likely token of a demonstration has"
+        "every token of 18 demonstrations; the loss teaches tokens down to a probability of 2.5e-04, the least likely "
     )
     assert found | {"memory of the head": ""} == {
         "launch": "gate paper with threshold 0.8, prior_success 1.0, prior_failure 1.0; replace",
@@ -173,6 +174,9 @@ def test_demonstrations_with_calls_are_counted_and_scored_as_the_run_would(tools
         "tokens); 1 malformed; 20 rows"
     )
     assert found["reward function"]() == "10 of 10 demonstrations are successes"
+    # The model is asked with the tools in its prompt, as the loop asks it.
+    launched = rehearsal(tools, *overrides)
+    assert '"name": "reverse"' in launched.tokenizer.decode(launched._prompt(5))
     with pytest.raises(ConfigError, match=r"\(20 overlong\).* Those in which tools answer need actor_"):
         dict(rehearsal(tools, *overrides[1:]).checks())["demonstrations"]()
     with pytest.raises(ConfigError, match=r"\(20 overlong\)"):
@@ -216,31 +220,50 @@ def test_a_token_that_the_loss_cannot_teach_is_named_with_the_key_that_teaches_i
     launched = [f"actor_rollout_ref.model.path={biased}"]
     paper = rehearsal(folder, *launched).teachable()
     # 007 and 017 of the rows that can be injected, and row 2, whose demonstration is 7.
-    assert paper.startswith("hapo.loss.exponent=1.0 hardly pushes a token of 3 of 18 demonstrations")
-    assert paper.endswith("Use hapo.loss.shape=power hapo.loss.exponent=0.0, which pushes it most.")
-    taught = rehearsal(folder, *launched, "hapo.loss.exponent=0.0").teachable()
-    assert taught.startswith("every token of 18 demonstrations is pushed")
-    assert rehearsal(folder, *launched, "hapo.gate.name=never").teachable() == (
-        "hapo.gate.name=never: no demonstration is trained on"
+    assert paper.startswith(
+        "3 of 18 demonstrations (17%) have a token that the loss does not teach, and may never be written: "
+        "hapo.loss.shape=power with exponent 1.0 and shaping 0.1 teaches tokens down to a probability of 2.5e-04, the "
+        "least likely token of a demonstration (median: "
     )
+    assert paper.endswith("Use hapo.loss.exponent=0.0, which teaches every token.")
+    chord = rehearsal(folder, *launched, "hapo.loss.shape=chord").teachable()
+    assert "teaches tokens down to a probability of 2.5e-03, " in chord
+    # Most demonstrations have no 7, and of the 16 other tokens the biased model prefers none: 4 q (1 - q) at q = 1/16.
+    assert "has 6.2e-02 and 23% of the largest weight. Use" in chord
+    assert chord.endswith("Use hapo.loss.shape=power hapo.loss.exponent=0.0, which teaches every token.")
+    taught = rehearsal(folder, *launched, "hapo.loss.exponent=0.0").teachable()
+    assert taught.startswith("every token of 18 demonstrations; the loss teaches tokens however improbable, the least")
 
 
-def test_the_model_is_not_loaded_where_it_is_not_to_be(folder):
+def test_the_model_is_not_loaded_where_it_is_not_to_be(folder, monkeypatch):
     names = [name for name, _ in Rehearsal(rehearsal(folder)._overrides, model=False).checks()]
     assert "what the loss can teach" not in names
     absent = rehearsal(folder, "actor_rollout_ref.model.path=Qwen/Qwen2.5-0.5B").teachable()
-    assert absent == "actor_rollout_ref.model.path=Qwen/Qwen2.5-0.5B is not on this machine: not looked at"
+    assert absent == ("not looked at: actor_rollout_ref.model.path=Qwen/Qwen2.5-0.5B is no folder on this machine")
+    assert rehearsal(folder, "hapo.gate.name=never").teachable() == (
+        "not looked at: hapo.gate.name=never trains on no demonstration"
+    )
+    assert not does_not_fit(folder / "model")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, GIB))
+    assert rehearsal(folder).teachable() == (
+        f"not looked at: actor_rollout_ref.model.path={folder}/model has 0.0 GiB of weights, 0.0 GiB of GPU memory free"
+    )
 
 
-def test_a_demonstration_is_scored_as_the_model_predicts_it_token_by_token(folder):
+def test_a_demonstration_is_scored_as_the_model_predicts_it_token_by_token(folder, monkeypatch):
     from transformers import AutoModelForCausalLM
 
-    prompt, response, mask = [1, 5, 2, 9], [3, 4, 8], [1, 0, 1]
-    (scored,) = score(folder / "model", [prompt], [(response, mask)])
+    asked = Asked(prompt=[1, 5, 2, 9], response=[3, 4, 8], mask=[1, 0, 1])
+    how = {"temperature": 0.7, "trust_remote_code": False}
+    monkeypatch.setattr(teachable, "ROWS", 2)
+    scored, _ = score(folder / "model", [asked, asked], seconds=60.0, **how)
+    # Without time one is scored all the same.
+    assert len(score(folder / "model", [asked] * 3, seconds=0.0, **how)) == 1
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     expected = []
-    for place, token in enumerate(response):
-        logits = model(torch.tensor([prompt + response[:place]])).logits[0, -1]
+    for place, token in enumerate(asked.response):
+        logits = model(torch.tensor([asked.prompt + asked.response[:place]])).logits[0, -1] / 0.7
         expected.append(logits.log_softmax(-1)[token].item())
     assert scored.tokens.tolist() == [3, 8]
     assert scored.logp.tolist() == pytest.approx([expected[0], expected[2]], abs=1e-5)

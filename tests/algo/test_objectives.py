@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hapo_verl.algo.objectives import Objective, Rows, objectives
+from hapo_verl.algo.objectives.chord import Chord
 from hapo_verl.algo.objectives.real import Real
 from hapo_verl.algo.objectives.srft import Srft
-from hapo_verl.algo.policy_loss import Aggregation, likelihood_loss
+from hapo_verl.algo.policy_loss import UNCLIPPED, Aggregation, DemonstrationShape, hapo_policy_loss, likelihood_loss
 
 LENGTHS = torch.tensor([3, 5, 2, 4, 1, 3, 5, 2, 4, 5, 1, 3])
 GROUP = torch.tensor([7, 7, 2, 2, 2, 7, 9, 9, 9, 4, 4, 4])
@@ -114,10 +115,39 @@ def test_srft_is_its_formula():
 
 
 def test_advantages_that_the_objectives_leave():
-    advantage_B, demonstration_B = torch.tensor([3.0, -1.0]), torch.tensor([True, False])
-    assert Objective().advantage(advantage_B, demonstration_B).tolist() == [3.0, -1.0]
-    assert Srft().advantage(advantage_B, demonstration_B).tolist() == [3.0, 0.0]
-    assert Real().advantage(advantage_B, demonstration_B).tolist() == [0.0, 0.0]
+    rows = torch.tensor([3.0, -1.0]), torch.tensor([True, False]), torch.tensor([4, 12])
+    assert Objective().advantage(*rows).tolist() == [3.0, -1.0]
+    assert Srft().advantage(*rows).tolist() == [3.0, 0.0]
+    assert Real().advantage(*rows).tolist() == [0.0, 0.0]
+    # .1 of 16 tokens to the demonstration's 4, .9 of them to the other 12.
+    assert Chord().advantage(*rows).tolist() == pytest.approx([0.4, -1.2])
+
+
+@pytest.mark.parametrize("demonstrations", [[], [1], [0, 4, 9], range(12)])
+def test_chord_is_its_two_means_and_no_less_with_rows_of_one_kind(demonstrations):
+    logp_BT, old_BT = recorded()
+    logp_BT.requires_grad_()
+    advantage_B = torch.randn(12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    demonstration_B = torch.tensor([i in demonstrations for i in range(12)])
+
+    def mean(value_BT, of_B):
+        active_BT = MASK & of_B[:, None]
+        return torch.where(active_BT, value_BT, 0.0).sum() / active_BT.sum().clamp(min=1)
+
+    ratio_BT, probability_BT = (logp_BT - old_BT).exp(), logp_BT.detach().exp()
+    expected = 0.8 * mean(-advantage_B[:, None] * ratio_BT, ~demonstration_B)
+    expected = expected + 0.2 * mean(-probability_BT * (1 - probability_BT) * logp_BT, demonstration_B)
+    loss = hapo_policy_loss(
+        logp_BT,
+        old_BT,
+        Chord(imitation=0.2).advantage(advantage_B, demonstration_B, LENGTHS),
+        MASK,
+        demonstration_B,
+        shape=DemonstrationShape("chord", 0.1, 1.0),
+        clip=UNCLIPPED,
+        aggregation=Aggregation("token-mean"),
+    ).loss
+    torch.testing.assert_close(gradient(loss, logp_BT), gradient(expected, logp_BT), rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", ["real", "srft"])
@@ -138,7 +168,7 @@ def test_what_is_masked_does_not_reach_the_likelihood(mode):
 
 
 def test_every_file_of_the_folder_is_a_method_and_the_base_weighs_nothing():
-    assert list(objectives()) == ["surrogate", "real", "srft"]
+    assert list(objectives()) == ["surrogate", "chord", "real", "srft"]
     assert not Objective().weighs_likelihood
     with pytest.raises(NotImplementedError, match="surrogate weighs no likelihood"):
         Objective().likelihood_weight(rows_of(*recorded()))

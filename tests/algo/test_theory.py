@@ -4,6 +4,7 @@ A is the demonstrator's way, B another right way, C is wrong. One token a rollou
 `hapo_verl/algo/THEORY.md` says what the numbers mean.
 """
 
+import math
 import random
 from math import factorial
 
@@ -16,6 +17,7 @@ from hapo_verl.algo.gate import Situation, fires, firing_probabilities
 from hapo_verl.algo.injection import Rollout, worst_rollout
 from hapo_verl.algo.policy_loss import Aggregation, Clip, DemonstrationShape, hapo_policy_loss
 from hapo_verl.algo.schedule import annealed, hard_off_step
+from hapo_verl.algo.teachability import untaught_below
 
 N, A, B, C = 8, 0, 1, 2
 REWARD = torch.tensor([1.0, 1.0, 0.0])
@@ -128,6 +130,33 @@ def test_the_rarer_the_demonstrators_way_the_more_the_logarithm_and_the_less_the
     for q, expected in zip((0.05, 0.01, 0.001, 1e-5), biases, strict=True):
         pi = (q, 0.9 - q, 0.1)
         assert relative_bias(pi, "paper", "append", shape=shape) == pytest.approx(expected, abs=6e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "shaping", "exponent", "largest", "where", "rare", "untaught"),
+    [
+        ("power", 0.1, 1.0, 0.25, 0.1, 1e-6, 2.5e-4),
+        ("power", 0.1, 0.5, 0.385, 0.05, 1e-3, 1.5e-6),
+        ("power", 0.1, 0.0, 1.0, 0.0, 1.0, 0.0),
+        ("power", math.inf, 0.0, 1.0, 1.0, 1.0, 0.0),
+        ("power", math.inf, 1.0, 1.0, 1.0, 1e-7, 0.01),
+        ("trsft", 0.1, 1.0, 1.0, 0.1, 1e-6, 1e-3),
+        ("chord", 0.1, 1.0, 0.25, 0.5, 1e-7, 2.5e-3),
+    ],
+)
+def test_the_weights_are_those_of_the_table(name, shaping, exponent, largest, where, rare, untaught):
+    shape = DemonstrationShape(name, shaping, exponent)
+
+    def weight(q):
+        logp = torch.tensor(q, dtype=torch.float64).clamp(min=1e-40).log()
+        return shape.weight(logp).item()
+
+    assert shape.largest_weight == pytest.approx(largest, rel=1e-3)
+    assert weight(where) == pytest.approx(largest, rel=1e-3)
+    # At the maximum it is flat or, where that is at an end, falls away from it.
+    assert all(weight(q) <= weight(where) * (1 + 1e-12) for q in (0.5 * where, min(1.0, 2 * where + 1e-9)))
+    assert weight(1e-7) == pytest.approx(rare, rel=0.02)
+    assert math.exp(untaught_below(shape)) == pytest.approx(untaught, rel=0.02)
 
 
 def test_dividing_by_the_demonstrations_tokens_too_shrinks_every_row_alike():

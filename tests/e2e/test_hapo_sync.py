@@ -81,6 +81,16 @@ def test_logged_counts_equal_a_recomputation_from_the_groups(run):
         assert logged["hapo/injected/row_share"] == pytest.approx(outcomes["injected"] / rows)
 
 
+def test_how_improbable_the_demonstrations_are_is_logged(run):
+    """A model from random weights gives each of its 17 tokens about the same probability, which the paper's loss teaches."""
+    for logged in run.steps:
+        assert logged["hapo/injected/group_share"] > 0
+        quantile, median = (logged[f"hapo/demonstration/least_probability_{name}"] for name in ("q05", "median"))
+        assert 0.005 < quantile <= median < 0.3
+        assert logged["hapo/demonstration/untaught_tokens"] == logged["hapo/demonstration/with_untaught_token"] == 0
+        assert not any("hapo_count" in name for name in logged)
+
+
 def test_one_demonstration_a_group_reached_the_loss_with_exactly_its_tokens(run, model):
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows_of = by_uid(run.loss_rows, lambda row: row["uid"])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exactness import DEVICE
+from exactness import DEVICE, assert_no_less_exact
 from hapo_kernels.policy_head import policy_loss_from_logits
 from hapo_kernels.policy_loss import Aggregation, Clip, Teacher, policy_loss
 from hapo_kernels.policy_loss.reference import shaped
@@ -120,6 +120,35 @@ def test_the_head_takes_every_shape(shape, shaping, exponent):
         results[name] = (result.loss.detach(), *torch.autograd.grad(result.loss, leaf))
     for ours, exact in zip(results["ours"], results["exact"], strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=2e-5, atol=2e-7)
+
+
+@pytest.mark.parametrize(("shape", "shaping", "exponent"), SHAPES)
+def test_the_head_is_no_less_exact_than_pytorch_from_the_least_likely_token_on(shape, shaping, exponent):
+    # A label whose logit stands this far above all others: log π from -100 to -.01, one row a token. Nearer to 1 it is
+    # the head's own difference of 1 and π that has few digits.
+    V, above = 37, torch.tensor([-96.4, -40.0, -12.0, -4.0, 0.0, 3.0, 8.0])
+    logits = torch.zeros(len(above), 1, V)
+    logits[:, 0, 5] = above
+    terms = {
+        "clip": Clip(0.2, 0.2, 3.0),
+        "aggregation": Aggregation("token-sum"),
+        "teacher": Teacher(
+            torch.ones(len(above), dtype=torch.bool, device=DEVICE), shaping, exponent=exponent, shape=shape
+        ),
+    }
+    one = torch.ones(len(above), 1, device=DEVICE)
+    label = torch.full((len(above), 1), 5, device=DEVICE)
+    found = {}
+    for name, impl, dtype in (
+        ("ours", "triton", torch.float32),
+        ("eager", "reference", torch.float32),
+        ("exact", "reference", torch.float64),
+    ):
+        leaf = logits.to(DEVICE, dtype).requires_grad_()
+        result = policy_loss_from_logits(leaf, label, -one.to(dtype), one[:, 0].to(dtype), one, **terms, impl=impl)
+        (found[name],) = torch.autograd.grad(result.loss, leaf)
+    for row in range(len(above)):
+        assert_no_less_exact(found["ours"][row], found["eager"][row], found["exact"][row], f"{above[row]:g}")
 
 
 @settings(max_examples=300, deadline=None)

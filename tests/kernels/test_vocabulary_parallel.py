@@ -61,11 +61,13 @@ def logprob(fields, mine, **settings):
     return [*gradients, *(tensor.detach() for tensor in result)]
 
 
-def fused(fields, mine, every_term, **settings):
+def fused(fields, mine, every_term, shape=("power", 0.1, 1.0), **settings):
     hidden, weight, bias = leaves = leaves_of(fields, mine)
     if every_term:
         settings |= {
-            "teacher": Teacher(torch.tensor([False, True, False], device=DEVICE), 0.1),
+            "teacher": Teacher(
+                torch.tensor([False, True, False], device=DEVICE), shape[1], exponent=shape[2], shape=shape[0]
+            ),
             "importance_weight_BT": fields["importance"],
             "kl": KLPenalty(fields["reference"], "k3", 0.05),
             "entropy_coefficient": 0.01,
@@ -87,6 +89,9 @@ def fused(fields, mine, every_term, **settings):
 CASES = {
     "logprob": logprob,
     "head": lambda *args, **settings: fused(*args, True, **settings),
+    "head, logarithm": lambda *args, **settings: fused(*args, True, ("power", 0.1, 0.0), **settings),
+    "head, power": lambda *args, **settings: fused(*args, True, ("power", math.inf, 0.3), **settings),
+    "head, chord": lambda *args, **settings: fused(*args, True, ("chord", 0.1, 1.0), **settings),
     # The row of advantage 0 has no gradient then, and goes through the forward pass alone.
     "head, surrogate only": lambda *args, **settings: fused(*args, False, **settings),
 }

@@ -69,8 +69,8 @@ class Objective:
         """Whether `likelihood_weight` is to be asked."""
         return bool(self.reads)
 
-    def advantage(self, advantage_B: Tensor, demonstration_B: Tensor) -> Tensor:
-        """A of each row, (B,), from the group-relative one."""
+    def advantage(self, advantage_B: Tensor, demonstration_B: Tensor, tokens_B: Tensor) -> Tensor:
+        """A of each row, (B,), from the group-relative one; tokens_B: how many of the row train."""
         return advantage_B
 
     def has_gradient(self, advantage_B: Tensor, score_B: Tensor, group_B: Tensor) -> Tensor:

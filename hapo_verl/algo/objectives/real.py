@@ -32,7 +32,7 @@ class Real(Objective):
     # s is a mean over tokens, L a mean over groups.
     aggregation: ClassVar[str | None] = "seq-mean-token-mean"
 
-    def advantage(self, advantage_B: Tensor, demonstration_B: Tensor) -> Tensor:
+    def advantage(self, advantage_B: Tensor, demonstration_B: Tensor, tokens_B: Tensor) -> Tensor:
         return torch.zeros_like(advantage_B)
 
     def has_gradient(self, advantage_B: Tensor, score_B: Tensor, group_B: Tensor) -> Tensor:

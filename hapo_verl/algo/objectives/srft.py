@@ -36,7 +36,7 @@ class Srft(Objective):
     # No weight is 0.
     idle_rows: ClassVar[bool] = False
 
-    def advantage(self, advantage_B: Tensor, demonstration_B: Tensor) -> Tensor:
+    def advantage(self, advantage_B: Tensor, demonstration_B: Tensor, tokens_B: Tensor) -> Tensor:
         return torch.where(demonstration_B, advantage_B, 0.0)
 
     def likelihood_weight(self, rows: Rows) -> Tensor:
