@@ -223,6 +223,7 @@ class KernelsConfig:
             object.__setattr__(self, "head", "off")
 
 
+OLD_LOG_PROBS = ("auto", "always")
 HEADS = ("off", "linear_logprob", "policy_head")
 
 
@@ -243,6 +244,11 @@ class HapoConfig:
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    # Rows without a gradient are neither scored nor trained on; false: all rows are, as in verl.
+    skip_idle_rows: bool = checked(True, lambda v: isinstance(v, bool), "either true or false. Use true.")
+    # auto: a step that is one update of its own policy takes that update's log-probs for the old ones, with no pass for
+    # them; always: verl's pass, and with it verl's entropy and comparison of rollout and actor.
+    old_log_probs: str = checked("auto", lambda v: v in OLD_LOG_PROBS, "no such choice. Use one of: auto, always.")
     # A rollout is a success when its `acc` (its score, where the reward function returns no `acc`) is at least this.
     success_threshold: float = checked(1.0, _is_number, "the least score of a success is a number. Use 1.0.")
     # The data set's column with the demonstration: a string, or a list with one assistant message.

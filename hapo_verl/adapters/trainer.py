@@ -10,6 +10,7 @@ compares two policies, computes advantages from one score a row, and logs under 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
@@ -31,6 +32,7 @@ from verl.trainer.ppo.v1 import (
     register_trainer,
 )
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.debug import marked_timer
 from verl.utils.debug.metrics import calculate_debug_metrics
 from verl.utils.seqlen_balancing import calculate_workload
 from verl.utils.tensordict_utils import assign_non_tensor_stack
@@ -39,13 +41,28 @@ from hapo_kernels.segment_norm import segment_ids
 from hapo_verl.adapters import checks, jagged
 from hapo_verl.adapters.gatekeeper import Gatekeeper
 from hapo_verl.adapters.head import choose_head
+from hapo_verl.adapters.idle_rows import (
+    compares_rollouts,
+    corrects_rollouts,
+    needs_old_log_probs,
+    over_trained_rows,
+    why_no_row_is_left_out,
+)
 from hapo_verl.adapters.loss import hapo_loss, token_means
 from hapo_verl.adapters.metrics import group_metrics
-from hapo_verl.adapters.mini_batches import grown_mini_batch, order_of_whole_groups
+from hapo_verl.adapters.mini_batches import (
+    grown_mini_batch,
+    micro_batches_fit,
+    mini_batch_of_rows,
+    order_of_trained_rows,
+    order_of_whole_groups,
+)
 from hapo_verl.adapters.rows import (
     APPENDED,
     DEMONSTRATION,
     GROUP,
+    OPTIMIZER_STEP,
+    ROWS_LEFT_OUT,
     SINGLE_UPDATE,
     SITUATION,
     demonstration_flags,
@@ -56,6 +73,8 @@ from hapo_verl.adapters.watch import Watch
 from hapo_verl.algo.advantage import session_advantage
 from hapo_verl.config import ConfigError
 
+logger = logging.getLogger("verl." + __name__)
+
 
 class HapoTrainer(PPOTrainer):
     """What HAPO adds to verl's trainer, in front of one of its three modes.
@@ -63,10 +82,21 @@ class HapoTrainer(PPOTrainer):
     Overrides of verl's private methods are listed, with the version they were read in, in `contract.py`.
     """
 
+    # Of the step in training: it has its advantages; the rows it trains on, None: all of them; of the policy's own
+    # tokens the share that these rows have.
+    _has_advantages = False
+    _trained: Any = None
+    _trained_share = 1.0
+    _mini_batches = 1
+
     def __init__(self, config: Any) -> None:
         self.hapo = checks.check_launch(config)
         checks.check_cluster()
         choose_head(config, self.hapo)
+        kept = why_no_row_is_left_out(config, self.hapo)
+        if kept and self.hapo.skip_idle_rows:
+            logger.warning("hapo.skip_idle_rows=true: all rows are scored and trained on, %s", kept)
+        self._timing: dict[str, float] = {}
         self.trace = Trace(self.hapo.trace_dir)
         # Of the batch in training: rows, appended ones among them, and what mini-batches they make.
         self._rows, self._appended, self._prompts_per_mini_batch = 0, 0, None
@@ -112,17 +142,26 @@ class HapoTrainer(PPOTrainer):
             explicit = trainer.resume_from_path if trainer.resume_mode == "resume_path" else None
             self.gatekeeper.load(Path(explicit or Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"))
 
+    def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> Any:
+        self._timing = timing_raw
+        return super()._step_once(metrics, timing_raw, sample_batch_size)
+
     def _balance_batch(self, batch: Any, metrics: dict, *args: Any, **kwargs: Any) -> Any:
+        """verl's, then advantages: they need rewards alone, and say which rows are worth scoring and training on."""
         self._rows, self._appended = len(batch.keys), sum(bool(tag.get(APPENDED)) for tag in batch.tags)
         if self.hapo.objective.whole_groups:
             self._group_sizes = list(Counter(_split_keys(batch.keys)[0]).values())
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
-        mini_batches = len(batch.keys) // self._mini_batch_rows
-        if self.hapo.objective.whole_groups and mini_batches > 1:
+        self._mini_batches = len(batch.keys) // self._mini_batch_rows
+        if self.hapo.objective.whole_groups and self._mini_batches > 1:
             prompt_of, _, _ = _split_keys(batch.keys)
-            lengths = torch.tensor([tag["seq_len"] for tag in batch.tags], dtype=torch.int64)
-            loads = calculate_workload(lengths).tolist()
-            batch.reorder(order_of_whole_groups(prompt_of, loads, mini_batches, self._dp_size))
+            batch.reorder(order_of_whole_groups(prompt_of, _loads(batch.tags), self._mini_batches, self._dp_size))
+        self._trained, self._trained_share = None, 1.0
+        self._has_advantages = not corrects_rollouts(self.config)
+        if self._has_advantages:
+            # Under the name of the place where verl has them.
+            with marked_timer("adv", self._timing, color="brown"):
+                self._write_advantages(batch, metrics)
         return batch
 
     def _get_required_batch_multiple(self, dp_size: int) -> int:
@@ -196,7 +235,26 @@ class HapoTrainer(PPOTrainer):
         )
         self._watch.start()
 
+    @property
+    def _single_update(self) -> bool:
+        """The step is one update, of the policy that its old log-probs would be of."""
+        # separate_async scores all updates of a cycle with the policy of the first.
+        cycle = self.trainer_mode == "separate_async" and self.parameter_sync_step > 1
+        return self._mini_batches == 1 and self.config.actor_rollout_ref.actor.ppo_epochs == 1 and not cycle
+
     def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
+        """Of the rows that are trained on, where the update does not have them itself."""
+        if needs_old_log_probs(self.config, self.hapo, single_update=self._single_update):
+            found: dict[str, Any] = {}
+            self._score(self._trained or batch, found)
+            metrics.update(self._of_trained_rows(found))
+        return batch
+
+    def _of_trained_rows(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Metrics of old log-probs under their names: verl's where all rows of this run are scored."""
+        return metrics if why_no_row_is_left_out(self.config, self.hapo) else over_trained_rows(metrics)
+
+    def _score(self, batch: Any, metrics: dict) -> None:
         """verl's, then: a demonstration was sampled by nobody, so its rollout log-probs are its old log-probs.
 
         Rollout correction then gives it weight 1. verl's comparison of rollout and actor is made here, without it, and
@@ -209,7 +267,7 @@ class HapoTrainer(PPOTrainer):
         finally:
             rollout.calculate_log_probs = compare
         if not compare:
-            return batch
+            return
         fields = ["response_mask", "rollout_log_probs", "old_log_probs", DEMONSTRATION]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         demonstration_B = demonstration_flags(data)
@@ -226,25 +284,43 @@ class HapoTrainer(PPOTrainer):
         mask = jagged.in_one_row(jagged.without(data["response_mask"], demonstration_B))
         # Of `responses` only the width is read.
         tokens |= {"response_mask": mask, "responses": mask}
-        metrics.update(calculate_debug_metrics(DataProto(batch=TensorDict(tokens, batch_size=1))))
-        return batch
+        # Where rows are left out, those that remain may all be demonstrations.
+        if mask.any():
+            metrics.update(calculate_debug_metrics(DataProto(batch=TensorDict(tokens, batch_size=1))))
 
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
+        """Advantages where they had to wait for rollout correction; elsewhere its metrics alone."""
+        if not self._has_advantages:
+            return self._write_advantages(batch, metrics)
+        scored = needs_old_log_probs(self.config, self.hapo, single_update=self._single_update)
+        if scored and compares_rollouts(self.config):
+            trained, found = self._trained or batch, {}
+            fields = ["response_mask", DEMONSTRATION, "rollout_log_probs", "old_log_probs"]
+            data = tq.kv_batch_get(keys=trained.keys, partition_id=trained.partition_id, select_fields=fields)
+            sampled_B = ~demonstration_flags(data) & _is_real(trained.tags)
+            if sampled_B.any():
+                self._correct_rollouts(data, sampled_B, found)
+            metrics.update(self._of_trained_rows(found))
+        return batch
+
+    def _write_advantages(self, batch: Any, metrics: dict) -> Any:
         """Advantages from one score a row, written as verl's trainer writes them, without a padded (B, T)."""
         fields = ["response_mask", "rm_scores", DEMONSTRATION, GROUP]
-        if self._corrects_rollouts:
+        correct = not self._has_advantages and compares_rollouts(self.config)
+        if correct:
             fields += ["rollout_log_probs", "old_log_probs"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         demonstration_B = demonstration_flags(data)
-        real_B = torch.tensor([not tag.get("is_padding", False) for tag in batch.tags])
-        output = self._correct_rollouts(data, ~demonstration_B & real_B, metrics) if self._corrects_rollouts else {}
+        real_B = _is_real(batch.tags)
+        output = self._correct_rollouts(data, ~demonstration_B & real_B, metrics) if correct else {}
 
         mask = output["response_mask"] if "response_mask" in output else data["response_mask"]
         score_B = jagged.row_sums(data["rm_scores"])
         prompt_of, session_of, output_B = _split_keys(batch.keys)
+        group_B = segment_ids(prompt_of)
         advantage_B = session_advantage(
             score_B,
-            segment_ids(prompt_of),
+            group_B,
             segment_ids(session_of),
             output_B,
             scale_by_std=bool(self.config.algorithm.get("norm_adv_by_std_in_grpo", True)),
@@ -255,13 +331,29 @@ class HapoTrainer(PPOTrainer):
         advantages = jagged.spread(advantage_B, mask)
         output.update({"advantages": advantages, "returns": advantages})
 
+        tokens_B = jagged.row_sums(data["response_mask"])
+        trained_B = torch.ones(len(batch), dtype=torch.bool)
+        if self._has_advantages and not why_no_row_is_left_out(self.config, self.hapo):
+            # Padding and rows that a tool wrote alone have no token that trains.
+            trains_B = tokens_B > 0
+            trains_B[trains_B.clone()] = self.hapo.objective.trains(
+                *(value_B[tokens_B > 0] for value_B in (score_B, group_B, advantage_B))
+            )
+            trained_B = self._leave_out(batch, trains_B)
+        own_B = tokens_B * ~demonstration_B
+        self._trained_share = _share(own_B, trained_B)
+        metrics["hapo/trained/row_share"] = _share(real_B.long(), trained_B)
+        metrics["hapo/trained/token_share"] = _share(tokens_B, trained_B)
+        if self._trained is not None:
+            output[OPTIMIZER_STEP] = self._whole_steps(tokens_B, group_B)
+
         groups = dict(zip(prompt_of, plain_values(data[GROUP]), strict=True))
         groups = {uid: groups[uid] for uid, keep in zip(prompt_of, real_B.tolist(), strict=True) if keep}
         metrics.update(
             group_metrics(
                 groups,
                 demonstration_B=demonstration_B[real_B],
-                tokens_B=jagged.row_sums(data["response_mask"])[real_B],
+                tokens_B=tokens_B[real_B],
             )
         )
         self.gatekeeper.observe(groups.values())
@@ -285,11 +377,38 @@ class HapoTrainer(PPOTrainer):
                     "hapo.objective.name=surrogate."
                 )
 
-    @property
-    def _corrects_rollouts(self) -> bool:
-        """verl compares rollout and actor by row, and corrects where it is told to, if this block is there at all."""
-        correction = self.config.algorithm.get("rollout_correction", None)
-        return correction is not None and self.config.actor_rollout_ref.rollout.calculate_log_probs
+    def _leave_out(self, batch: Any, trains_B: Tensor) -> Tensor:
+        """Shrink what is scored and trained on to the rows with a gradient, and what their mini-batches need.
+
+        Returns:
+            (B,) bool: the rows that remain.
+        """
+        settings, forward = (
+            self.config.actor_rollout_ref,
+            needs_old_log_probs(self.config, self.hapo, single_update=self._single_update),
+        )
+        order = order_of_trained_rows(
+            trains_B.tolist(),
+            [tag["seq_len"] for tag in batch.tags],
+            _loads(batch.tags),
+            self._mini_batches,
+            self._dp_size,
+            lambda rows: micro_batches_fit(settings, self._mini_batches, rows, forward=forward),
+        )
+        if len(order) == len(batch):
+            return torch.ones_like(trains_B)
+        self._trained = batch.select_keys([batch.keys[row] for row in order])
+        return torch.zeros_like(trains_B).index_fill_(0, torch.tensor(order), True)
+
+    def _whole_steps(self, tokens_B: Tensor, group_B: Tensor) -> Tensor:
+        """(B, 3) `OptimizerStep` of each row, all rows of the batch counted."""
+        step_B = torch.tensor(mini_batch_of_rows(len(tokens_B), self._mini_batches, self._dp_size))
+        of_step = []
+        for number in range(self._mini_batches):
+            here_B = step_B == number
+            groups = group_B[here_B & (tokens_B > 0)].unique().numel()
+            of_step.append([int(tokens_B[here_B].sum()), int(here_B.sum()), groups])
+        return torch.tensor(of_step)[step_B]
 
     def _correct_rollouts(self, data: TensorDict, sampled_B: Tensor, metrics: dict) -> dict[str, Tensor]:
         """verl's rollout correction over the sampled rows; a demonstration keeps weight 1 and all of its tokens.
@@ -314,15 +433,19 @@ class HapoTrainer(PPOTrainer):
         return corrected
 
     def _update_actor(self, batch: Any, metrics: dict) -> Any:
-        actor = self.config.actor_rollout_ref.actor
-        configured = actor.ppo_mini_batch_size
-        batch.extra_info[SINGLE_UPDATE] = len(batch.keys) == self._mini_batch_rows and actor.ppo_epochs == 1
-        actor.ppo_mini_batch_size = self._prompts_per_mini_batch or configured
+        actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
+        trained = self._trained or batch
+        trained.extra_info[SINGLE_UPDATE] = self._single_update
+        trained.extra_info[ROWS_LEFT_OUT] = self._trained is not None
+        configured = actor.ppo_mini_batch_size, rollout.n
+        # What is left of a mini-batch need not be whole groups: verl is to multiply by 1.
+        actor.ppo_mini_batch_size, rollout.n = len(trained) // self._mini_batches, 1
         try:
-            batch = super()._update_actor(batch, metrics)
+            super()._update_actor(trained, metrics)
         finally:
-            actor.ppo_mini_batch_size = configured
-        metrics.update(token_means(metrics))
+            actor.ppo_mini_batch_size, rollout.n = configured
+        all_rows = why_no_row_is_left_out(self.config, self.hapo)
+        metrics.update(token_means(metrics, trained_share=None if all_rows else self._trained_share))
         for name in [name for name in metrics if name.startswith("actor/hapo/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         return batch
@@ -331,6 +454,20 @@ class HapoTrainer(PPOTrainer):
 def _named(what: str, members: Iterable[Any]) -> dict[str, Any]:
     """Members by what they are and their number."""
     return {f"{what} {number}": member for number, member in enumerate(members)}
+
+
+def _is_real(tags: list[dict[str, Any]]) -> Tensor:
+    """(B,) bool: False on padding."""
+    return torch.tensor([not tag.get("is_padding", False) for tag in tags])
+
+
+def _loads(tags: list[dict[str, Any]]) -> list[int]:
+    """What each row costs, as verl reckons."""
+    return calculate_workload(torch.tensor([tag["seq_len"] for tag in tags], dtype=torch.int64)).tolist()
+
+
+def _share(count_B: Tensor, part_B: Tensor) -> float:
+    return count_B[part_B].sum().item() / max(1, count_B.sum().item())
 
 
 def _split_keys(keys: list[str]) -> tuple[list[str], list[str], Tensor]:

@@ -16,6 +16,7 @@ from verl.utils.debug.metrics import calculate_debug_metrics
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from hapo_verl.adapters.trainer import HapoTrainerSync
+from hapo_verl.config import HapoConfig
 
 PROMPT, LENGTHS, DEMONSTRATIONS = 2, [3, 7, 1, 5, 6, 4], [False, False, True, False, True, False]
 SAMPLED = [i for i, flag in enumerate(DEMONSTRATIONS) if not flag]
@@ -69,11 +70,13 @@ def queue(monkeypatch):
 
 def a_trainer(calculate_log_probs=True, **correction):
     trainer = object.__new__(HapoTrainerSync)
+    trainer.trainer_mode, trainer.parameter_sync_step = "hapo_sync", 1
+    trainer.hapo = HapoConfig.parse({"skip_idle_rows": False, "old_log_probs": "always"})
     trainer.config = OmegaConf.create(
         {
             "actor_rollout_ref": {
                 "rollout": {"calculate_log_probs": calculate_log_probs, "temperature": 1.0},
-                "actor": {"loss_agg_mode": "token-mean", "loss_scale_factor": None},
+                "actor": {"loss_agg_mode": "token-mean", "loss_scale_factor": None, "ppo_epochs": 1},
             },
             "algorithm": {"rollout_correction": {"rollout_is": None, "rollout_rs": None, **correction}},
         }

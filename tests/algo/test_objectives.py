@@ -122,7 +122,7 @@ def test_advantages_that_the_objectives_leave():
 def test_weights_do_not_depend_on_the_order_of_rows(name):
     method, rows = objectives()[name], rows_of(*recorded(), torch.rand(12, dtype=torch.float64))
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    shuffled = Rows(*(column[order] for column in rows[:-1]), rows.batch_size)
+    shuffled = Rows(*(column[order] for column in rows[:6]), rows.batch_size)
     torch.testing.assert_close(method.likelihood_weight(shuffled), method.likelihood_weight(rows)[order])
 
 
