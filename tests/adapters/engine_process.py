@@ -82,7 +82,7 @@ def _model_folder(case, folder):
     return str(path)
 
 
-def _engine(case, head, folder, clip_grad=1.0):
+def _engine(case, head, folder, clip_grad=1.0, optimizer=None):
     import verl  # noqa: F401
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
@@ -104,7 +104,9 @@ def _engine(case, head, folder, clip_grad=1.0):
         pad_to_length=case.pad_to_length,
         pad_to_length_bucket=16,
     )
-    optimizer = FSDPOptimizerConfig(lr=0.0, total_training_steps=1, clip_grad=clip_grad)
+    optimizer = FSDPOptimizerConfig(
+        **{"lr": 0.0, "total_training_steps": 1, "clip_grad": clip_grad, **(optimizer or {})}
+    )
     torch.manual_seed(1)
     built = EngineRegistry.new("language_model", "fsdp2", model, engine, optimizer, CheckpointConfig())
     built._build_model_optimizer()

@@ -125,7 +125,7 @@ def prepared(tmp_path_factory, model):
             overrides=["+hapo_platform=cpu", *(f"{key}={value}" for key, value in settings.items()), *overrides],
             folder=folder,
             time_limit=900,
-            environment=cpu_environment() | {"PYTHONPATH": str(ROOT)} | (environment or {}),
+            environment=cpu_environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"} | (environment or {}),
         )
         launch.overrides = [item.replace("{folder}", str(folder)) for item in launch.overrides]
         return launch, Run(folder, train)
