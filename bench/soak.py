@@ -24,6 +24,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "quickstart"))
 import digits
 import quickstart
+import tasks
 import tiny_model
 from harness import machine
 from launch import Launch, cpu_environment
@@ -46,9 +47,10 @@ def prepared(folder: Path, steps: int) -> Launch:
     """The run, its model and its data in a folder."""
     tiny_model.write(folder / "model", alphabet="0123456789", hidden=64, layers=2, seed=1)
     digits.write(folder / "data", digits=3, train=512, heldout=16, seed=1)
-    overrides = quickstart.overrides(
-        "plus", folder, steps=steps, seed=1, response_length=4, reward=QUICKSTART / "digits.py"
-    )
+    settings = {"data.max_response_length": 4}
+    settings |= tasks.files(folder, folder / "model", QUICKSTART / "digits.py", "heldout")
+    task = tasks.Prepared("soak", digits.DATA_SOURCE, {}, settings, {})
+    overrides = quickstart.overrides("plus", folder, task, steps=steps, seed=1)
     saving = f"trainer.save_freq={max(steps // 4, 1)}"
     return Launch(
         overrides=[*overrides, *SETTINGS, saving], folder=folder, time_limit=4 * 3600, environment=cpu_environment()

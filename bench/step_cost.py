@@ -300,7 +300,13 @@ class Bench:
     def config(self, side: str, P: int) -> Any:
         own = {
             "verl": ["algorithm.adv_estimator=grpo", "trainer.v1.trainer_mode=sync"],
-            "hapo": ["+hapo=plus", "hapo.gate.name=posterior", "trainer.v1.trainer_mode=hapo_sync"],
+            # Every row is scored, as in verl: what remains to be compared is what HAPO itself does.
+            "hapo": [
+                "+hapo=plus",
+                "hapo.gate.name=posterior",
+                "hapo.old_log_probs=all",
+                "trainer.v1.trainer_mode=hapo_sync",
+            ],
         }
         return composed(
             [

@@ -223,7 +223,6 @@ class KernelsConfig:
             object.__setattr__(self, "head", "off")
 
 
-OLD_LOG_PROBS = ("auto", "always")
 HEADS = ("off", "linear_logprob", "policy_head")
 
 
@@ -244,13 +243,15 @@ class HapoConfig:
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
-    # Rows without a gradient are neither scored nor trained on; false: all rows are, as in verl.
-    skip_idle_rows: bool = checked(True, lambda v: isinstance(v, bool), "either true or false. Use true.")
-    # auto: a step that is one update of its own policy takes that update's log-probs for the old ones, with no pass for
-    # them; always: verl's pass, and with it verl's entropy and comparison of rollout and actor.
-    old_log_probs: str = checked("auto", lambda v: v in OLD_LOG_PROBS, "no such choice. Use one of: auto, always.")
     # A rollout is a success when its `acc` (its score, where the reward function returns no `acc`) is at least this.
     success_threshold: float = checked(1.0, _is_number, "the least score of a success is a number. Use 1.0.")
+    # Rows whose gradient is exactly 0 are left out of the update; loss, gradient and parameters stay those of all rows.
+    skip_idle_rows: bool = checked(True, lambda v: isinstance(v, bool), "either true or false. Use true.")
+    # auto: log-probabilities before the update only of rows that are trained on, and from the update itself where it is
+    # the step's only one; all: of every row in a pass of their own, with verl's metrics of that pass.
+    old_log_probs: str = checked(
+        "auto", lambda v: v in ("auto", "all"), "neither auto nor all. Use auto, or all for verl's own pass."
+    )
     # The data set's column with the demonstration: a string, or a list with one assistant message.
     demonstration_key: str = checked(
         "demonstration", lambda v: isinstance(v, str) and bool(v), "a column name is needed. Use demonstration."
@@ -268,6 +269,24 @@ class HapoConfig:
         5.0,
         lambda v: v is None or positive(v),
         "seconds between two looks must be positive. Use 5.0, or null to wait for ever where a worker has died.",
+    )
+    # Seconds without progress until a line says what the trainer waits for, and where the stacks of all processes are.
+    stall_report: float | None = checked(
+        1800.0,
+        lambda v: v is None or positive(v),
+        "seconds without progress must be positive. Use 1800.0, or null to say nothing.",
+    )
+    # Seconds without progress until the run ends; null waits for ever.
+    stall_limit: float | None = checked(
+        7200.0,
+        lambda v: v is None or positive(v),
+        "seconds without progress must be positive. Use 7200.0, or null to wait for ever.",
+    )
+    # Seconds until a call of the reward function has failed; null waits for ever.
+    reward_timeout: float | None = checked(
+        3600.0,
+        lambda v: v is None or positive(v),
+        "seconds that a reward function may take must be positive. Use 3600.0, or null to wait for ever.",
     )
     # Folder for one JSON line a group and step, and the rows that reached the loss; null writes nothing.
     trace_dir: str | None = checked(

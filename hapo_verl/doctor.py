@@ -17,12 +17,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", help="of a launch, as on verl's command line")
     parser.add_argument("--no-ray", action="store_true", help="do not start a local Ray to look from inside a worker")
+    parser.add_argument(
+        "--no-model", action="store_true", help="do not load the launch's model to score demonstrations"
+    )
     args = parser.parse_args(argv)
 
     from hapo_verl.adapters.diagnosis import findings
 
     wrong = 0
-    for finding in findings(args.overrides, ray=not args.no_ray):
+    for finding in findings(args.overrides, ray=not args.no_ray, model=not args.no_model):
         print(f"{'ok  ' if finding.right else 'FAIL'}  {finding.name}: {finding.detail}", flush=True)
         wrong += not finding.right
     return 1 if wrong else 0

@@ -11,10 +11,14 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from types import ModuleType
 
 
 def register() -> None:
-    """Register estimator, trainers, training engine, presets and, with VERL_PLATFORM=cpu, the CPU platform."""
+    """Register estimator, trainers, training engine, presets and, with VERL_PLATFORM=cpu, the CPU platform.
+
+    And what a hang leaves to be read: errors of weight updates, and stacks.
+    """
     from wrapt import when_imported
 
     @when_imported("verl.trainer.ppo.core_algos")
@@ -28,6 +32,24 @@ def register() -> None:
     @when_imported("verl.workers.engine.fsdp.transformer_impl")
     def _engine(_module: object) -> None:
         import hapo_verl.adapters.engine  # noqa: F401
+
+    @when_imported("verl.workers.rollout.vllm_rollout.utils")
+    def _vllm_worker(module: ModuleType) -> None:
+        from hapo_verl.adapters.weight_error import name_the_first_error
+
+        name_the_first_error(module)
+
+    @when_imported("verl.workers.rollout.vllm_rollout.vllm_async_server")
+    def _vllm_server(module: ModuleType) -> None:
+        from hapo_verl.adapters.weight_error import keep_errors
+
+        keep_errors(module)
+
+    # In Ray's processes, and those that they start; nothing of a user's own process is touched.
+    if "RAY_RAYLET_PID" in os.environ:
+        from hapo_verl.adapters.stacks import answer_the_signal
+
+        answer_the_signal()
 
     from hapo_verl.adapters.presets import register_presets
 

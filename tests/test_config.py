@@ -141,6 +141,19 @@ def test_a_key_replaces_its_default_and_no_other():
             "hapo.watch_interval=0: seconds between two looks must be positive. "
             "Use 5.0, or null to wait for ever where a worker has died.",
         ),
+        (
+            {"stall_report": 0},
+            "hapo.stall_report=0: seconds without progress must be positive. Use 1800.0, or null to say nothing.",
+        ),
+        (
+            {"stall_limit": -1},
+            "hapo.stall_limit=-1: seconds without progress must be positive. Use 7200.0, or null to wait for ever.",
+        ),
+        (
+            {"reward_timeout": "1h"},
+            "hapo.reward_timeout='1h': seconds that a reward function may take must be positive. "
+            "Use 3600.0, or null to wait for ever.",
+        ),
         ({"demonstration_key": ""}, "hapo.demonstration_key='': a column name is needed. Use demonstration."),
         ("paper", "hapo='paper': a block of keys is needed. Launch with +hapo=paper."),
     ],

@@ -85,7 +85,7 @@ def test_plus_is_the_papers_launch_with_a_gate_that_lets_go_and_rows_of_its_own(
     plus, paper = (launch("actor_rollout_ref.rollout.n=8", preset=[f"+hapo={name}"]) for name in ("plus", "paper"))
     assert (plus.hapo.gate.name, plus.hapo.injection.mode) == ("annealed", "append")
     assert check_launch(plus).gate == AnnealedGate()
-    plus.hapo.gate.name, plus.hapo.injection.mode = "paper", "replace"
+    plus.hapo.gate.name, plus.hapo.injection.mode, plus.hapo.loss.exponent = "paper", "replace", 1.0
     assert plus == paper
 
 

@@ -1,18 +1,26 @@
-"""What can be known to be wrong before the first rollout: one line each, the key as typed, the rule, the fix."""
+"""What can be known to be wrong before the first rollout: one line each, the key as typed, the rule, the fix.
+
+What needs no more than the composed configuration and the files that it names, `check_before_ray`, is looked at
+twice: in the process that is launched, before Ray is started (`preflight.py`), and by the trainer, which goes on with
+verl, the cluster and the content of the data.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 import hapo_verl
 from hapo_verl.adapters.contract import check_contract
+from hapo_verl.adapters.files import check_files
+from hapo_verl.adapters.sizes import check_sizes
 from hapo_verl.adapters.tokens import ChatFormat
+from hapo_verl.adapters.weight_bucket import check_bucket
 from hapo_verl.algo.demonstration import Refusal, demonstration_turns
 from hapo_verl.config import ConfigError, HapoConfig
 
@@ -22,8 +30,8 @@ MANAGER = "hapo_verl.adapters.rollout.HapoAgentLoopManager"
 MODES = ("hapo_sync", "hapo_colocate_async", "hapo_separate_async")
 
 
-def check_launch(config: DictConfig) -> HapoConfig:
-    """The `hapo:` block of a launch that HAPO can train.
+def check_configuration(config: DictConfig) -> HapoConfig:
+    """The `hapo:` block of a configuration that HAPO can train; no part of verl's trainer is imported for it.
 
     Raises:
         ConfigError: on the first thing that is wrong.
@@ -34,16 +42,50 @@ def check_launch(config: DictConfig) -> HapoConfig:
     if not isinstance(block, Mapping):
         raise ConfigError(f"hapo={block!r}: the block of HAPO's keys is missing. Launch with +hapo=paper.")
     hapo = HapoConfig.parse(block)
-    check_contract()
-    for key, wrong, advice in _RULES:
-        value = OmegaConf.select(config, key)
-        if wrong(value):
-            raise ConfigError(f"{key}={value}: {advice}")
-    _check_manager(config)
+    _check_rules(config, _RULES)
+    _check_hybrid_engine(config)
     _check_reward_model(config)
     _check_kernels(config, hapo)
     _check_objective(config, hapo)
     return hapo
+
+
+def check_before_ray(config: DictConfig) -> HapoConfig:
+    """As `check_configuration`; then sizes, and the files that the configuration names.
+
+    Raises:
+        ConfigError: on the first thing that is wrong; a `MissingFileError` where this machine lacks a file.
+    """
+    hapo = check_configuration(config)
+    if OmegaConf.select(config, "actor_rollout_ref.rollout.name") is None:
+        raise ConfigError("actor_rollout_ref.rollout.name: verl needs the name of an engine. Use vllm.")
+    check_sizes(config)
+    check_files(config, hapo)
+    check_bucket(config)
+    return hapo
+
+
+def check_launch(config: DictConfig) -> HapoConfig:
+    """As `check_configuration`; then what HAPO needs of the installed verl.
+
+    Raises:
+        ConfigError: on the first thing that is wrong.
+    """
+    hapo = check_configuration(config)
+    check_contract()
+    _check_manager(config)
+    if hapo.kernels.head != "off":
+        _check_engine(f"hapo.kernels.head={hapo.kernels.head}", "Use hapo.kernels.head=off.")
+    if hapo.objective.weighs_likelihood:
+        _check_engine(f"hapo.objective.name={hapo.objective.name}", "Use hapo.objective.name=surrogate.")
+    return hapo
+
+
+def _check_rules(config: DictConfig, rules: Iterable[tuple[str, Callable[[Any], bool], str]]) -> None:
+    for key, wrong, advice in rules:
+        value = OmegaConf.select(config, key)
+        if wrong(value):
+            raise ConfigError(f"{key}={value}: {advice}")
 
 
 # Key, what is wrong with its value, the rule and the fix.
@@ -60,7 +102,7 @@ _RULES = (
     ),
     (
         "actor_rollout_ref.rollout.n",
-        lambda v: v is None or int(v) < 2,
+        lambda v: not isinstance(v, int) or v < 2,
         "a group needs at least 2 rollouts. Use actor_rollout_ref.rollout.n=8.",
     ),
     (
@@ -98,6 +140,15 @@ _RULES = (
         "Use actor_rollout_ref.rollout.enable_rollout_routing_replay=false.",
     ),
 )
+
+
+def _check_hybrid_engine(config: DictConfig) -> None:
+    key = "actor_rollout_ref.hybrid_engine"
+    if str(config.trainer.v1.trainer_mode).endswith("separate_async") and not OmegaConf.select(config, key):
+        raise ConfigError(
+            f"{key}={OmegaConf.select(config, key)}: verl 0.9.1 ends with a TypeError where it logs this mode. "
+            f"Use {key}=true."
+        )
 
 
 def _check_manager(config: DictConfig) -> None:
@@ -144,6 +195,12 @@ _HEAD_RULES = (
         "Use actor_rollout_ref.model.use_fused_kernels=false, or hapo.kernels.head=off.",
     ),
     (
+        "actor_rollout_ref.model.use_liger",
+        bool,
+        "Liger's kernels and a head of hapo.kernels have not been run together. "
+        "Use actor_rollout_ref.model.use_liger=false, or hapo.kernels.head=off.",
+    ),
+    (
         "actor_rollout_ref.actor.calculate_sum_pi_squared",
         bool,
         "a sum over the vocabulary needs whole logits. "
@@ -161,17 +218,13 @@ def _check_kernels(config: DictConfig, hapo: HapoConfig) -> None:
         )
     if hapo.kernels.head == "off":
         return
-    for key, wrong, advice in _HEAD_RULES:
-        value = OmegaConf.select(config, key)
-        if wrong(value):
-            raise ConfigError(f"{key}={value}: {advice}")
+    _check_rules(config, _HEAD_RULES)
     sequence_parallel = OmegaConf.select(config, "actor_rollout_ref.actor.ulysses_sequence_parallel_size") or 1
     if hapo.kernels.head == "policy_head" and sequence_parallel > 1:
         raise ConfigError(
             f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={sequence_parallel}: policy_head needs whole rows "
             "on a rank. Use hapo.kernels.head=linear_logprob."
         )
-    _check_engine(f"hapo.kernels.head={hapo.kernels.head}", "Use hapo.kernels.head=off.")
 
 
 def _check_engine(setting: str, fix: str) -> None:
@@ -195,7 +248,6 @@ def _check_objective(config: DictConfig, hapo: HapoConfig) -> None:
             f"actor_rollout_ref.actor.strategy={actor.strategy}: {name} asks the policy in front of every optimizer "
             "step, which is written for FSDP2. Use actor_rollout_ref.actor.strategy=fsdp2."
         )
-    _check_engine(name, "Use hapo.objective.name=surrogate.")
     if hapo.kernels.head == "policy_head":
         raise ConfigError(
             f"hapo.kernels.head=policy_head: {name} has a term that this head does not compute. "
@@ -218,40 +270,66 @@ def _check_objective(config: DictConfig, hapo: HapoConfig) -> None:
         )
 
 
-def check_cluster() -> None:
-    """Raise `ConfigError` where a Ray node lacks this version of hapo-verl or does not load it with verl.
+def _installation() -> Callable[[], tuple[str, str]]:
+    """A function that says which version of this package a process has, and a digest of its files.
 
-    Actors and agent loops import this package on their own nodes.
+    It travels by value, so it also runs where the package is missing or is another one.
     """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def plugin() -> str:
-        # A nested function travels by value, so it also runs where the package is missing.
+    def look() -> tuple[str, str]:
+        import hashlib
+        import importlib.util
         import sys
         from importlib import metadata
+        from pathlib import Path
 
         try:
             import verl  # noqa: F401
 
             version = metadata.version("hapo-verl")
         except (ImportError, metadata.PackageNotFoundError):
-            return "is not installed"
-        return version if "hapo_verl.plugin" in sys.modules else "is not loaded by `import verl`"
+            return "is not installed", ""
+        if "hapo_verl.plugin" not in sys.modules:
+            return "is not loaded by `import verl`", ""
+        digest = hashlib.sha256()
+        for package in ("hapo_verl", "hapo_kernels"):
+            spec = importlib.util.find_spec(package)
+            for folder in map(Path, (spec and spec.submodule_search_locations) or ()):
+                for file in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".yaml")):
+                    digest.update(f"{package}/{file.relative_to(folder)}".encode() + b"\0" + file.read_bytes() + b"\0")
+        return version, digest.hexdigest()[:12]
 
+    return look
+
+
+def check_cluster() -> None:
+    """Raise `ConfigError` where a Ray node lacks this version of hapo-verl, has other files, or does not load it.
+
+    Actors and agent loops import this package on their own nodes.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look = _installation()
+    own_digest = look()[1]
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
-    probe = ray.remote(num_cpus=0)(plugin)
+    probe = ray.remote(num_cpus=0)(look)
     answers = ray.get(
         [
             probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
             for node in nodes
         ]
     )
-    for node, answer in zip(nodes, answers, strict=True):
-        if answer != hapo_verl.__version__:
+    for node, (version, digest) in zip(nodes, answers, strict=True):
+        if version != hapo_verl.__version__:
             raise ConfigError(
-                f"Ray node {node['NodeManagerAddress']}: hapo-verl {answer}, the driver has {hapo_verl.__version__}. "
+                f"Ray node {node['NodeManagerAddress']}: hapo-verl {version}, the driver has {hapo_verl.__version__}. "
                 f"pip install hapo-verl=={hapo_verl.__version__} there and leave VERL_USE_EXTERNAL_PLUGINS unset."
+            )
+        if digest != own_digest:
+            raise ConfigError(
+                f"Ray node {node['NodeManagerAddress']}: hapo-verl {version} with other files than the driver's "
+                f"(digest {digest} there, {own_digest} here). Install the same commit on every node."
             )
 
 
@@ -283,7 +361,7 @@ def check_demonstrations(dataset: Any, tokenizer: Any, config: DictConfig, hapo:
         raise ConfigError(
             f"hapo.demonstration_key={key}: none of {looked_at} demonstrations looked at can be injected ({reasons}). "
             f"Fill the column; they must fit data.max_response_length={limit} with their end of sequence."
-            f"{_SEVERAL_TURNS if several else ''}"
+            f"{_SEVERAL_TURNS if several else ''}{_THOUGHTS if 'thought' in outcomes else ''}"
         )
     if reasons:
         logger.warning("hapo: of %d demonstrations looked at %d can be injected; %s", looked_at, usable, reasons)
@@ -292,6 +370,13 @@ def check_demonstrations(dataset: Any, tokenizer: Any, config: DictConfig, hapo:
 _SEVERAL_TURNS = (
     " Those in which tools answer need actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent, and in "
     "actor_rollout_ref.rollout.multi_turn these tools, format=... of the calls and room for the turns."
+)
+
+
+_THOUGHTS = (
+    " Where the chat template opens a thought, a demonstration has to close it (</think>) in front of its answer, and "
+    "where the template closes one, to have none: data.apply_chat_template_kwargs.enable_thinking, where the template "
+    "knows it, says which."
 )
 
 

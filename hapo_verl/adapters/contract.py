@@ -49,7 +49,6 @@ OVERRIDES = (
     Override(_TRAINER, "_submit_batch_to_rollout", ("self", "batch")),
     Override(_TRAINER, "_save_checkpoint", ("self",)),
     Override(_TRAINER, "_load_checkpoint", ("self",)),
-    Override(_TRAINER, "_step_once", ("self", "metrics", "timing_raw", "sample_batch_size")),
     Override(_TRAINER, "_balance_batch", ("self", "batch", "metrics", "logging_prefix", "keep_minibatch")),
     Override(_TRAINER, "_get_required_batch_multiple", ("self", "dp_size")),
     Override(_TRAINER, "_compute_old_log_prob", ("self", "batch", "metrics")),

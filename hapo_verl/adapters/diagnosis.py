@@ -36,12 +36,13 @@ class Finding:
     detail: str
 
 
-def findings(overrides: Sequence[str], *, ray: bool) -> Iterator[Finding]:
+def findings(overrides: Sequence[str], *, ray: bool, model: bool = True) -> Iterator[Finding]:
     """All findings, in order; one that fails does not hide the next.
 
     Args:
         overrides: of a launch, as on verl's command line; none skips the checks of a launch.
         ray: also look from inside a Ray worker, for which a local Ray is started.
+        model: also load the launch's model and ask what its loss can teach it.
     """
     checks: list[tuple[str, Callable[[], str]]] = [
         ("python", lambda: platform.python_version()),
@@ -61,7 +62,7 @@ def findings(overrides: Sequence[str], *, ray: bool) -> Iterator[Finding]:
     if ray:
         checks.append(("plugin in a Ray worker", _ray_worker))
     if overrides:
-        checks += Rehearsal(overrides).checks()
+        checks += Rehearsal(overrides, model=model).checks()
     for name, check in checks:
         try:
             yield Finding(name, True, check())

@@ -1,69 +1,145 @@
-"""Which launches may leave out rows without a gradient, and which need no pass for old log-probs."""
+"""What a step need not compute: rows that cannot move the policy, and a pass for old log-probs that nobody reads.
+
+With sparse rewards most rows have advantage 0: those of a group that failed, or succeeded, as a whole. Rewards are all
+that advantages need, so they come first, and the batch shrinks to the rows with a gradient before the actor sees it.
+Loss, gradient and optimizer step stay those of all rows: mini-batches keep their members, and normalisers are counted
+here, over rows that are left out too, and travel with the rows (`hapo_mini_batch`).
+
+verl asks the policy for every row's log-probs before it updates: they are the old ones of the ratio. Where a step is
+one update, the policy has not changed by then, so the update's own log-probs are these.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
-from omegaconf import OmegaConf
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
+from hapo_verl.adapters.mini_batches import mini_batch_of
+from hapo_verl.adapters.rows import MiniBatch
 from hapo_verl.config import HapoConfig
 
-# Other engines may add losses of their own: those that balance experts read every row.
-STRATEGIES = ("fsdp", "fsdp2")
-_WITH_REPLAY = ("megatron", "veomni")
-# Prefix of what is measured over the trained rows alone.
-TRAINED = "hapo/trained/"
+
+class Savings(NamedTuple):
+    """What the steps of a launch leave out: of each an empty string, or why it is not left out.
+
+    Attributes:
+        idle_rows: rows without a gradient, in the update.
+        idle_scores: their old log-probs, and so verl's metrics of that pass over all rows.
+        old_log_probs: all old log-probs.
+    """
+
+    idle_rows: str
+    idle_scores: str
+    old_log_probs: str
+
+    def lines(self) -> list[str]:
+        """For the log of a run."""
+        rows, scores, passes = self
+        lines = [f"every row is trained on: {rows}" if rows else "rows without a gradient are not trained on"]
+        if scores:
+            lines.append(f"old log-probs are computed of every row: {scores}")
+        elif passes:
+            lines.append(f"old log-probs are computed of rows that are trained on, in a pass: {passes}")
+        else:
+            lines.append("old log-probs are those of the update itself, no pass is run for them")
+        if not (rows and scores):
+            lines.append("metrics over the rows that are trained on begin with hapo/trained/")
+        return lines
 
 
-def why_no_row_is_left_out(config: Any, hapo: HapoConfig) -> str | None:
-    """What gives every row of this launch a gradient, as `key=value, reason`; None where the advantages decide."""
+def savings(config: DictConfig, hapo: HapoConfig) -> Savings:
+    """What the steps of a launch leave out."""
+    idle_rows, passes = _why_idle_rows_train(config, hapo), _why_a_pass(config, hapo)
+    scores = _why_every_row_is_scored(config, hapo)
+    if not scores and idle_rows and passes:
+        scores = f"{passes}; {idle_rows}"
+    return Savings(idle_rows, scores, scores or passes)
+
+
+def _why_idle_rows_train(config: DictConfig, hapo: HapoConfig) -> str:
     actor = config.actor_rollout_ref.actor
     if not hapo.skip_idle_rows:
         return "hapo.skip_idle_rows=false"
-    if hapo.objective.every_row_trains:
-        return f"hapo.objective.name={hapo.objective.name} moves the policy with every row"
-    if corrects_rollouts(config):
-        return "algorithm.rollout_correction reads the old log-probs of every row before advantages are known"
+    if not hapo.objective.idle_rows:
+        return f"hapo.objective.name={hapo.objective.name} gives every row a gradient"
     if actor.use_kl_loss:
-        return "actor_rollout_ref.actor.use_kl_loss=True moves the policy with every row"
+        return "actor_rollout_ref.actor.use_kl_loss=True gives every rollout a gradient"
     if actor.entropy_coeff != 0:
-        return f"actor_rollout_ref.actor.entropy_coeff={actor.entropy_coeff} moves the policy with every row"
-    if actor.strategy not in STRATEGIES:
-        return f"actor_rollout_ref.actor.strategy={actor.strategy} may have losses beside the policy's"
-    if actor.shuffle and actor.ppo_mini_batch_size < config.data.train_batch_size:
-        return "actor_rollout_ref.actor.shuffle=True draws the rows of a mini-batch from all rows"
+        return f"actor_rollout_ref.actor.entropy_coeff={actor.entropy_coeff} gives every row a gradient"
     if actor.loss_agg_mode == "seq-mean-token-sum-norm" and actor.loss_scale_factor is None:
-        return "actor_rollout_ref.actor.loss_scale_factor=None divides by the longest row of a micro-batch"
-    return None
+        return (
+            "actor_rollout_ref.actor.loss_scale_factor=null divides by the longest row of a micro-batch, which may be "
+            "one without a gradient"
+        )
+    if actor.shuffle and _updates(config) > 1:
+        return "actor_rollout_ref.actor.shuffle=True leaves it to the workers which rows make a mini-batch"
+    if actor.strategy not in ("fsdp", "fsdp2"):
+        return f"actor_rollout_ref.actor.strategy={actor.strategy} was not tried without them"
+    if OmegaConf.select(config, "actor_rollout_ref.actor.fsdp_config.qat.enable"):
+        return "actor_rollout_ref.actor.fsdp_config.qat.enable=True learns scales from every row"
+    return ""
 
 
-def corrects_rollouts(config: Any) -> bool:
-    """Whether verl's rollout correction weighs or rejects tokens, which takes old log-probs."""
-    correction = OmegaConf.select(config, "algorithm.rollout_correction")
-    chosen = correction is not None and (correction.get("rollout_is") or correction.get("rollout_rs"))
-    return bool(chosen) and compares_rollouts(config)
+def _why_every_row_is_scored(config: DictConfig, hapo: HapoConfig) -> str:
+    if hapo.old_log_probs == "all":
+        return "hapo.old_log_probs=all"
+    for name in ("rollout_is", "rollout_rs"):
+        value = OmegaConf.select(config, f"algorithm.rollout_correction.{name}")
+        if value is not None:
+            return f"algorithm.rollout_correction.{name}={value} reads them"
+    return ""
 
 
-def compares_rollouts(config: Any) -> bool:
-    """Whether verl computes the metrics of its rollout correction, as it does wherever that block is there."""
-    correction = OmegaConf.select(config, "algorithm.rollout_correction")
-    return correction is not None and config.actor_rollout_ref.rollout.calculate_log_probs
+def _why_a_pass(config: DictConfig, hapo: HapoConfig) -> str:
+    actor = config.actor_rollout_ref.actor
+    if hapo.kernels.head == "policy_head":
+        return "hapo.kernels.head=policy_head reads them in the forward pass of the update"
+    if _parameter_sync_step(config) > 1:
+        return "trainer.v1.separate_async.parameter_sync_step makes several updates a step"
+    if actor.ppo_epochs > 1:
+        return f"actor_rollout_ref.actor.ppo_epochs={actor.ppo_epochs} makes several updates a step"
+    if _updates(config) > 1:
+        return f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} makes several updates a step"
+    return ""
 
 
-def needs_old_log_probs(config: Any, hapo: HapoConfig, *, single_update: bool) -> bool:
-    """Whether the pass for old log-probs is to run.
+def _parameter_sync_step(config: DictConfig) -> int:
+    mode = config.trainer.v1.trainer_mode.removeprefix("hapo_")
+    return OmegaConf.select(config, f"trainer.v1.{mode}.parameter_sync_step") or 1
+
+
+def _updates(config: DictConfig) -> int:
+    """Mini-batches of a batch."""
+    prompts = config.data.train_batch_size // _parameter_sync_step(config)
+    return -(-prompts // config.actor_rollout_ref.actor.ppo_mini_batch_size)
+
+
+def counted(
+    tokens_B: Tensor, active_B: Tensor, demonstration_B: Tensor, group_B: Tensor, mini_batches: int, dp_size: int
+) -> Tensor:
+    """(B, 4) int64: of each row the `MiniBatch` that it belongs to.
 
     Args:
-        config: the whole configuration.
-        hapo: its `hapo:` block.
-        single_update: the step has one update, of the policy that the pass would score with.
+        tokens_B: (B,) tokens of `loss_mask`, which verl counts: what rollout correction has rejected is among them.
+        active_B: (B,) tokens that train.
+        demonstration_B: (B,) bool.
+        group_B: (B,) int64 id of each row's prompt.
+        mini_batches: of the step.
+        dp_size: data-parallel ranks.
     """
-    # Its pass also records how experts were chosen.
-    replays = [OmegaConf.select(config, f"actor_rollout_ref.actor.{of}.router_replay.mode") for of in _WITH_REPLAY]
-    auto = hapo.old_log_probs == "auto" and all(mode in (None, "disabled") for mode in replays)
-    return not (auto and single_update) or corrects_rollouts(config)
-
-
-def over_trained_rows(metrics: dict[str, Any]) -> dict[str, Any]:
-    """verl's metrics of old log-probs under names that say they are over the trained rows."""
-    return {TRAINED + name.removeprefix("actor/").removeprefix("training/"): value for name, value in metrics.items()}
+    mini_batch_B = torch.tensor(mini_batch_of(len(tokens_B), mini_batches, dp_size))
+    counts = []
+    for number in range(mini_batches):
+        in_B = mini_batch_B == number
+        counts.append(
+            MiniBatch(
+                rows=int(in_B.sum()),
+                tokens=int(tokens_B[in_B].sum()),
+                on_policy_tokens=int(active_B[in_B & ~demonstration_B].sum()),
+                groups=group_B[in_B & (active_B > 0)].unique().numel(),
+            )
+        )
+    return torch.tensor(counts, dtype=torch.int64)[mini_batch_B]

@@ -23,8 +23,8 @@ from hapo_verl.adapters.rows import (
     OBJECTIVE_LOSS,
     SINGLE_UPDATE,
     demonstration_flags,
+    mini_batch,
     plain_values,
-    whole_step,
 )
 from hapo_verl.algo.objectives import Objective, Rows
 
@@ -60,8 +60,8 @@ def weigh_likelihoods(engine: Any, data: TensorDict, objective: Objective) -> No
     training = [i for i, row in enumerate(everyone) if row[3] > 0]
     weight_B, loss = torch.zeros(len(everyone), dtype=torch.float64), None
     if training:
-        whole = whole_step(data)
         uid, score, demonstration, tokens, log_ratio, entropy = zip(*(everyone[i] for i in training), strict=True)
+        whole = mini_batch(data)
         rows = Rows(
             torch.tensor(score, dtype=torch.float64),
             segment_ids(uid),
@@ -70,7 +70,7 @@ def weigh_likelihoods(engine: Any, data: TensorDict, objective: Objective) -> No
             torch.tensor(log_ratio, dtype=torch.float64),
             torch.tensor(entropy, dtype=torch.float64),
             batch_size=int(data["global_batch_size"]) if whole is None else whole.rows,
-            groups=None if whole is None else whole.groups,
+            groups=len(set(uid)) if whole is None else whole.groups,
         )
         weight_B[training], loss = objective.likelihood_weight(rows), objective.loss(rows)
     first = sum(map(len, gathered[: dist.get_rank(group)]))
@@ -87,9 +87,8 @@ def _policy_means(engine: Any, data: TensorDict, tokens_B: Tensor, reads: frozen
     probe = data.copy()
     tu.assign_non_tensor(probe, calculate_entropy="entropy" in reads)
     output = engine.infer_batch(probe)["model_output"]
-    # Where nothing but the ratio reads old log-probs, they may not be there.
-    names = ["response_mask", *(["old_log_probs"] if "log_ratio" in reads else [])]
-    padded = data.select(*names).to_padded_tensor()
+    fields = ["response_mask"] + ["old_log_probs"] * ("log_ratio" in reads)
+    padded = data.select(*fields).to_padded_tensor()
     active_BT = padded["response_mask"].bool()
 
     def mean(value_BT: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ verl's own policy losses are handed seven tensors and could not tell a demonstra
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from hapo_verl.adapters.rows import (
     DEMONSTRATION,
     LIKELIHOOD_WEIGHT,
     OBJECTIVE_LOSS,
-    SINGLE_UPDATE,
+    OWN_OLD_LOG_PROBS,
     demonstration_flags,
-    whole_step,
+    mini_batch,
 )
 from hapo_verl.adapters.trace import Trace
 from hapo_verl.algo.policy_loss import (
@@ -39,6 +40,8 @@ from hapo_verl.config import HapoConfig
 
 # Prefix of token sums on their way to the trainer, which turns them into means once all micro-batches are added up.
 TOKEN_SUM = "hapo_token_sum/"
+# Prefix of metrics over the rows that were trained on, where verl's are over all rows of the batch.
+TRAINED = "hapo/trained/"
 # Where `hapo.kernels.head=policy_head` leaves the loss in the model's output.
 POLICY_HEAD = "hapo_policy_head"
 
@@ -54,22 +57,26 @@ def hapo_loss(
         model_output: `log_probs` and, where wanted, `entropy`, over whole sequences; or the loss itself, where the
             head has computed it. It is taken out: verl's bookkeeping knows tensors only.
         data: the micro-batch, one jagged tensor a field.
-        dp_group: not used; the normalisers are global already.
+        dp_group: not used; the normalisers in `data` are global already.
+
+    Where rows without a gradient are left out, the normalisers are those of the mini-batch with them in it
+    (`hapo_mini_batch`), and verl's counts of what is left are not read.
 
     Raises:
         RuntimeError: when a row did not pass HAPO's agent loop.
     """
     fused: PolicyHead | None = model_output.pop(POLICY_HEAD, None)  # pyright: ignore[reportAssignmentType]
     likelihood: dict[str, Any] = {}
-    entropy_BT: Tensor | None = None
     if fused is not None:
-        loss, metrics = fused.loss, fused.metrics
-        if tu.get_non_tensor_data(data=data, key="calculate_entropy", default=False):
-            entropy_BT = fused.entropy_BT
+        loss, metrics, policy_logp_BT = fused.loss, fused.metrics, fused.logp_BT
+        asked = tu.get_non_tensor_data(data=data, key="calculate_entropy", default=False)
+        entropy_BT = fused.entropy_BT if asked else None
     else:
         policy_logp_BT, entropy = no_padding_2_padding(model_output["log_probs"], data), model_output.get("entropy")
         entropy_BT = None if entropy is None else no_padding_2_padding(entropy, data)
         terms = loss_terms(config, hapo, data, policy_logp_BT.device)
+        if terms["old_logp_BT"] is None:
+            terms["old_logp_BT"] = policy_logp_BT.detach()
         loss, metrics = hapo_policy_loss(
             policy_logp_BT,
             **terms,
@@ -82,29 +89,32 @@ def hapo_loss(
             likelihood = _likelihood_metrics(term, hapo, data)
     names = ("uid", "responses", DEMONSTRATION, "advantages", "response_mask", LIKELIHOOD_WEIGHT)
     Trace(hapo.trace_dir).loss_rows(data, names=[name for name in names if name in data])
-    values = metrics._asdict()
-    if entropy_BT is not None:
-        mask: Any = data["response_mask"]
-        values["entropy_sum"] = torch.where(mask.to_padded_tensor(0).bool(), entropy_BT.detach(), 0.0).sum()
-    return loss, _metrics(values, config) | likelihood
+    reported = _metrics(metrics._asdict(), config, has_entropy=entropy_BT is not None) | likelihood
+    whole = mini_batch(data)
+    if whole is not None:
+        on_policy_tokens = whole.on_policy_tokens / data["dp_size"]
+        reported[TOKEN_SUM + "whole_on_policy_tokens"] = Metric(AggregationType.MEAN, on_policy_tokens)
+        if entropy_BT is not None:
+            del reported["actor/entropy_loss"]
+            reported |= _token_sums({"entropy_sum": entropy_BT}, _own_tokens(data, demonstrations=True))
+    if _has_no_old_log_probs(data) and "rollout_log_probs" in data:
+        reported |= _comparison(policy_logp_BT.detach(), data)
+    return loss, reported
 
 
 def loss_terms(config: ActorConfig, hapo: HapoConfig, data: TensorDict, device: torch.device) -> dict[str, Any]:
     """What the loss of a micro-batch takes beside the policy's own log-probabilities and entropy.
 
-    Normalisers are those of the whole optimizer step, whatever rows of it were left out.
+    `old_logp_BT` is None where it is the policy's own.
     """
-    whole = whole_step(data)
-    demonstration_B = demonstration_flags(data)
+    demonstration_B, whole = demonstration_flags(data), mini_batch(data)
     names = ["response_mask", "old_log_probs", "advantages", "rollout_is_weights", "ref_log_prob"]
     rows = data.select(*(name for name in names if name in data)).to_padded_tensor()
     clip_low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
     clip_high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
     clip = Clip(low=clip_low, high=clip_high, dual=config.get("clip_ratio_c", 3.0))
-    single_update = tu.get_non_tensor_data(data=data, key=SINGLE_UPDATE, default=False)
     return {
-        # Of a step's only update they may not have been computed: the policy in training is the one they are of.
-        "old_logp_BT": rows.get("old_log_probs", None) if single_update else rows["old_log_probs"],
+        "old_logp_BT": None if _has_no_old_log_probs(data) else rows["old_log_probs"],
         "advantage_BT": rows["advantages"],
         "mask_BT": rows["response_mask"].bool(),
         "demonstration_B": demonstration_B.to(device),
@@ -123,7 +133,43 @@ def loss_terms(config: ActorConfig, hapo: HapoConfig, data: TensorDict, device: 
     }
 
 
-def _metrics(values: dict[str, Tensor], config: ActorConfig) -> dict[str, Any]:
+def _has_no_old_log_probs(data: TensorDict) -> bool:
+    return bool(tu.get_non_tensor_data(data=data, key=OWN_OLD_LOG_PROBS, default=False))
+
+
+def _own_tokens(data: TensorDict, *, demonstrations: bool) -> Tensor:
+    """(B, T) bool: the tokens that train, of demonstrations too or of the policy's own rows only."""
+    active_BT = data.select("response_mask").to_padded_tensor()["response_mask"].bool()
+    return active_BT if demonstrations else active_BT & ~demonstration_flags(data).to(active_BT.device).unsqueeze(1)
+
+
+def _token_sums(values: dict[str, Tensor], where_BT: Tensor) -> dict[str, Any]:
+    """Sums over these tokens, for `token_means`; in fp64, since differences are taken of some."""
+    return {
+        TOKEN_SUM + name: Metric(AggregationType.SUM, value_BT.detach()[where_BT].double().sum())
+        for name, value_BT in values.items()
+    }
+
+
+def _comparison(policy_logp_BT: Tensor, data: TensorDict) -> dict[str, Any]:
+    """Of the probabilities of the policy's own tokens, rollout engine against actor: verl compares these in a pass."""
+    own_BT = _own_tokens(data, demonstrations=False)
+    rollout_BT = data.select("rollout_log_probs").to_padded_tensor()["rollout_log_probs"].to(policy_logp_BT).exp()
+    actor_BT = policy_logp_BT.exp()
+    difference_BT = torch.where(own_BT, (actor_BT - rollout_BT).abs(), 0.0)
+    sums = {
+        "difference_sum": difference_BT,
+        "actor_sum": actor_BT,
+        "rollout_sum": rollout_BT,
+        "actor_square_sum": actor_BT.double().square(),
+        "rollout_square_sum": rollout_BT.double().square(),
+        "product_sum": actor_BT.double() * rollout_BT,
+    }
+    largest = Metric(AggregationType.MAX, difference_BT.max())
+    return _token_sums(sums, own_BT) | {TRAINED + "rollout_probs_diff_max": largest}
+
+
+def _metrics(values: dict[str, Tensor], config: ActorConfig, *, has_entropy: bool) -> dict[str, Any]:
     """verl's names for what verl logs too; every contribution carries the global normaliser, so all are added up."""
     named = {
         "actor/pg_loss": values.pop("on_policy_loss") + values["teacher_loss"],
@@ -133,7 +179,7 @@ def _metrics(values: dict[str, Tensor], config: ActorConfig) -> dict[str, Any]:
     kl_loss, entropy_loss = values.pop("kl_loss"), values.pop("entropy")
     if config.use_kl_loss:
         named["kl_loss"] = kl_loss
-    if "entropy_sum" in values:
+    if has_entropy:
         named["actor/entropy_loss"] = entropy_loss
     named |= {TOKEN_SUM + name: value for name, value in values.items()}
     metrics: dict[str, Any] = {name: Metric(AggregationType.SUM, value) for name, value in named.items()}
@@ -150,29 +196,49 @@ def _likelihood_metrics(term: Tensor, hapo: HapoConfig, data: TensorDict) -> dic
     return metrics
 
 
-def token_means(metrics: dict[str, Any], *, trained_share: float | None = None) -> dict[str, float]:
+def token_means(metrics: dict[str, Any]) -> dict[str, float]:
     """The token means that the sums of `hapo_loss` stand for; takes the sums out of `metrics`.
+
+    What holds of every row that was left out is 0: no clip holds where the advantage is 0. So `pg_clipfrac` is over all
+    tokens of the policy's own, as if they had been trained on. Other means are over the tokens that were, and say so.
 
     Args:
         metrics: the actor's metrics after verl has added up micro-batches and averaged mini-batches and ranks.
-        trained_share: of the policy's own tokens, how many the loss has seen, where rows without a gradient may be left
-            out; None where they never are. Such a token is never clipped, but its entropy and its ratio are not known:
-            their means are over the trained tokens, and say so.
     """
     prefix = "actor/" + TOKEN_SUM
     sums = {name.removeprefix(prefix): metrics.pop(name) for name in list(metrics) if name.startswith(prefix)}
     if not sums:
         return {}
-    on_policy, demonstration = max(sums["on_policy_tokens"], 1), max(sums["teacher_tokens"], 1)
-    share = 1.0 if trained_share is None else trained_share
+    whole = "whole_on_policy_tokens" in sums
+    trained, demonstration = max(sums["on_policy_tokens"], 1), max(sums["teacher_tokens"], 1)
+    on_policy = max(sums["whole_on_policy_tokens"], 1) if whole else trained
     means = {
-        "actor/pg_clipfrac": sums["clipped_tokens"] / on_policy * share,
-        "actor/pg_clipfrac_lower": sums["dual_clipped_tokens"] / on_policy * share,
-        "actor/ppo_kl" if trained_share is None else "hapo/trained/ppo_kl": sums["log_ratio_sum"] / on_policy,
-        "hapo/demonstration/probability": sums["teacher_probability_sum"] / demonstration,
+        "actor/pg_clipfrac": sums["clipped_tokens"] / on_policy,
+        "actor/pg_clipfrac_lower": sums["dual_clipped_tokens"] / on_policy,
+        TRAINED + "ppo_kl" if whole else "actor/ppo_kl": sums["log_ratio_sum"] / trained,
+        TRAINED + "demonstration_probability" if whole else "hapo/demonstration/probability": (
+            sums["teacher_probability_sum"] / demonstration
+        ),
     }
-    if trained_share is not None and "entropy_sum" in sums:
-        del metrics["actor/entropy_loss"]
+    if "entropy_sum" in sums:
         tokens = max(sums["on_policy_tokens"] + sums["teacher_tokens"], 1)
-        means["hapo/trained/entropy_loss"] = sums["entropy_sum"] / tokens
-    return means
+        means[TRAINED + "entropy_loss"] = sums["entropy_sum"] / tokens
+    return means | _compared(sums)
+
+
+def _compared(sums: dict[str, float]) -> dict[str, float]:
+    """verl's comparison of rollout and actor, by its names of it, from the sums of `_comparison`."""
+    tokens = sums["on_policy_tokens"] if "difference_sum" in sums else 0
+    if not tokens:
+        return {}
+    actor, rollout = sums["actor_sum"] / tokens, sums["rollout_sum"] / tokens
+    variances = [
+        sums["actor_square_sum"] / tokens - actor**2,
+        sums["rollout_square_sum"] / tokens - rollout**2,
+    ]
+    covariance = sums["product_sum"] / tokens - actor * rollout
+    spread = math.sqrt(max(variances[0], 0.0) * max(variances[1], 0.0))
+    return {
+        TRAINED + "rollout_probs_diff_mean": sums["difference_sum"] / tokens,
+        TRAINED + "rollout_actor_probs_pearson_corr": covariance / spread if spread else math.nan,
+    }

@@ -46,6 +46,9 @@ def group_metrics(
         "hapo/injected/group_share": _share(outcomes["injected"], len(groups)),
         "hapo/injected/row_share": _share(int(demonstration_B.sum()), demonstration_B.numel()),
         "hapo/injected/token_share": _share(int(tokens_B[demonstration_B].sum()), int(tokens_B.sum())),
+        "hapo/demonstration/unsteady": _share(
+            sum(bool(group.get("unsteady")) for group in groups.values()), len(groups)
+        ),
         "hapo/on_policy_success": _share(sum(sum(group["successes"]) for group in gated), rollouts),
         "hapo/without_signal/before_injection": _share(sum(map(_flat, gated)), len(gated)),
         "hapo/without_signal/after_injection": _share(
@@ -60,6 +63,29 @@ def group_metrics(
         for successes, count in sorted(by_successes.items())
     }
     return metrics
+
+
+def silence(groups: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """What to look at where no group has a signal: every advantage is 0, and nothing is learned. None where one has.
+
+    Args:
+        groups: uid → `hapo_group` of a step, padding left out.
+    """
+    if not groups or not all(_flat(group) and group["outcome"] != "injected" for group in groups.values()):
+        return None
+    scores = Counter(score for group in groups.values() for score in group["scores"][:1])
+    said = ", ".join(f"{score:g} in {count}" for score, count in scores.most_common(3))
+    refused = Counter(group["outcome"] for group in groups.values() if group["outcome"] in REASONS)
+    text = f"none of {len(groups)} groups has a signal: the rollouts of each got the same reward ({said} of them)"
+    if all(all(group["successes"]) for group in groups.values()):
+        return f"{text}, a success. The policy solves these prompts already: train on harder ones."
+    reasons = ", ".join(f"{count} {reason}" for reason, count in refused.most_common())
+    text += f", and no demonstration was injected{f' ({reasons})' if reasons else ''}"
+    return (
+        f"{text}. Read a few responses beside what the reward function expects of them "
+        "(trainer.rollout_data_dir=FOLDER writes them), look whether they end within data.max_response_length, and ask "
+        "python -m hapo_verl.doctor about the demonstrations."
+    )
 
 
 def _share(part: float, whole: int) -> float:

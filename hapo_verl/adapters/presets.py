@@ -10,6 +10,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
 
 from hapo_verl.config import defaults
 
@@ -26,5 +27,6 @@ def register_presets() -> None:
     plugins = Plugins.instance()
     if HapoSearchPath not in plugins.discover(SearchPathPlugin):
         plugins.register(HapoSearchPath)
-    # The preset files start from this node, so that every key of the block exists and can be overridden.
-    ConfigStore.instance().store(name="hapo_defaults", node=defaults())
+    # The preset files start from this node, so that every key of the block exists and can be overridden. It takes
+    # unknown keys too, which HAPO refuses with the nearest known one; Hydra would advise to add them.
+    ConfigStore.instance().store(name="hapo_defaults", node=OmegaConf.create(defaults(), flags={"struct": False}))

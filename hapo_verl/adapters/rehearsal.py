@@ -1,6 +1,7 @@
 """What a launch would find out after an hour of queueing, from its configuration, its files and its tokenizer alone.
 
-Nothing is started and no model is loaded. Each check is one line of `python -m hapo_verl.doctor`.
+Nothing is started; the model is loaded by the last check alone, which can be left out. Each check is one line of
+`python -m hapo_verl.doctor`.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from hapo_verl.adapters.checks import check_demonstrations, check_launch
+from hapo_verl.adapters.files import check_columns, check_files, local_files
 from hapo_verl.adapters.head_memory import linear_logprob_bytes, policy_head_bytes, verl_head_bytes
 from hapo_verl.adapters.reward import success_of
 from hapo_verl.adapters.sizes import check_sizes, tokens_at_a_time
+from hapo_verl.adapters.teachable import LEAST_WEIGHT, least_likely, score, untaught
 from hapo_verl.adapters.tokens import ChatFormat
+from hapo_verl.adapters.weight_bucket import check_bucket
 from hapo_verl.algo.demonstration import Refusal, Response
+from hapo_verl.algo.policy_loss import DemonstrationShape
 from hapo_verl.config import ConfigError, HapoConfig
 
 GIB = 2**30
-LOOKED_AT, SCORED = 256, 10
+LOOKED_AT, SCORED, ASKED = 256, 10, 32
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:
@@ -40,9 +45,9 @@ class Rehearsal:
     What several checks need is made once, by the first of them; where it cannot be made, each of them says so.
     """
 
-    def __init__(self, overrides: Sequence[str]) -> None:
-        """A launch with these overrides, as on verl's command line."""
-        self._overrides = overrides
+    def __init__(self, overrides: Sequence[str], *, model: bool = True) -> None:
+        """A launch with these overrides, as on verl's command line; `model`: also load the model and ask it."""
+        self._overrides, self._with_model = overrides, model
 
     def checks(self) -> list[tuple[str, Callable[[], str]]]:
         """Name and check, in order; a check returns what it found and raises where that is wrong."""
@@ -50,10 +55,12 @@ class Rehearsal:
             ("launch", self.launch),
             ("sizes", self.sizes),
             ("columns", self.columns),
+            ("weights", self.weights),
             ("demonstrations", self.demonstrations),
             ("reward function", self.reward),
             ("model", self.model),
             ("memory of the head", self.memory),
+            *([("what the loss can teach", self.teachable)] if self._with_model else []),
         ]
 
     @cached_property
@@ -68,7 +75,7 @@ class Rehearsal:
     def rows(self) -> Any:
         import datasets
 
-        return datasets.Dataset.from_parquet([str(file) for file in self._files("train_files")])
+        return datasets.Dataset.from_parquet([str(file) for file in local_files(self.config, "train_files")])
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -100,18 +107,7 @@ class Rehearsal:
 
     def columns(self) -> str:
         """What verl reads of each file, and the demonstrations."""
-        from pyarrow.parquet import read_schema
-
-        data = self.config.data
-        needed = {data.prompt_key, "data_source", "reward_model"}
-        looked_at = 0
-        for key, columns in {"train_files": needed | {self.hapo.demonstration_key}, "val_files": needed}.items():
-            for file in self._files(key):
-                missing = columns - set(read_schema(file).names)
-                if missing:
-                    raise ConfigError(f"data.{key}={file}: no column {', '.join(sorted(missing))}. Add it.")
-                looked_at += 1
-        return f"{', '.join(sorted(needed))} in {looked_at} file(s), {self.hapo.demonstration_key} in those to train on"
+        return check_columns(self.config, self.hapo)
 
     def demonstrations(self) -> str:
         check_demonstrations(self.rows, self.tokenizer, self.config, self.hapo, sample=LOOKED_AT)
@@ -129,14 +125,23 @@ class Rehearsal:
         """The run's own reward function on the first demonstrations that can be injected, as the run decodes them."""
         succeeds = success_of(self.config, self.hapo.success_threshold)
         tried = self.injectable[0][:SCORED]
-        successes = sum(
-            succeeds(
-                self.rows[number], self.tokenizer.decode(response.tokens, skip_special_tokens=True), response.num_turns
+
+        def scored() -> list[bool]:
+            texts = (self.tokenizer.decode(response.tokens, skip_special_tokens=True) for _, response in tried)
+            return [
+                succeeds(self.rows[number], text, response.num_turns)
+                for (number, response), text in zip(tried, texts, strict=True)
+            ]
+
+        first, second = scored(), scored()
+        successes, unsteady = sum(first), sum(a != b for a, b in zip(first, second, strict=True))
+        path = OmegaConf.select(self.config, "reward.custom_reward_function.path")
+        if unsteady:
+            raise ConfigError(
+                f"reward.custom_reward_function.path={path}: {unsteady} of {len(tried)} demonstrations are a success "
+                "in one call and none in the next. Make it reproducible."
             )
-            for number, response in tried
-        )
         if not successes:
-            path = OmegaConf.select(self.config, "reward.custom_reward_function.path")
             raise ConfigError(
                 f"reward.custom_reward_function.path={path}: none of {len(tried)} demonstrations is a success, so none "
                 "would be injected. Use the reward function that these data were verified with."
@@ -155,6 +160,11 @@ class Rehearsal:
                 "Use a model with more of them, or shorter prompts and responses."
             )
         return f"{self._hf_config.model_type} with {positions} positions, {longest} asked for"
+
+    def weights(self) -> str:
+        """What an update sends to the rollout engine, and in which pieces."""
+        check_files(self.config, self.hapo)
+        return check_bucket(self.config)
 
     def memory(self) -> str:
         """See `head_memory`; wrong where the head alone would not fit the GPU that is visible here."""
@@ -181,17 +191,41 @@ class Rehearsal:
                 )
         return f"{chosen} is chosen; at {tokens} tokens a rank, estimated: {detail}"
 
+    def teachable(self) -> str:
+        """Demonstrations under the model: what share has a token that the launch's loss hardly pushes."""
+        path, loss = Path(self.config.actor_rollout_ref.model.path), self.hapo.loss
+        if not path.is_dir():
+            return f"actor_rollout_ref.model.path={path} is not on this machine: not looked at"
+        if self.hapo.gate.name == "never":
+            return "hapo.gate.name=never: no demonstration is trained on"
+        chosen = self.injectable[0][:: max(1, len(self.injectable[0]) // ASKED)][:ASKED]
+        scored = score(
+            path,
+            [self._prompt(number) for number, _ in chosen],
+            [(response.tokens, response.mask) for _, response in chosen],
+        )
+        shape = DemonstrationShape(loss.shape, loss.shaping, loss.exponent)
+        count = sum(untaught(scored, shape))
+        probability, token = least_likely(scored)
+        text = self.tokenizer.decode([token])
+        found = f"the least likely token of a demonstration has probability {probability:.0e} (median; {text!r})"
+        if not count:
+            return f"every token of {len(scored)} demonstrations is pushed; {found}"
+        return (
+            f"hapo.loss.exponent={loss.exponent} hardly pushes a token of {count} of {len(scored)} demonstrations (its "
+            f"weight is under {LEAST_WEIGHT:.0%} of the largest), and they may never be written; {found}. "
+            "Use hapo.loss.shape=power hapo.loss.exponent=0.0, which pushes it most."
+        )
+
+    def _prompt(self, number: int) -> list[int]:
+        """Token ids of a row's prompt, as the run writes it."""
+        kwargs = OmegaConf.select(self.config, "data.apply_chat_template_kwargs") or {}
+        messages = self.rows[number][self.config.data.prompt_key]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
     @cached_property
     def _hf_config(self) -> Any:
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(self.config.actor_rollout_ref.model.path)
-
-    def _files(self, key: str) -> list[Path]:
-        """The files of `data.<key>`, which have to lie on this machine."""
-        files = self.config.data[key]
-        files = [Path(str(file)) for file in ([files] if isinstance(files, str) else files)]
-        missing = [file for file in files if not file.is_file()]
-        if missing:
-            raise ConfigError(f"data.{key}={missing[0]}: no such file on this machine. Name local parquet files.")
-        return files

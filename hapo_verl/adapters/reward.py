@@ -1,9 +1,11 @@
-"""verl's built-in reward functions and a launch's own, for tools that verify a data set."""
+"""verl's built-in reward functions and a launch's own, for tools that verify a data set; and what a reward may be."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +16,32 @@ from hapo_verl.config import ConfigError
 
 # (row of verl's parquet, solution's text with what tools answered in it, its `num_turns`) -> success
 Succeeds = Callable[[Mapping[str, Any], str, int], bool]
+
+
+class RewardError(ValueError):
+    """What a reward function has returned is no reward; the message is one line: what, the rule, the fix."""
+
+
+def finite_number(value: Any, name: str) -> float:
+    """A score as a number; a tensor or an array with one element is one.
+
+    Args:
+        value: as the reward function has returned it.
+        name: of the value, `score` or `acc`.
+
+    Raises:
+        RewardError: where it is none, or not finite: the advantages of its whole group would be none either.
+    """
+    number = value
+    if not isinstance(number, numbers.Real) and getattr(number, "size", None) is not None:
+        count = number.numel() if hasattr(number, "numel") else number.size
+        number = number.item() if count == 1 else value
+    if isinstance(number, numbers.Real) and math.isfinite(number):
+        return float(number)
+    raise RewardError(
+        f"the reward function returned {name}={value!r} ({type(value).__name__}): a finite number is needed. "
+        "Return a float, or a dict with one under score."
+    )
 
 
 def default_score(data_source: str, solution: str, ground_truth: str) -> float:
@@ -72,8 +100,11 @@ def success_of(config: DictConfig, threshold: float) -> Succeeds:
         )
         if inspect.isawaitable(result):
             result = asyncio.run(_value(result))
+        if isinstance(result, dict) and "score" not in result:
+            raise RewardError(f"the reward function returned a dict without score, with {', '.join(result)}. Add it.")
         score, accuracy = (result["score"], result.get("acc")) if isinstance(result, dict) else (result, None)
-        return is_success(score, accuracy, threshold)
+        accuracy = None if accuracy is None else finite_number(accuracy, "acc")
+        return is_success(finite_number(score, "score"), accuracy, threshold)
 
     return succeeds
 

@@ -22,6 +22,7 @@ from verl.experimental.agent_loop import AgentLoopOutput, AgentLoopWorker
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from hapo_verl.adapters.reward import RewardError, finite_number
 from hapo_verl.adapters.rows import APPENDED, DEMONSTRATION, GROUP, SITUATION
 from hapo_verl.adapters.tokens import ChatFormat
 from hapo_verl.adapters.tool_loop import ToolLoop
@@ -31,6 +32,9 @@ from hapo_verl.algo.injection import Rollout, is_success, worst_rollout
 from hapo_verl.config import HapoConfig
 
 logger = logging.getLogger("verl." + __name__)
+
+# Demonstrations of a worker whose reward is asked for a second time.
+LOOKED_AT_TWICE = 16
 
 
 @dataclass
@@ -57,6 +61,8 @@ class _Group:
     demonstration: Any
     situation: dict[str, Any] = field(default_factory=dict)
     agent_name: str | None = None
+    # The reward function has said success of its demonstration once, and once not.
+    unsteady: bool = False
     settled: int = 0
     sessions: dict[int, _Session] = field(default_factory=dict)
 
@@ -72,6 +78,8 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
         super().__init__(*args, **kwargs)
         self._hapo = HapoConfig.parse(self.config.hapo)
         self._groups: dict[str, _Group] = {}
+        # What the reward function said of each demonstration, by a hash of its tokens.
+        self._verdicts: dict[int, bool] = {}
 
     @functools.cached_property
     def _chat(self) -> ChatFormat:
@@ -126,7 +134,8 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
         if validate or not outputs:
             await super()._agent_loop_postprocess(outputs, validate, **kwargs)
             return
-        await self._compute_score(outputs, kwargs=kwargs)
+        # What this raises ends the session alone: verl logs it and trains on the others.
+        await self._score(outputs, kwargs)
         self._groups[kwargs["uid"]].sessions[kwargs["session_id"]] = _Session(outputs, kwargs)
 
     async def _close_group(self, group: _Group) -> None:
@@ -164,8 +173,8 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
         worst = list(rollouts)[worst_rollout(list(rollouts.values()), rng)]
         demonstration = await self._demonstration(group, group.sessions[worst])
         if isinstance(demonstration, Refusal):
-            return self._all_rows(group, description | {"outcome": demonstration.reason})
-        description |= {"outcome": "injected"}
+            return self._all_rows(group, description | {"outcome": demonstration.reason, "unsteady": group.unsteady})
+        description |= {"outcome": "injected", "unsteady": group.unsteady}
         if self._hapo.injection.mode == "append":
             # A session of its own, behind the last one.
             extra = group.sessions[worst].fields | {"session_id": group.expected}
@@ -253,6 +262,29 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
             key=key,
         )
 
+    async def _score(self, outputs: list[AgentLoopOutput], fields: dict[str, Any]) -> None:
+        """verl's call of the reward function; in time, and with a number for its result.
+
+        Raises:
+            RewardError: where it is late, or what it returns is no number that a group can be compared by.
+        """
+        limit = self._hapo.reward_timeout
+        try:
+            await asyncio.wait_for(self._compute_score(outputs, kwargs=fields), limit)
+        except asyncio.TimeoutError:
+            raise RewardError(
+                f"hapo.reward_timeout={limit}: the reward function has not answered in this time for data_source="
+                f"{fields.get('data_source')}. Make it faster, or give it longer."
+            ) from None
+        final = outputs[-1]
+        if final.reward_score is not None:
+            final.reward_score = finite_number(final.reward_score, "score")
+        extra = final.extra_fields.get("reward_extra_info") or {}
+        for name in ("score", "acc"):
+            # verl keeps what the function returned beside its score.
+            if extra.get(name) is not None:
+                extra[name] = finite_number(extra[name], name)
+
     def _rollout(self, session: _Session) -> Rollout | None:
         """A session as the gate sees it; None where nothing has scored it."""
         final = session.outputs[-1]
@@ -282,9 +314,36 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
         if isinstance(response, Refusal):
             return response
         output = _demonstration_output(replaced.outputs, response)
-        await self._compute_score([output], kwargs=replaced.fields)
-        score = output.reward_score
-        return output if score is not None and self._succeeded(output, score) else Refusal("rejected")
+        succeeded = await self._verify(output, replaced.fields)
+        group.unsteady = await self._was_otherwise(output, replaced.fields, succeeded)
+        return output if succeeded else Refusal("rejected")
+
+    async def _verify(self, output: AgentLoopOutput, fields: dict[str, Any]) -> bool:
+        """Whether the run's reward function calls it a success."""
+        await self._score([output], fields)
+        return output.reward_score is not None and self._succeeded(output, output.reward_score)
+
+    async def _was_otherwise(self, output: AgentLoopOutput, fields: dict[str, Any], succeeded: bool) -> bool:
+        """Whether another look at the same demonstration came out differently; such a reward cannot be relied on.
+
+        The first demonstrations of this worker are looked at twice, every other one whenever its prompt comes again.
+        """
+        demonstration = hash((tuple(output.prompt_ids), tuple(output.response_ids)))
+        before = self._verdicts.get(demonstration)
+        if before is None and len(self._verdicts) < LOOKED_AT_TWICE:
+            extra_fields = {k: v for k, v in output.extra_fields.items() if k != "reward_extra_info"}
+            again = output.model_copy(update={"reward_score": None, "extra_fields": extra_fields})
+            before = await self._verify(again, fields)
+        self._verdicts[demonstration] = succeeded
+        if before in (None, succeeded):
+            return False
+        logger.warning(
+            "hapo: the reward function does not agree with itself on a demonstration (data_source=%s, index=%s): a "
+            "success in one call and none in another. Make it reproducible",
+            fields.get("data_source"),
+            _plain(fields["index"]),
+        )
+        return True
 
 
 def _describe(rollouts: list[Rollout], *, outcome: str, **gate: Any) -> dict[str, Any]:
@@ -297,7 +356,7 @@ def _describe(rollouts: list[Rollout], *, outcome: str, **gate: Any) -> dict[str
         "outcome": outcome,
         "scores": [rollout.score for rollout in rollouts],
         "successes": [rollout.success for rollout in rollouts],
-        **dict.fromkeys(("fired", "firing", "threshold", "confidence", "key", "replaced")),
+        **dict.fromkeys(("fired", "firing", "threshold", "confidence", "key", "replaced", "unsteady")),
         **gate,
     }
 

@@ -7,9 +7,8 @@ hapo_appended            tag of a row, to the trainer: it is one row more than t
 hapo_likelihood_weight   of a row, from the engine to the loss: W of the objective in this optimizer step
 hapo_objective_loss      of a batch, from the engine to the loss: the objective's own loss in this optimizer step
 hapo_single_update       of a batch, from the trainer to the engine: the step's only update, so that π is π_old
-hapo_rows_left_out       of a batch, from the trainer to loss and engine: only its rows with a gradient are there, and
-hapo_optimizer_step      of a row of it, from the trainer to loss and engine: (3,) int64, how many tokens that train,
-                         rows and groups its optimizer step has, those left out among them
+hapo_own_old_log_probs   of a batch, from the trainer to the loss: no row has old log-probs, they are the update's
+hapo_mini_batch          of a row, from the trainer to the loss: (4,) int64, `MiniBatch`
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from verl.utils import tensordict_utils as tu
 
 DEMONSTRATION = "hapo_demonstration"
 GROUP = "hapo_group"
@@ -29,30 +27,32 @@ APPENDED = "hapo_appended"
 LIKELIHOOD_WEIGHT = "hapo_likelihood_weight"
 OBJECTIVE_LOSS = "hapo_objective_loss"
 SINGLE_UPDATE = "hapo_single_update"
-ROWS_LEFT_OUT = "hapo_rows_left_out"
-OPTIMIZER_STEP = "hapo_optimizer_step"
+OWN_OLD_LOG_PROBS = "hapo_own_old_log_probs"
+MINI_BATCH = "hapo_mini_batch"
 
 
-class OptimizerStep(NamedTuple):
-    """What an optimizer step has, its rows without a gradient among them: what losses are divided by."""
+class MiniBatch(NamedTuple):
+    """The optimizer step that a row belongs to, over all ranks and with the rows that are left out of it.
 
-    tokens: int  # that train
-    rows: int  # padding among them
-    groups: int  # with a token that trains
-
-
-def whole_step(data: TensorDict) -> OptimizerStep | None:
-    """The optimizer step that rows were left out of; None where none was, and verl counts right.
-
-    Args:
-        data: rows of one optimizer step.
+    Attributes:
+        rows: what the `seq-mean-*` aggregations divide by, padding included.
+        tokens: what `token-mean` divides by.
+        on_policy_tokens: of them those that train and are not a demonstration's.
+        groups: prompts with a token that trains.
     """
-    if not tu.get_non_tensor_data(data=data, key=ROWS_LEFT_OUT, default=False):
+
+    rows: int
+    tokens: int
+    on_policy_tokens: int
+    groups: int
+
+
+def mini_batch(data: TensorDict) -> MiniBatch | None:
+    """That of these rows, which are one's; None where nothing is left out."""
+    if MINI_BATCH not in data:
         return None
-    counts: Any = data[OPTIMIZER_STEP]
-    # TransferQueue hands out rows of one size as jagged ones.
-    counts = counts.values() if counts.is_nested else counts
-    return OptimizerStep(*counts.flatten()[:3].tolist())
+    counts = cast("torch.Tensor", data[MINI_BATCH])
+    return MiniBatch(*counts.unbind()[0].tolist())
 
 
 def demonstration_flags(data: TensorDict) -> Tensor:

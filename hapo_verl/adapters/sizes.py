@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from hapo_verl.config import ConfigError
 
@@ -19,7 +19,7 @@ def check_sizes(config: DictConfig) -> str:
     Raises:
         ConfigError: on the first number that does not fit.
     """
-    for check in (_check_updates, _check_ranks, _check_micro_batches, _check_lengths, _check_servers):
+    for check in (_check_counts, _check_updates, _check_ranks, _check_micro_batches, _check_lengths, _check_servers):
         check(config)
     actor, n = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
     prompts, ranks = config.data.train_batch_size, _ranks(config)
@@ -45,6 +45,40 @@ def _sequence_parallel(config: DictConfig) -> int:
 def _ranks(config: DictConfig) -> int:
     """Data-parallel ranks of the actor."""
     return config.trainer.nnodes * config.trainer.n_gpus_per_node // _sequence_parallel(config)
+
+
+# Counts that a launch needs, and those that may be null.
+_COUNTS = (
+    "data.train_batch_size",
+    "data.max_prompt_length",
+    "data.max_response_length",
+    "trainer.nnodes",
+    "trainer.n_gpus_per_node",
+    f"{_ACTOR}.ppo_mini_batch_size",
+    f"{_ACTOR}.ppo_epochs",
+    f"{_ROLLOUT}.n",
+    f"{_ROLLOUT}.tensor_model_parallel_size",
+    f"{_ROLLOUT}.data_parallel_size",
+    f"{_ROLLOUT}.pipeline_model_parallel_size",
+    f"{_ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes",
+)
+_COUNTS_OR_NULL = (
+    f"{_ACTOR}.ulysses_sequence_parallel_size",
+    f"{_ACTOR}.ppo_micro_batch_size_per_gpu",
+    f"{_ACTOR}.ppo_max_token_len_per_gpu",
+    *(f"{block}.log_prob_micro_batch_size_per_gpu" for block in (_ROLLOUT, "actor_rollout_ref.ref")),
+    *(f"{block}.log_prob_max_token_len_per_gpu" for block in (_ROLLOUT, "actor_rollout_ref.ref")),
+    f"{_ROLLOUT}.max_model_len",
+)
+
+
+def _check_counts(config: DictConfig) -> None:
+    for key in (*_COUNTS, *_COUNTS_OR_NULL):
+        value = OmegaConf.select(config, key)
+        if value is None and key in _COUNTS_OR_NULL:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{key}={value}: a count is a positive integer. Use a whole number of at least 1.")
 
 
 def _check_updates(config: DictConfig) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hapo_verl.adapters.tool_loop import Conversation, ToolLoop
+from hapo_verl.adapters.tool_loop import Conversation, ToolLoop, texts_of
 from hapo_verl.algo.demonstration import (
     Refusal,
     Response,
@@ -18,8 +18,9 @@ from hapo_verl.algo.demonstration import (
     demonstration_turns,
     turn_end_token,
 )
+from hapo_verl.algo.thought import THOUGHTS
 
-_MARK = "hapo-marks-the-assistant"
+_MARK, _QUESTION = "hapo-marks-the-assistant", "hapo-marks-the-question"
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class ChatFormat:
 
     Attributes:
         encode: text → token ids, nothing added.
-        generation_prompt: what the template writes before the policy's first token.
+        generation_prompt: what the template writes between the question and the policy's first token.
         end_token: id that closes a turn.
         end_tokens: ids at which generation stops.
+        control_tokens: ids that no text of an assistant's turn is made of.
         tool_loop: what demonstrations with several turns go through; None where there is none.
     """
 
@@ -38,20 +40,20 @@ class ChatFormat:
     generation_prompt: str
     end_token: int
     end_tokens: frozenset[int]
+    control_tokens: frozenset[int] = frozenset()
     tool_loop: ToolLoop | None = None
 
     @classmethod
-    def of_launch(cls, config: DictConfig, tokenizer: Any, *, generation_config: Any = None) -> ChatFormat:
+    def of_launch(cls, config: DictConfig, tokenizer: Any) -> ChatFormat:
         """The format of a launch, outside of its agent loop workers.
 
         Args:
             config: the whole configuration.
             tokenizer: the run's.
-            generation_config: as in `of`.
         """
         return cls.of(
             tokenizer,
-            generation_config=generation_config,
+            generation_config=_generation_config(str(config.actor_rollout_ref.model.path)),
             template_kwargs=dict(OmegaConf.select(config, "data.apply_chat_template_kwargs") or {}),
             tool_loop=ToolLoop.of_launch(config, tokenizer),
         )
@@ -80,19 +82,27 @@ class ChatFormat:
         def render(messages: list[dict[str, str]], **kwargs: Any) -> str:
             return tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs, **kwargs)
 
-        question = [{"role": "user", "content": "?"}]
-        asked, prompted = render(question), render(question, add_generation_prompt=True)
-        answered = render([*question, {"role": "assistant", "content": _MARK}])
-        closing = answered.rpartition(_MARK)[2]
+        question = [{"role": "user", "content": _QUESTION}]
+        prompted = render(question, add_generation_prompt=True)
+
+        def around_text(**more: str) -> tuple[str, str]:
+            written, _, closing = render([*question, {"role": "assistant", "content": _MARK, **more}]).rpartition(_MARK)
+            return written[len(prompted) :] if written.startswith(prompted) else "", closing
+
+        chat = render([*question, {"role": "assistant", "content": _MARK}, *question], add_generation_prompt=True)
+        opening, closing = around_text()
+        # Some templates know thoughts by one of these names, and write them in front of the text.
+        opening_with_thought, _ = around_text(reasoning_content="?", thinking="?")
 
         configured = getattr(generation_config, "eos_token_id", None)
         configured = configured if isinstance(configured, list | tuple) else [configured]
         end_tokens = frozenset(token for token in [tokenizer.eos_token_id, *configured] if token is not None)
         return cls(
             encode=encode,
-            generation_prompt=prompted[len(asked) :] if prompted.startswith(asked) else "",
+            generation_prompt=prompted.rpartition(_QUESTION)[2],
             end_token=turn_end_token(encode(closing), end_tokens, tokenizer.eos_token_id),
             end_tokens=end_tokens,
+            control_tokens=_control_tokens(tokenizer, encode(chat)) - {*encode(opening), *encode(opening_with_thought)},
             tool_loop=tool_loop,
         )
 
@@ -123,13 +133,17 @@ class ChatFormat:
         )
 
     def _turn(self, turn: Turn, conversation: Conversation | None, max_tokens: int) -> list[int] | Refusal:
-        calls, stop_tokens, end_token = "", frozenset(), self.end_token
+        calls, stop_tokens, end_token, control_tokens = "", frozenset(), self.end_token, self.control_tokens
         if conversation and self.tool_loop:
             calls = conversation.calls_text(turn)
             if isinstance(calls, Refusal):
                 return calls
+            if any(token in control_tokens for text in texts_of(turn.calls) for token in self.encode(text)):
+                return Refusal("malformed")
             stop_tokens = frozenset(self.tool_loop.parser.stop_token_ids)
             if turn.answers:
+                # A call may also stand in the text, as the run's parser reads it.
+                control_tokens -= conversation.tokens_of_calls()
                 # Some templates stop behind a call with what opens the answer.
                 end_token = turn_end_token(self.tool_loop.behind_a_call, self.end_tokens | stop_tokens, end_token)
         return demonstration_tokens(
@@ -141,4 +155,28 @@ class ChatFormat:
             max_tokens=max_tokens,
             calls=calls,
             stop_tokens=stop_tokens,
+            control_tokens=control_tokens,
         )
+
+
+def _generation_config(model_path: str) -> Any:
+    """verl's of this model; None where there is neither one nor a model's configuration to make it of."""
+    from verl.utils.fs import copy_to_local
+    from verl.utils.model import get_generation_config
+
+    try:
+        return get_generation_config(copy_to_local(model_path))
+    except (OSError, ValueError):
+        return None
+
+
+def _control_tokens(tokenizer: Any, chat: Sequence[int]) -> frozenset[int]:
+    """What a Hugging Face tokenizer calls special, and what stands around the messages of a chat.
+
+    Some name the headers of turns special, some do not. Tags of thoughts are text.
+    """
+    added = {token: str(entry) for token, entry in tokenizer.added_tokens_decoder.items()}
+    special = {*tokenizer.all_special_ids, *(t for t, entry in tokenizer.added_tokens_decoder.items() if entry.special)}
+    headers = {token for token in chat if token in added and not added[token].isalnum()}
+    thoughts = {*THOUGHTS, *THOUGHTS.values()}
+    return frozenset(token for token in special | headers if added.get(token) not in thoughts)

@@ -206,6 +206,15 @@ class Conversation:
             return Refusal("malformed")
         return calls.removesuffix(loop.closing) or Refusal("malformed")
 
+    def tokens_of_calls(self) -> frozenset[int]:
+        """What a call is written with: by the chat template, and as the run's parser reads it."""
+        mark = self.calls_text(Turn("", (Call(_CALLED, {_CALLED: _CALLED}, _CALLED),)))
+        parser = vars(self._loop.parser)
+        texts = [text for name, text in parser.items() if name.endswith("_token") and isinstance(text, str)]
+        texts += [] if isinstance(mark, Refusal) else [mark]
+        encode = self._loop.tokenizer.encode
+        return frozenset(token for text in texts for token in encode(text, add_special_tokens=False))
+
     def answered(self, response: Response, tokens: Sequence[int], turn: Turn) -> Response | Refusal:
         """The response with the answers to its last turn and what opens the next; unchanged behind the last one.
 
@@ -233,6 +242,15 @@ class Conversation:
         merged = loop.builder.merge_context_tokens(before, self._messages, response.tokens, tools=self._schemas)
         mask, _ = loop.builder.align_response_metadata(merged, response.mask)
         return Response(merged.token_ids, mask, response.turns, response.answers + len(answers))
+
+
+def texts_of(calls: Sequence[Call]) -> list[str]:
+    """What of calls comes from the data, and not from the chat template."""
+    return [
+        text
+        for call in calls
+        for text in (call.name, call.id or "", json.dumps(call.arguments, ensure_ascii=False, default=str))
+    ]
 
 
 def _limits(given: Any) -> Any:

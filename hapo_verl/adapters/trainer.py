@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import torch
@@ -41,39 +41,32 @@ from hapo_kernels.segment_norm import segment_ids
 from hapo_verl.adapters import checks, jagged
 from hapo_verl.adapters.gatekeeper import Gatekeeper
 from hapo_verl.adapters.head import choose_head
-from hapo_verl.adapters.idle_rows import (
-    compares_rollouts,
-    corrects_rollouts,
-    needs_old_log_probs,
-    over_trained_rows,
-    why_no_row_is_left_out,
-)
-from hapo_verl.adapters.loss import hapo_loss, token_means
-from hapo_verl.adapters.metrics import group_metrics
-from hapo_verl.adapters.mini_batches import (
-    grown_mini_batch,
-    micro_batches_fit,
-    mini_batch_of_rows,
-    order_of_trained_rows,
-    order_of_whole_groups,
-)
+from hapo_verl.adapters.idle_rows import counted, savings
+from hapo_verl.adapters.loss import TRAINED, hapo_loss, token_means
+from hapo_verl.adapters.metrics import group_metrics, silence
+from hapo_verl.adapters.mini_batches import Reduced, grown_mini_batch, order_of_whole_groups, reduced
+from hapo_verl.adapters.progress import Progress
+from hapo_verl.adapters.reward import RewardError
 from hapo_verl.adapters.rows import (
     APPENDED,
     DEMONSTRATION,
     GROUP,
-    OPTIMIZER_STEP,
-    ROWS_LEFT_OUT,
+    MINI_BATCH,
+    OWN_OLD_LOG_PROBS,
     SINGLE_UPDATE,
     SITUATION,
     demonstration_flags,
     plain_values,
 )
 from hapo_verl.adapters.trace import Trace
-from hapo_verl.adapters.watch import Watch
+from hapo_verl.adapters.watch import Stall, Watch
 from hapo_verl.algo.advantage import session_advantage
-from hapo_verl.config import ConfigError
+from hapo_verl.config import ConfigError, HapoConfig
 
 logger = logging.getLogger("verl." + __name__)
+
+# verl's metrics of the pass for old log-probs, by the names that they have where it is not over all rows.
+_OF_THE_PASS = {"actor/entropy": TRAINED + "entropy", "training/rollout_": TRAINED + "rollout_"}
 
 
 class HapoTrainer(PPOTrainer):
@@ -82,28 +75,26 @@ class HapoTrainer(PPOTrainer):
     Overrides of verl's private methods are listed, with the version they were read in, in `contract.py`.
     """
 
-    # Of the step in training: it has its advantages; the rows it trains on, None: all of them; of the policy's own
-    # tokens the share that these rows have.
-    _has_advantages = False
-    _trained: Any = None
-    _trained_share = 1.0
-    _mini_batches = 1
-
     def __init__(self, config: Any) -> None:
+        checks.check_before_ray(config)
         self.hapo = checks.check_launch(config)
         checks.check_cluster()
         choose_head(config, self.hapo)
-        kept = why_no_row_is_left_out(config, self.hapo)
-        if kept and self.hapo.skip_idle_rows:
-            logger.warning("hapo.skip_idle_rows=true: all rows are scored and trained on, %s", kept)
-        self._timing: dict[str, float] = {}
+        self._leaves_out = savings(config, self.hapo)
+        for line in self._leaves_out.lines():
+            logger.warning("hapo: %s", line)
         self.trace = Trace(self.hapo.trace_dir)
         # Of the batch in training: rows, appended ones among them, and what mini-batches they make.
         self._rows, self._appended, self._prompts_per_mini_batch = 0, 0, None
         # Rows of each group, where no mini-batch may cut one.
         self._group_sizes: list[int] | None = None
         self._dp_size = 1
+        # Of the batch in training the rows that are computed; None: all of them.
+        self._reduced: Reduced | None = None
+        self.timing_raw: dict[str, float] = {}
         self._watch: Watch | None = None
+        # The first groups of this run have been looked at.
+        self._heard = False
         super().__init__(config)
 
     @property
@@ -142,25 +133,26 @@ class HapoTrainer(PPOTrainer):
             explicit = trainer.resume_from_path if trainer.resume_mode == "resume_path" else None
             self.gatekeeper.load(Path(explicit or Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"))
 
-    def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> Any:
-        self._timing = timing_raw
-        return super()._step_once(metrics, timing_raw, sample_batch_size)
-
     def _balance_batch(self, batch: Any, metrics: dict, *args: Any, **kwargs: Any) -> Any:
-        """verl's, then advantages: they need rewards alone, and say which rows are worth scoring and training on."""
+        if not batch.keys:
+            raise RewardError(
+                f"step {self.global_steps}: no rollout has a reward, so there is nothing to train on. Look for the "
+                "error of the reward function, or of the agent loop, in the lines of the agent loop worker above."
+            )
         self._rows, self._appended = len(batch.keys), sum(bool(tag.get(APPENDED)) for tag in batch.tags)
         if self.hapo.objective.whole_groups:
             self._group_sizes = list(Counter(_split_keys(batch.keys)[0]).values())
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
-        self._mini_batches = len(batch.keys) // self._mini_batch_rows
-        if self.hapo.objective.whole_groups and self._mini_batches > 1:
+        mini_batches = len(batch.keys) // self._mini_batch_rows
+        if self.hapo.objective.whole_groups and mini_batches > 1:
             prompt_of, _, _ = _split_keys(batch.keys)
-            batch.reorder(order_of_whole_groups(prompt_of, _loads(batch.tags), self._mini_batches, self._dp_size))
-        self._trained, self._trained_share = None, 1.0
-        self._has_advantages = not corrects_rollouts(self.config)
-        if self._has_advantages:
-            # Under the name of the place where verl has them.
-            with marked_timer("adv", self._timing, color="brown"):
+            lengths = torch.tensor([tag["seq_len"] for tag in batch.tags], dtype=torch.int64)
+            loads = calculate_workload(lengths).tolist()
+            batch.reorder(order_of_whole_groups(prompt_of, loads, mini_batches, self._dp_size))
+        self._reduced = None
+        if not self._leaves_out.idle_scores:
+            # Rewards are all that advantages need, and the passes that follow need to know them.
+            with marked_timer("adv", self.timing_raw, color="brown"):
                 self._write_advantages(batch, metrics)
         return batch
 
@@ -190,15 +182,20 @@ class HapoTrainer(PPOTrainer):
             buffer.poll_interval = self.hapo.poll_interval
         return buffer
 
+    def init(self) -> None:
+        # From here on: a cluster that is too small lets the start wait for ever.
+        self._start_watch()
+        super().init()
+
     def on_init_end(self) -> None:
         # What follows sends the first weights, which hangs where a server is dead.
-        self._start_watch()
+        self._watch_members()
         super().on_init_end()
         actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
         self.actor_rollout_wg.set_loss_fn(partial(hapo_loss, config=actor, hapo=self.hapo))
 
     def fit(self, agent_loop_manager: Any) -> None:
-        if self._watch:
+        if self._watch and self.hapo.watch_interval is not None:
             self._watch.over(_named("agent loop worker", agent_loop_manager.agent_loop_workers))
         failed = False
         try:
@@ -211,50 +208,52 @@ class HapoTrainer(PPOTrainer):
                 self._watch.stop(failed=failed)
 
     def _start_watch(self) -> None:
-        """Watch all that this run waits for."""
-        interval, trainer = self.hapo.watch_interval, self.config.trainer
-        if interval is None:
+        """Watch this trainer, and what it will wait for."""
+        hapo, trainer = self.hapo, self.config.trainer
+        if all(seconds is None for seconds in (hapo.watch_interval, hapo.stall_report, hapo.stall_limit)):
             return
-        replicas = [replica for manager in self._rollout_server_managers() for replica in manager.get_replicas()]
-        training = self.actor_rollout_wg.workers
+        folder = Path(trainer.default_local_dir)
         self._watch = Watch(
-            interval=interval,
+            interval=hapo.watch_interval or cast("float", HapoConfig.watch_interval),
+            stall=Stall(Progress(self).position, hapo.stall_report, hapo.stall_limit, folder),
             advice="Start it again with trainer.resume_mode=auto: it goes on from its last checkpoint."
             if trainer.save_freq > 0
             else f"No checkpoint is saved, for trainer.save_freq={trainer.save_freq}: start it again from step 1.",
         )
+        self._watch.start()
+
+    def _watch_members(self) -> None:
+        """Watch all that this run waits for."""
+        if self._watch is None or self.hapo.watch_interval is None:
+            return
+        replicas = [replica for manager in self._rollout_server_managers() for replica in manager.get_replicas()]
+        training = self.actor_rollout_wg.workers
         engine = self.config.actor_rollout_ref.rollout.name
+        servers = _named(f"{engine} server", [server for replica in replicas for server in replica.servers])
         self._watch.over(
             {"TransferQueue": ray.get_actor("TransferQueueController", namespace="transfer_queue")}
             | _named("training worker", training)
-            | _named(f"{engine} server", [server for replica in replicas for server in replica.servers])
+            | servers
             | _named("rollout worker", [w for replica in replicas for w in replica.workers if w not in training])
             | _named("reward worker", self.reward_loop_manager.reward_loop_workers),
             # Other engines answer other questions.
             _named("vllm engine", [replica.server_address for replica in replicas]) if engine == "vllm" else {},
+            servers if engine == "vllm" else {},
         )
-        self._watch.start()
-
-    @property
-    def _single_update(self) -> bool:
-        """The step is one update, of the policy that its old log-probs would be of."""
-        # separate_async scores all updates of a cycle with the policy of the first.
-        cycle = self.trainer_mode == "separate_async" and self.parameter_sync_step > 1
-        return self._mini_batches == 1 and self.config.actor_rollout_ref.actor.ppo_epochs == 1 and not cycle
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
-        """Of the rows that are trained on, where the update does not have them itself."""
-        if needs_old_log_probs(self.config, self.hapo, single_update=self._single_update):
-            found: dict[str, Any] = {}
-            self._score(self._trained or batch, found)
-            metrics.update(self._of_trained_rows(found))
+        """Those of all rows; or of the rows that are trained on, if the update does not bring its own."""
+        if self._leaves_out.idle_scores:
+            return self._score(batch, metrics)
+        if not self._brings_old_log_probs(batch):
+            of_the_pass: dict[str, Any] = {}
+            self._score(self._rows_to_compute(batch, self._forward_micro_batch), of_the_pass)
+            for name, value in of_the_pass.items():
+                verls = next((prefix for prefix in _OF_THE_PASS if name.startswith(prefix)), "")
+                metrics[_OF_THE_PASS.get(verls, "") + name.removeprefix(verls)] = value
         return batch
 
-    def _of_trained_rows(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Metrics of old log-probs under their names: verl's where all rows of this run are scored."""
-        return metrics if why_no_row_is_left_out(self.config, self.hapo) else over_trained_rows(metrics)
-
-    def _score(self, batch: Any, metrics: dict) -> None:
+    def _score(self, batch: Any, metrics: dict) -> Any:
         """verl's, then: a demonstration was sampled by nobody, so its rollout log-probs are its old log-probs.
 
         Rollout correction then gives it weight 1. verl's comparison of rollout and actor is made here, without it, and
@@ -267,7 +266,7 @@ class HapoTrainer(PPOTrainer):
         finally:
             rollout.calculate_log_probs = compare
         if not compare:
-            return
+            return batch
         fields = ["response_mask", "rollout_log_probs", "old_log_probs", DEMONSTRATION]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         demonstration_B = demonstration_flags(data)
@@ -284,35 +283,23 @@ class HapoTrainer(PPOTrainer):
         mask = jagged.in_one_row(jagged.without(data["response_mask"], demonstration_B))
         # Of `responses` only the width is read.
         tokens |= {"response_mask": mask, "responses": mask}
-        # Where rows are left out, those that remain may all be demonstrations.
-        if mask.any():
-            metrics.update(calculate_debug_metrics(DataProto(batch=TensorDict(tokens, batch_size=1))))
+        metrics.update(calculate_debug_metrics(DataProto(batch=TensorDict(tokens, batch_size=1))))
+        return batch
 
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
-        """Advantages where they had to wait for rollout correction; elsewhere its metrics alone."""
-        if not self._has_advantages:
-            return self._write_advantages(batch, metrics)
-        scored = needs_old_log_probs(self.config, self.hapo, single_update=self._single_update)
-        if scored and compares_rollouts(self.config):
-            trained, found = self._trained or batch, {}
-            fields = ["response_mask", DEMONSTRATION, "rollout_log_probs", "old_log_probs"]
-            data = tq.kv_batch_get(keys=trained.keys, partition_id=trained.partition_id, select_fields=fields)
-            sampled_B = ~demonstration_flags(data) & _is_real(trained.tags)
-            if sampled_B.any():
-                self._correct_rollouts(data, sampled_B, found)
-            metrics.update(self._of_trained_rows(found))
-        return batch
+        """Nothing, where they came first."""
+        return self._write_advantages(batch, metrics) if self._leaves_out.idle_scores else batch
 
     def _write_advantages(self, batch: Any, metrics: dict) -> Any:
         """Advantages from one score a row, written as verl's trainer writes them, without a padded (B, T)."""
         fields = ["response_mask", "rm_scores", DEMONSTRATION, GROUP]
-        correct = not self._has_advantages and compares_rollouts(self.config)
-        if correct:
+        corrects = self._corrects_rollouts and bool(self._leaves_out.idle_scores)
+        if corrects:
             fields += ["rollout_log_probs", "old_log_probs"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         demonstration_B = demonstration_flags(data)
-        real_B = _is_real(batch.tags)
-        output = self._correct_rollouts(data, ~demonstration_B & real_B, metrics) if correct else {}
+        real_B = torch.tensor([not tag.get("is_padding", False) for tag in batch.tags])
+        output = self._correct_rollouts(data, ~demonstration_B & real_B, metrics) if corrects else {}
 
         mask = output["response_mask"] if "response_mask" in output else data["response_mask"]
         score_B = jagged.row_sums(data["rm_scores"])
@@ -330,22 +317,14 @@ class HapoTrainer(PPOTrainer):
         advantage_B = self.hapo.objective.advantage(advantage_B, demonstration_B)
         advantages = jagged.spread(advantage_B, mask)
         output.update({"advantages": advantages, "returns": advantages})
-
         tokens_B = jagged.row_sums(data["response_mask"])
-        trained_B = torch.ones(len(batch), dtype=torch.bool)
-        if self._has_advantages and not why_no_row_is_left_out(self.config, self.hapo):
-            # Padding and rows that a tool wrote alone have no token that trains.
-            trains_B = tokens_B > 0
-            trains_B[trains_B.clone()] = self.hapo.objective.trains(
-                *(value_B[tokens_B > 0] for value_B in (score_B, group_B, advantage_B))
-            )
-            trained_B = self._leave_out(batch, trains_B)
-        own_B = tokens_B * ~demonstration_B
-        self._trained_share = _share(own_B, trained_B)
-        metrics["hapo/trained/row_share"] = _share(real_B.long(), trained_B)
-        metrics["hapo/trained/token_share"] = _share(tokens_B, trained_B)
-        if self._trained is not None:
-            output[OPTIMIZER_STEP] = self._whole_steps(tokens_B, group_B)
+        if not self._leaves_out.idle_rows and self._mini_batches_are_known(batch):
+            active_B = jagged.row_sums(mask)
+            keep_B = self.hapo.objective.has_gradient(advantage_B, score_B, group_B) & (active_B > 0)
+            # verl's workers count `loss_mask`, which rollout correction leaves alone.
+            mini_batches = len(batch.keys) // self._mini_batch_rows
+            output[MINI_BATCH] = counted(tokens_B, active_B, demonstration_B, group_B, mini_batches, self._dp_size)
+            metrics.update(self._reduce(batch, keep_B, real_B, tokens_B))
 
         groups = dict(zip(prompt_of, plain_values(data[GROUP]), strict=True))
         groups = {uid: groups[uid] for uid, keep in zip(prompt_of, real_B.tolist(), strict=True) if keep}
@@ -356,11 +335,71 @@ class HapoTrainer(PPOTrainer):
                 tokens_B=tokens_B[real_B],
             )
         )
+        if not self._heard:
+            self._heard = True
+            if (advice := silence(groups)) is not None:
+                logger.warning("hapo: step %d: %s", self.global_steps, advice)
         self.gatekeeper.observe(groups.values())
         self.trace.groups(self.global_steps, groups)
         return tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(output, batch_size=len(batch))
         )
+
+    def _mini_batches_are_known(self, batch: Any) -> bool:
+        """What the workers make of this batch: not so where they shuffle, or where no update follows."""
+        mini_batches, rest = divmod(len(batch.keys), self._mini_batch_rows)
+        shuffles = self.config.actor_rollout_ref.actor.shuffle and mini_batches > 1
+        return not rest and not shuffles and self.config.trainer.critic_warmup <= self.global_steps
+
+    def _reduce(self, batch: Any, keep_B: Tensor, real_B: Tensor, tokens_B: Tensor) -> dict[str, float]:
+        """Choose the rows that are computed; their shares of the batch, padding left out."""
+        actor, micro_batch = self.config.actor_rollout_ref.actor, None
+        if not actor.use_dynamic_bsz:
+            micro_batch = actor.ppo_micro_batch_size_per_gpu
+            if not self._leaves_out.idle_scores and not self._brings_old_log_probs(batch):
+                micro_batch = min(micro_batch, self.config.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu)
+        self._reduced = reduced(
+            keep_B.tolist(),
+            [tag["seq_len"] for tag in batch.tags],
+            len(batch.keys) // self._mini_batch_rows,
+            self._dp_size,
+            micro_batch,
+        )
+        computed_B = torch.zeros_like(real_B)
+        computed_B[self._reduced.order] = True
+        computed_B &= real_B
+        return {
+            TRAINED + "row_share": int(computed_B.sum()) / max(int(real_B.sum()), 1),
+            TRAINED + "token_share": int(tokens_B[computed_B].sum()) / max(int(tokens_B[real_B].sum()), 1),
+        }
+
+    def _rows_to_compute(self, batch: Any, micro_batch: int | None) -> Any:
+        """These of the batch; on each rank in fixed micro-batches of this size, where there are such."""
+        if self._reduced is None or len(self._reduced.order) == len(batch.keys):
+            return batch
+        part = batch.select_keys([batch.keys[row] for row in self._reduced.order])
+        if micro_batch is not None:
+            part.extra_info["micro_batch_size_per_gpu"] = micro_batch
+        return part
+
+    @property
+    def _forward_micro_batch(self) -> int | None:
+        """The largest that verl would take and that divides a rank's rows to compute."""
+        rollout = self.config.actor_rollout_ref.rollout
+        if rollout.log_prob_use_dynamic_bsz or self._reduced is None:
+            return None
+        rows = len(self._reduced.order) // self._dp_size
+        return next(size for size in range(rollout.log_prob_micro_batch_size_per_gpu, 0, -1) if rows % size == 0)
+
+    def _is_single_update(self, batch: Any) -> bool:
+        """The policy in the update is the one that old log-probs are of."""
+        once = len(batch.keys) == self._mini_batch_rows and self.config.actor_rollout_ref.actor.ppo_epochs == 1
+        # Later ones of a cycle are compared with the policy at its start.
+        return once and self.local_trigger_step == 0
+
+    def _brings_old_log_probs(self, batch: Any) -> bool:
+        """The update's own log-probs serve as old ones, so that no pass is needed."""
+        return not self._leaves_out.old_log_probs and self._is_single_update(batch)
 
     @property
     def _statistics(self) -> str:
@@ -377,38 +416,11 @@ class HapoTrainer(PPOTrainer):
                     "hapo.objective.name=surrogate."
                 )
 
-    def _leave_out(self, batch: Any, trains_B: Tensor) -> Tensor:
-        """Shrink what is scored and trained on to the rows with a gradient, and what their mini-batches need.
-
-        Returns:
-            (B,) bool: the rows that remain.
-        """
-        settings, forward = (
-            self.config.actor_rollout_ref,
-            needs_old_log_probs(self.config, self.hapo, single_update=self._single_update),
-        )
-        order = order_of_trained_rows(
-            trains_B.tolist(),
-            [tag["seq_len"] for tag in batch.tags],
-            _loads(batch.tags),
-            self._mini_batches,
-            self._dp_size,
-            lambda rows: micro_batches_fit(settings, self._mini_batches, rows, forward=forward),
-        )
-        if len(order) == len(batch):
-            return torch.ones_like(trains_B)
-        self._trained = batch.select_keys([batch.keys[row] for row in order])
-        return torch.zeros_like(trains_B).index_fill_(0, torch.tensor(order), True)
-
-    def _whole_steps(self, tokens_B: Tensor, group_B: Tensor) -> Tensor:
-        """(B, 3) `OptimizerStep` of each row, all rows of the batch counted."""
-        step_B = torch.tensor(mini_batch_of_rows(len(tokens_B), self._mini_batches, self._dp_size))
-        of_step = []
-        for number in range(self._mini_batches):
-            here_B = step_B == number
-            groups = group_B[here_B & (tokens_B > 0)].unique().numel()
-            of_step.append([int(tokens_B[here_B].sum()), int(here_B.sum()), groups])
-        return torch.tensor(of_step)[step_B]
+    @property
+    def _corrects_rollouts(self) -> bool:
+        """verl compares rollout and actor by row, and corrects where it is told to, if this block is there at all."""
+        correction = self.config.algorithm.get("rollout_correction", None)
+        return correction is not None and self.config.actor_rollout_ref.rollout.calculate_log_probs
 
     def _correct_rollouts(self, data: TensorDict, sampled_B: Tensor, metrics: dict) -> dict[str, Tensor]:
         """verl's rollout correction over the sampled rows; a demonstration keeps weight 1 and all of its tokens.
@@ -434,18 +446,20 @@ class HapoTrainer(PPOTrainer):
 
     def _update_actor(self, batch: Any, metrics: dict) -> Any:
         actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
-        trained = self._trained or batch
-        trained.extra_info[SINGLE_UPDATE] = self._single_update
-        trained.extra_info[ROWS_LEFT_OUT] = self._trained is not None
         configured = actor.ppo_mini_batch_size, rollout.n
-        # What is left of a mini-batch need not be whole groups: verl is to multiply by 1.
-        actor.ppo_mini_batch_size, rollout.n = len(trained) // self._mini_batches, 1
+        rows = self._rows_to_compute(batch, self._reduced and self._reduced.micro_batch)
+        rows.extra_info[SINGLE_UPDATE] = self._is_single_update(batch)
+        rows.extra_info[OWN_OLD_LOG_PROBS] = self._brings_old_log_probs(batch)
+        # verl multiplies the two.
+        if self._reduced is not None and rows is not batch:
+            actor.ppo_mini_batch_size, rollout.n = self._reduced.rows, 1
+        else:
+            actor.ppo_mini_batch_size = self._prompts_per_mini_batch or configured[0]
         try:
-            super()._update_actor(trained, metrics)
+            super()._update_actor(rows, metrics)
         finally:
             actor.ppo_mini_batch_size, rollout.n = configured
-        all_rows = why_no_row_is_left_out(self.config, self.hapo)
-        metrics.update(token_means(metrics, trained_share=None if all_rows else self._trained_share))
+        metrics.update(token_means(metrics))
         for name in [name for name in metrics if name.startswith("actor/hapo/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         return batch
@@ -454,20 +468,6 @@ class HapoTrainer(PPOTrainer):
 def _named(what: str, members: Iterable[Any]) -> dict[str, Any]:
     """Members by what they are and their number."""
     return {f"{what} {number}": member for number, member in enumerate(members)}
-
-
-def _is_real(tags: list[dict[str, Any]]) -> Tensor:
-    """(B,) bool: False on padding."""
-    return torch.tensor([not tag.get("is_padding", False) for tag in tags])
-
-
-def _loads(tags: list[dict[str, Any]]) -> list[int]:
-    """What each row costs, as verl reckons."""
-    return calculate_workload(torch.tensor([tag["seq_len"] for tag in tags], dtype=torch.int64)).tolist()
-
-
-def _share(count_B: Tensor, part_B: Tensor) -> float:
-    return count_B[part_B].sum().item() / max(1, count_B.sum().item())
 
 
 def _split_keys(keys: list[str]) -> tuple[list[str], list[str], Tensor]:

@@ -3,9 +3,10 @@
     tokens = encode(text) ⊕ ⟨end of sequence⟩                  what the policy itself would have sampled
     response = tokens₁ ⊕ answers₁ ⊕ tokens₂ ⊕ ... ⊕ tokensₖ     where tools answer; mask 1 on tokens, 0 on answers
 
-A turn's text follows the generation prompt of the run's chat template; the end-of-sequence token stands there exactly
-once, at its end; nothing is ever truncated but a tool's answer, where the run truncates it too. A demonstration that
-cannot be written this way is not used, with a reason.
+A turn's text follows the generation prompt of the run's chat template, whose thought it goes on with (`thought.py`);
+the end-of-sequence token stands there exactly once, at its end, and no other control token that the run would not have
+written; nothing is ever truncated but a tool's answer, where the run truncates it too. A demonstration that cannot be
+written this way is not used, with a reason.
 (Synthetic Success Injection, arXiv 2603.11321v1, section 4; several turns are ours.)
 """
 
@@ -14,10 +15,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
+
+from hapo_verl.algo.thought import continued
 
 # Why a group that the gate wanted to inject was not injected.
-REASONS = ("missing", "empty", "overlong", "malformed", "rejected", "error")
+REASONS = ("missing", "empty", "overlong", "malformed", "thought", "rejected", "error")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,9 @@ def demonstration_turns(value: Any) -> list[Turn] | Refusal:
     """
     if value is None:
         return Refusal("missing")
-    messages = [{"role": "assistant", "content": value}] if isinstance(value, str) else list(value)
+    messages = [{"role": "assistant", "content": value}] if isinstance(value, str) else _items(value)
+    if messages is None:
+        return Refusal("malformed")
     if not messages:
         return Refusal("missing")
     turns: list[Turn] = []
@@ -99,7 +104,7 @@ def demonstration_turns(value: Any) -> list[Turn] | Refusal:
             if isinstance(turn, Refusal):
                 return turn
             turns.append(turn)
-        elif role == "tool" and turns and isinstance(content, str):
+        elif role == "tool" and turns and _is_text(content):
             turns[-1] = replace(turns[-1], answers=(*turns[-1].answers, content))
         else:
             return Refusal("malformed")
@@ -108,10 +113,22 @@ def demonstration_turns(value: Any) -> list[Turn] | Refusal:
     return turns
 
 
+def _items(value: Any) -> list[Any] | None:
+    """The items of a list, also of one that a file of arrays holds; None where it is none."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return list(value) if isinstance(value, list | tuple) else None
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    """A string of whole characters: half of a surrogate pair, as JSON may spell one, has no tokens."""
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
 def _turn(content: Any, tool_calls: Any) -> Turn | Refusal:
-    calls = [_call(item) for item in ([] if tool_calls is None else tool_calls)]
+    items = [] if tool_calls is None else _items(tool_calls)
+    calls = [_call(item) for item in items or ()]
     text = "" if content is None and calls else content
-    if not isinstance(text, str) or None in calls:
+    if items is None or not _is_text(text) or None in calls:
         return Refusal("malformed")
     if not calls and not text.strip():
         return Refusal("empty")
@@ -126,11 +143,11 @@ def _call(item: Any) -> Call | None:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return None
     else:
         arguments = _without_nulls(arguments)
-    if not isinstance(name, str) or not isinstance(arguments, Mapping):
+    if not _is_text(name) or not isinstance(arguments, Mapping):
         return None
     return Call(name, arguments, item.get("id"))
 
@@ -179,26 +196,32 @@ def demonstration_tokens(
     max_tokens: int,
     calls: str = "",
     stop_tokens: Collection[int] = (),
+    control_tokens: Collection[int] = (),
 ) -> list[int] | Refusal:
     """The tokens of a turn, end of sequence included.
 
     Args:
         text: the assistant's text.
         encode: text → token ids, without special tokens of its own.
-        generation_prompt: what the chat template writes before the policy's first token; an opening that it already
-            contains (`<think>\\n`) is not repeated.
+        generation_prompt: what the chat template writes before the policy's first token; see `thought.continued`.
         end_token: id that ends an assistant's turn in this run.
         end_tokens: all ids at which generation stops; none may stand inside the demonstration.
         max_tokens: `response_length`, end of sequence included.
         calls: what the chat template writes behind the text for its calls.
         stop_tokens: further ids at which generation stops, as the closing tag of a call; behind one nothing is written.
+        control_tokens: ids that the policy has no reason to write in a text, as the header of another turn.
     """
-    text = _without_repeated_opening(text, generation_prompt)
+    continuation = continued(text, generation_prompt)
+    if continuation is None:
+        return Refusal("thought")
     stops = {*end_tokens, *stop_tokens}
-    tokens = encode(text + calls)
+    tokens = encode(continuation)
+    if any(token in control_tokens and token not in stops for token in tokens):
+        return Refusal("malformed")
     if calls:
-        if any(token in stops for token in encode(text)):
+        if any(token in stops for token in tokens):
             return Refusal("malformed")
+        tokens = encode(continuation + calls)
         # The template may have closed the turn already.
         tokens = tokens[: next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))]
     else:
@@ -222,16 +245,3 @@ def turn_end_token(turn_tokens: Sequence[int], end_tokens: Collection[int], defa
         default: the tokenizer's end-of-sequence id, for templates that close a turn with none of them.
     """
     return next((token for token in turn_tokens if token in end_tokens), default)
-
-
-def _without_repeated_opening(text: str, generation_prompt: str) -> str:
-    opening = next(
-        (
-            text[:size]
-            for size in range(min(len(text), len(generation_prompt)), 0, -1)
-            if generation_prompt.endswith(text[:size])
-        ),
-        "",
-    )
-    # One equal character is chance ("\n" before "\n"); a tag that both sides write is not.
-    return text[len(opening) :] if opening.startswith("<") and ">" in opening else text

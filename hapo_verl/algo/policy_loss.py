@@ -25,7 +25,7 @@ from torch import Tensor
 from hapo_kernels.dispatch import Impl
 from hapo_kernels.policy_head import PolicyHead, policy_head
 from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, PolicyLoss, Teacher, policy_loss
-from hapo_kernels.policy_loss.reference import aggregate
+from hapo_kernels.policy_loss.reference import aggregate, shaped
 
 __all__ = [
     "UNCLIPPED",
@@ -60,6 +60,18 @@ class DemonstrationShape:
         """The rows of this shape, as the kernels take them."""
         return Teacher(demonstration_B, self.shaping, exponent=self.exponent, shape=self.name)
 
+    def weight(self, logp: Tensor) -> Tensor:
+        """∂F/∂log π at each log-probability, nats, of the tensor's shape; no gradient flows through it."""
+        with torch.enable_grad():
+            leaf = logp.detach().clone().requires_grad_()
+            value = shaped(leaf, self.teacher(torch.ones(1, dtype=torch.bool)))
+            return torch.autograd.grad(value.sum(), leaf)[0]
+
+    @property
+    def largest_weight(self) -> float:
+        """The largest weight that any token can have."""
+        return self.teacher(torch.ones(1, dtype=torch.bool)).largest_weight
+
 
 # A ratio that is clipped nowhere; the bounds on log ρ, ±20, remain.
 UNCLIPPED = Clip(low=math.inf, high=math.inf, dual=math.inf)
@@ -67,7 +79,7 @@ UNCLIPPED = Clip(low=math.inf, high=math.inf, dual=math.inf)
 
 def hapo_policy_loss(
     policy_logp_BT: Tensor,
-    old_logp_BT: Tensor | None,
+    old_logp_BT: Tensor,
     advantage_BT: Tensor,
     mask_BT: Tensor,
     demonstration_B: Tensor,
@@ -84,7 +96,7 @@ def hapo_policy_loss(
 
     Args:
         policy_logp_BT: (B, T) log-probabilities of the rows' tokens under the policy in training, nats.
-        old_logp_BT: (B, T) under the policy that sampled; not read on demonstrations. None: the policy in training.
+        old_logp_BT: (B, T) under the policy that sampled; not read on demonstrations.
         advantage_BT: (B, T), or (B,) with one advantage a row.
         mask_BT: (B, T), nonzero on the tokens that train.
         demonstration_B: (B,) bool, True on demonstrations.
@@ -115,7 +127,7 @@ def hapo_policy_head(
     hidden_BTH: Tensor,
     weight_VH: Tensor,
     label_BT: Tensor,
-    old_logp_BT: Tensor | None,
+    old_logp_BT: Tensor,
     advantage_BT: Tensor,
     mask_BT: Tensor,
     demonstration_B: Tensor,

@@ -13,6 +13,7 @@ from pathlib import Path
 from hapo_verl.config import ConfigError, HapoConfig
 from hapo_verl.data import demonstrations as demonstrations_
 from hapo_verl.data import gsm8k as gsm8k_
+from hapo_verl.data import gym as gym_
 from hapo_verl.data.parquet import DataError, read_parquet, write_parquet
 
 
@@ -25,13 +26,13 @@ def gsm8k(args: argparse.Namespace) -> None:
     records = tqdm(gsm8k_.gsm8k_records(args.input), desc="verifying", unit="row")
     rows, left_out = gsm8k_.verified_rows(records, default_score, split=args.split)
     path = args.output / f"{args.split}.parquet"
-    _print_left_out(left_out)
+    _print_reasons(left_out, "left out")
     write_parquet(rows, path)
-    _print_kept(len(rows), left_out, path)
+    _print_kept(len(rows), len(rows) + left_out.total(), path)
 
 
 def demonstrations(args: argparse.Namespace) -> None:
-    """Other projects' columns, verified."""
+    """Other projects' columns, verified; rows without a usable demonstration stay, with none."""
     from tqdm import tqdm
 
     rows = list(read_parquet(args.input))
@@ -48,22 +49,40 @@ def demonstrations(args: argparse.Namespace) -> None:
     )
     chosen = demonstrations_.choices(rows, column, judge, workers=args.workers)
     chosen = tqdm(chosen, total=len(rows), desc="verifying", unit="row")
-    kept, rejected = demonstrations_.verified(rows, chosen, column)
+    kept, rejected = demonstrations_.verified(rows, chosen, column, only_verified=args.only_verified)
     report = args.output.with_suffix(".rejected.jsonl")
-    left_out = demonstrations_.write_report(rejected, report)
-    _print_left_out(left_out)
-    print(f"report    {report}")
+    reasons = demonstrations_.write_report(rejected, report)
+    _print_reasons(reasons, "left out" if args.only_verified else "without one")
+    print(f"{'report':<{_WIDTH}}{report}")
+    if len(rejected) == len(rows):
+        raise DataError(f"{args.output}: no row has a demonstration that a run would inject. See the reasons above.")
     write_parquet(kept, args.output)
-    _print_kept(len(kept), left_out, args.output)
+    print(f"{'verified':<{_WIDTH}}{len(rows) - len(rejected):7}  of {len(rows)}")
+    _print_kept(len(kept), len(rows), args.output)
 
 
-def _print_left_out(left_out: Counter[str]) -> None:
-    for reason, count in left_out.most_common():
-        print(f"left out  {count:7}  {reason}")
+def reasoning_gym(args: argparse.Namespace) -> None:
+    """A task of reasoning-gym, with a demonstration column where it has worked solutions."""
+    rows, without = gym_.rows(args.task, size=args.size, seed=args.seed, split=args.split)
+    _print_reasons(without, "without one")
+    if without.total() == len(rows):
+        print(f"{args.task} has no worked solutions: the file gets no demonstration column")
+        rows = [{key: value for key, value in row.items() if key != "demonstration"} for row in rows]
+    write_parquet(rows, args.output)
+    _print_kept(len(rows), len(rows), args.output)
+    print(f"{'reward':<{_WIDTH}}reward.custom_reward_function.path={gym_.__file__}")
 
 
-def _print_kept(kept: int, left_out: Counter[str], path: Path) -> None:
-    print(f"kept      {kept:7}  of {kept + left_out.total()}, written to {path}")
+_WIDTH = 13
+
+
+def _print_reasons(reasons: Counter[str], what: str) -> None:
+    for reason, count in reasons.most_common():
+        print(f"{what:<{_WIDTH}}{count:7}  {reason}")
+
+
+def _print_kept(kept: int, rows: int, path: Path) -> None:
+    print(f"{'kept':<{_WIDTH}}{kept:7}  of {rows}, written to {path}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     command = parser.add_subparsers(dest="dataset", required=True)
 
     def subcommand(run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        sub = command.add_parser(run.__name__, help=text)
+        sub = command.add_parser(run.__name__.replace("_", "-"), help=text)
         sub.set_defaults(run=run)
         return sub
 
@@ -100,7 +119,19 @@ def main(argv: list[str] | None = None) -> int:
         metavar="KEY=VALUE",
         help="the run's loop is tool_agent: its keys of actor_rollout_ref.rollout.multi_turn, as function_tool_path",
     )
+    sub.add_argument(
+        "--only-verified",
+        action="store_true",
+        help="leave out rows without a usable demonstration; default: they stay, with none, for on-policy training",
+    )
     sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one a core")
+
+    sub = subcommand(reasoning_gym, "a task of reasoning-gym, with its worked solutions where it has some")
+    sub.add_argument("--task", required=True, help="its name, as gsm_symbolic")
+    sub.add_argument("--size", type=int, required=True, help="rows")
+    sub.add_argument("--output", type=Path, required=True, help="parquet file")
+    sub.add_argument("--seed", type=int, default=0, help="of the generator; another one for held-out rows")
+    sub.add_argument("--split", default="train", help="kept in extra_info")
     args = parser.parse_args(argv)
 
     try:

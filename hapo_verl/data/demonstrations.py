@@ -6,8 +6,9 @@
 
 Of a row's demonstrations the shortest is taken, in the run's tokens, that fits the run's response length and that the
 run's own reward function calls a success, token for token what a run would inject. It becomes the column
-`demonstration`; the columns it came from are left out, all others stay as they are. A row without one is left out,
-counted and named. Each may be a list of messages with calls of tools and their answers, and then stays one.
+`demonstration`; the columns it came from are left out, all others stay as they are. A row without one is counted and
+named, and stays, for the policy learns from its own rollouts there. Each demonstration may be a list of messages with
+calls of tools and their answers, and then stays one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ def _one(value: Any) -> list[Any]:
 
 
 def _several(value: Any) -> list[Any]:
-    return [_message(item) for item in ([] if value is None else value)]
+    if value is None:
+        return []
+    # What is no list is one demonstration, if it is one at all.
+    items = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
+    return [_message(item) for item in items]
 
 
 def _message(item: Any) -> Any:
@@ -45,7 +50,7 @@ def _message(item: Any) -> Any:
 COLUMNS: dict[str, Callable[[Any], list[Any]]] = {"target": _one, "target_lst": _several, "demos": _several}
 
 # How far a demonstration came; a row with several is reported by the one that came farthest.
-PROGRESS = ("missing", "empty", "malformed", "overlong", "rejected")
+PROGRESS = ("missing", "empty", "malformed", "thought", "overlong", "rejected")
 
 
 @dataclass(frozen=True)
@@ -110,21 +115,17 @@ def judge_of(
         ConfigError: where the reward function cannot be loaded, or `multi_turn` has no such key.
     """
     from omegaconf import OmegaConf
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer
 
     from hapo_verl.adapters.reward import reward_of, success_of
     from hapo_verl.adapters.tokens import ChatFormat
 
     loaded = AutoTokenizer.from_pretrained(tokenizer)
-    try:
-        generation_config = GenerationConfig.from_pretrained(tokenizer)
-    except OSError:  # a model need not have one
-        generation_config = None
     rollout: dict[str, Any] = {"agent": {"default_agent_loop": "single_turn_agent"}}
     if multi_turn is not None:
         rollout = {"agent": {"default_agent_loop": "tool_agent"}, "multi_turn": OmegaConf.from_dotlist([*multi_turn])}
     launch = OmegaConf.create({"actor_rollout_ref": {"model": {"path": tokenizer}, "rollout": rollout}})
-    chat = ChatFormat.of_launch(launch, loaded, generation_config=generation_config)
+    chat = ChatFormat.of_launch(launch, loaded)
     return Judge(
         respond=partial(chat.demonstration, max_tokens=max_tokens),
         decode=partial(loaded.decode, skip_special_tokens=True),
@@ -207,14 +208,15 @@ def _choose(judge: Judge, number: int, row: dict[str, Any], column: str) -> Any 
 
 
 def verified(
-    rows: Iterable[dict[str, Any]], chosen: Iterable[Any | Refusal], column: str
+    rows: Iterable[dict[str, Any]], chosen: Iterable[Any | Refusal], column: str, *, only_verified: bool = False
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows with a demonstration, and a report of those without: row, index, data_source and reason.
+    """The rows with their demonstration, and a report of those that have none: row, index, data_source and reason.
 
     Args:
         rows: of the data set.
         chosen: of each row its demonstration, or why there is none.
         column: that the demonstrations were taken from.
+        only_verified: leave out the rows that have none; else their demonstration is null.
     """
     kept, rejected = [], []
     for number, (row, choice) in enumerate(zip(rows, chosen, strict=True)):
@@ -223,10 +225,12 @@ def verified(
             rejected.append(
                 {"row": number, "index": index, "data_source": row.get("data_source"), "reason": choice.reason}
             )
-        else:
-            others = {name: value for name, value in row.items() if name not in COLUMNS}
-            kept.append(others | {"demonstration": choice})
-    if any(not isinstance(row["demonstration"], str) for row in kept):
+            if only_verified:
+                continue
+            choice = None
+        others = {name: value for name, value in row.items() if name not in COLUMNS}
+        kept.append(others | {"demonstration": choice})
+    if any(not isinstance(row["demonstration"], str | None) for row in kept):
         # A column of a parquet file has one type.
         for row in kept:
             if isinstance(row["demonstration"], str):
@@ -235,7 +239,7 @@ def verified(
 
 
 def write_report(rejected: list[dict[str, Any]], path: Path) -> Counter[str]:
-    """Write a JSON line for each row that was left out; how many for which reason."""
+    """Write a JSON line for each row that has no demonstration; how many for which reason."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in rejected))
     return Counter(line["reason"] for line in rejected)

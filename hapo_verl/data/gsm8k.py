@@ -6,13 +6,14 @@ counted and named.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from hapo_verl.data.parquet import DataError
 
@@ -36,24 +37,44 @@ class Problem:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file; empty lines are passed over.
+    """The objects of a JSON Lines file in UTF-8, with or without a byte order mark; empty lines are passed over.
 
     Raises:
-        DataError: when the file is missing or a line is not a JSON object.
+        DataError: when the file is missing, or a line is not UTF-8 or not a JSON object.
     """
     if not path.is_file():
         raise DataError(f"--input {path}: no such file. Give GSM8K as JSON lines with `question` and `answer`.")
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"--input {path}, line {number}: not JSON ({error.msg}). One object a line.") from None
-            if not isinstance(record, dict):
-                raise DataError(f"--input {path}, line {number}: not a JSON object. One object a line.")
-            yield record
+                record = _json_object(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+            except DataError as error:
+                raise DataError(f"--input {path}, line {number}: {error}") from None
+            if record is not None:
+                yield record
+
+
+def _json_object(line: bytes) -> dict[str, Any] | None:
+    """The object that a line is; None for an empty line."""
+    try:
+        text = line.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        encoding = "UTF-16" if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "LATIN1"
+        raise DataError(
+            f"not UTF-8 (byte {line[error.start]:#04x} at position {error.start}). JSON lines are UTF-8; convert the "
+            f"file: iconv -f {encoding} -t UTF-8, with the encoding that it has."
+        ) from None
+    if not text:
+        return None
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        # Also a number of too many digits, and lists in lists beyond what Python can follow.
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
+        raise DataError(f"not JSON ({reason}). One object a line.") from None
+    if not isinstance(record, dict):
+        raise DataError("not a JSON object. One object a line.")
+    return record
 
 
 def gsm8k_problem(record: dict[str, Any]) -> Problem | str:
@@ -62,15 +83,20 @@ def gsm8k_problem(record: dict[str, Any]) -> Problem | str:
     The calculator annotations `<<48/2=24>>` are removed: they were written for a tool, not for a reader.
     """
     question, solution = record.get("question"), record.get("answer")
-    if not isinstance(question, str) or not question.strip():
+    if not _is_text(question):
         return "no question"
-    if not isinstance(solution, str) or not solution.strip():
+    if not _is_text(solution):
         return "no answer"
     answer = re.search(r"####\s*(\S+)\s*$", solution)
     if answer is None:
         return "no #### line"
     demonstration = re.sub(r"<<[^>]*>>", "", solution).strip()
     return Problem(question.strip(), demonstration, answer[1].replace(",", "").replace("$", ""))
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    """A string with something in it, of whole characters: JSON may spell half of a surrogate pair."""
+    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def gsm8k_row(problem: Problem, index: int, split: str) -> dict[str, Any]:

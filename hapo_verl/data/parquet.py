@@ -16,7 +16,7 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a parquet file, as plain mappings, lists and numbers.
 
     Raises:
-        DataError: when the file is missing or is not parquet.
+        DataError: when the file is missing, is not parquet or is damaged.
     """
     import pyarrow
     from pyarrow.parquet import ParquetFile
@@ -25,19 +25,27 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path}: no such file. Name a local parquet file.")
     try:
         file = ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a parquet file ({str(error).splitlines()[0]}). Name a parquet file.") from None
-    for batch in file.iter_batches(batch_size=1024):
-        yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a parquet file ({_first_line(error)}). Name a parquet file.") from None
+    batches = file.iter_batches(batch_size=1024)
+    while True:
+        try:
+            rows = next(batches).to_pylist()
+        except StopIteration:
+            return
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: damaged ({_first_line(error)}). Write the file again.") from None
+        yield from rows
 
 
 def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
     """Write a parquet file in one step: no reader ever sees half of it.
 
     Raises:
-        DataError: when there is nothing to write.
+        DataError: when there is nothing to write, or a value that a parquet file cannot hold.
     """
     import pandas
+    import pyarrow
 
     if not rows:
         raise DataError(f"{path}: no row is left to write. See the reasons above.")
@@ -46,5 +54,12 @@ def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
     try:
         pandas.DataFrame(rows).to_parquet(temporary)
         temporary.replace(path)
+    except (pyarrow.ArrowException, UnicodeEncodeError, OverflowError) as error:
+        raise DataError(f"{path}: cannot be written ({_first_line(error)}). A column has one type.") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _first_line(error: Exception) -> str:
+    text = error.args[0] if isinstance(error, UnicodeError) or not error.args else str(error)
+    return next((line for line in str(error).splitlines() if line.strip()), str(text)).strip()

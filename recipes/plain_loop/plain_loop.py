@@ -191,8 +191,9 @@ def loss_of(policy: Policy, rows: Rows, advantage_B: Tensor, settings: Settings)
         loss_scale_factor=rows.mask_BT.size(1),
     )
     advantage_B = objective.advantage(advantage_B, rows.demonstration_B)
-    if not settings.entropy and not objective.weighs_likelihood:
-        trains_B = advantage_B != 0
+    batch_size, groups = len(rows.mask_BT), rows.group_B.unique().numel()
+    if objective.idle_rows and not settings.entropy:
+        trains_B = objective.has_gradient(advantage_B, rows.score_B, rows.group_B)
         rows, advantage_B = Rows(*(column[trains_B] for column in rows)), advantage_B[trains_B]
         if not len(advantage_B):
             return torch.zeros(())
@@ -220,7 +221,8 @@ def loss_of(policy: Policy, rows: Rows, advantage_B: Tensor, settings: Settings)
             tokens_B,
             log_ratio_B=torch.zeros(len(tokens_B)),
             entropy_B=(entropy_BT.detach() * rows.mask_BT).sum(1) / tokens_B,
-            batch_size=len(tokens_B),
+            batch_size=batch_size,
+            groups=groups,
         )
     )
     return loss + likelihood_loss(logp_BT, weight_B, rows.mask_BT, aggregation)
@@ -453,7 +455,7 @@ class Policy:
         if settings.model:
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
-            model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(settings.model)
         else:
             model, tokenizer = task.fresh_model()

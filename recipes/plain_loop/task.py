@@ -23,9 +23,14 @@ class Task(Protocol):
         tokens: the longest response, its end of sequence included.
     """
 
-    train: Sequence[Problem]
-    heldout: Mapping[str, Sequence[Problem]]
-    tokens: int
+    @property
+    def train(self) -> Sequence[Problem]: ...
+
+    @property
+    def heldout(self) -> Mapping[str, Sequence[Problem]]: ...
+
+    @property
+    def tokens(self) -> int: ...
 
     def is_right(self, problem: Problem, text: str) -> bool:
         """The reward: 1 for True."""

@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--gsm8k", type=Path, help="GSM8K as JSON lines with question and answer")
     parser.add_argument("--steps", type=int, help="default: what the task needs with this preset")
-    parser.add_argument("--heldout", type=int, default=100, help="held-out problems, of each kind that the task has")
+    parser.add_argument("--heldout", type=int, help="held-out problems, of each kind; default: 50 words, 100 digits")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--lr", type=float, help="learning rate; default: the task's")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))

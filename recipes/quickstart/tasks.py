@@ -46,20 +46,20 @@ class Task(NamedTuple):
     prepare: Callable[[Path, int, int, Any], Prepared]
 
 
-def _files(folder: Path, model: Path, reward: Path | None, *heldout: str) -> dict[str, Any]:
+def files(folder: Path, model: Path, reward: Path | None, *heldout: str) -> dict[str, Any]:
     """Paths of data, model and reward function, as verl's keys."""
     validation = [str(folder / "data" / f"{name}.parquet") for name in heldout]
-    files = {
+    paths = {
         "data.train_files": folder / "data" / "train.parquet",
         "data.val_files": validation[0] if len(validation) == 1 else f"[{','.join(validation)}]",
         "actor_rollout_ref.model.path": model,
     }
     if reward is not None:
-        files |= {
+        paths |= {
             "reward.custom_reward_function.path": reward,
             "reward.custom_reward_function.name": "compute_score",
         }
-    return files
+    return paths
 
 
 def language_settings() -> dict[str, Any]:
@@ -76,8 +76,8 @@ def language_settings() -> dict[str, Any]:
 
 def words(folder: Path, steps: int, seed: int, args: Any) -> Prepared:
     """Word problems, SmolLM2-135M-Instruct."""
-    word_problems.write(folder / "data", train=PROMPTS * steps, heldout=args.heldout, seed=seed)
-    files = _files(folder, smollm2.write(smollm2.CACHE), HERE / "word_problems.py", "heldout", "new_templates")
+    word_problems.write(folder / "data", train=PROMPTS * steps, heldout=args.heldout or 50, seed=seed)
+    paths = files(folder, smollm2.write(smollm2.CACHE), HERE / "word_problems.py", "heldout", "new_templates")
     lengths = {
         "data.max_prompt_length": word_problems.PROMPT_TOKENS,
         "data.max_response_length": word_problems.RESPONSE_TOKENS,
@@ -86,18 +86,18 @@ def words(folder: Path, steps: int, seed: int, args: Any) -> Prepared:
         "word problems, SmolLM2-135M-Instruct",
         f"{word_problems.DATA_SOURCE}_heldout",
         {"held-out success, new templates": f"{word_problems.DATA_SOURCE}_new_templates"},
-        language_settings() | lengths | files,
+        language_settings() | lengths | paths,
         LANGUAGE_ENVIRONMENT,
     )
 
 
 def reversed_digits(folder: Path, steps: int, seed: int, args: Any) -> Prepared:
     """Digits backwards, a random tiny model."""
-    digits.write(folder / "data", digits=args.digits, train=16 * steps, heldout=args.heldout, seed=seed)
+    digits.write(folder / "data", digits=args.digits, train=16 * steps, heldout=args.heldout or 100, seed=seed)
     tiny_model.write(folder / "model", alphabet="0123456789", hidden=128, layers=2, seed=seed)
-    files = _files(folder, folder / "model", HERE / "digits.py", "heldout")
+    paths = files(folder, folder / "model", HERE / "digits.py", "heldout")
     # The answer and its end of sequence: a longer limit only slows the learning down.
-    settings = {"data.max_response_length": args.digits + 1} | files
+    settings = {"data.max_response_length": args.digits + 1} | paths
     return Prepared(f"reverse {args.digits} digits", digits.DATA_SOURCE, {}, settings, {})
 
 
@@ -105,9 +105,9 @@ def real_word_problems(folder: Path, steps: int, seed: int, args: Any) -> Prepar
     """GSM8K's shortest rows, SmolLM2-135M-Instruct."""
     model = smollm2.write(smollm2.CACHE)
     settings = gsm8k.write(folder / "data", args.gsm8k, model)
-    files = _files(folder, model, None, "heldout")
+    paths = files(folder, model, None, "heldout")
     return Prepared(
-        "GSM8K, SmolLM2-135M-Instruct", gsm8k.GSM8K, {}, language_settings() | settings | files, LANGUAGE_ENVIRONMENT
+        "GSM8K, SmolLM2-135M-Instruct", gsm8k.GSM8K, {}, language_settings() | settings | paths, LANGUAGE_ENVIRONMENT
     )
 
 

@@ -82,7 +82,7 @@ def _model_folder(case, folder):
     return str(path)
 
 
-def _engine(case, head, folder, clip_grad=1.0, optimizer=None):
+def _engine(case, head, folder, clip_grad=1.0, **optim):
     import verl  # noqa: F401
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
@@ -104,9 +104,7 @@ def _engine(case, head, folder, clip_grad=1.0, optimizer=None):
         pad_to_length=case.pad_to_length,
         pad_to_length_bucket=16,
     )
-    optimizer = FSDPOptimizerConfig(
-        **{"lr": 0.0, "total_training_steps": 1, "clip_grad": clip_grad, **(optimizer or {})}
-    )
+    optimizer = FSDPOptimizerConfig(**{"lr": 0.0, "total_training_steps": 1, "clip_grad": clip_grad} | optim)
     torch.manual_seed(1)
     built = EngineRegistry.new("language_model", "fsdp2", model, engine, optimizer, CheckpointConfig())
     built._build_model_optimizer()
@@ -160,6 +158,28 @@ def _batch(case, rank):
         global_batch_size=len(whole) * dist.get_world_size(),
     )
     return data
+
+
+def steps_around_silence(cases, folder):
+    """Of each case: a step in which no token trains, then an ordinary one; loss, gradients and weights behind each."""
+    return dict(zip(cases, on_ranks(_steps_around_silence, list(cases), 1, folder)[0], strict=True))
+
+
+def _steps_around_silence(case, folder):
+    engine = _engine(case, case.head, folder, lr=0.1)
+    results = []
+    for silent_rank in (0, None):
+        data = _batch(case._replace(silent_rank=silent_rank), 0)
+        with engine.train_mode(zero_grad_on_exit=False):
+            output = engine.train_batch(data, _hapo_loss(case, case.head))
+        named = list(engine.module.named_parameters())
+        gradients = {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
+        weights = {name: parameter.detach().clone() for name, parameter in named}
+        results.append(
+            {"loss": sum(output["loss"]), "grad_norm": output["metrics"]["grad_norm"], "gradients": gradients}
+        )
+        results[-1]["weights"] = {name: getattr(w, "full_tensor", lambda w=w: w)() for name, w in weights.items()}
+    return results
 
 
 def _hapo_loss(case, head):

@@ -101,6 +101,7 @@ class CharTokenizer:
     """One token a character; `$` ends a sequence."""
 
     eos_token_id = ord("$")
+    all_special_ids, added_tokens_decoder = (eos_token_id,), {}
 
     def encode(self, text, add_special_tokens):
         return [ord(char) for char in text]
@@ -140,6 +141,24 @@ def test_data_of_which_no_demonstration_can_be_used_is_refused_with_the_reasons(
 
 def test_one_usable_demonstration_is_enough(launch):
     check_rows(launch("data.max_response_length=4"), ["four", "one"])
+
+
+def test_demonstrations_that_would_answer_inside_a_thought_are_refused_with_what_to_do(launch):
+    class Thinking(CharTokenizer):
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
+            chat = super().apply_chat_template(messages, tokenize, add_generation_prompt)
+            return chat + ("<think>\n" if add_generation_prompt else "")
+
+    dataset = datasets.Dataset.from_dict({"demonstration": ["4", "<think>4", "4</think>4"]})
+    check_demonstrations(dataset, Thinking(), launch(), HapoConfig())
+    with pytest.raises(ConfigError) as error:
+        check_demonstrations(dataset.select([0, 1]), Thinking(), launch(), HapoConfig())
+    assert str(error.value) == (
+        "hapo.demonstration_key=demonstration: none of 2 demonstrations looked at can be injected (2 thought). Fill the "
+        "column; they must fit data.max_response_length=512 with their end of sequence. Where the chat template opens a "
+        "thought, a demonstration has to close it (</think>) in front of its answer, and where the template closes one, "
+        "to have none: data.apply_chat_template_kwargs.enable_thinking, where the template knows it, says which."
+    )
 
 
 CALLED = [

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from tests.adapters.engine_process import PROMPTS, RESPONSES, Case, run
+from tests.adapters.engine_process import PROMPTS, RESPONSES, Case, run, steps_around_silence
 
 ALONE = [
     *(Case(packed, tied, lora) for packed, tied, lora in product((True, False), repeat=3)),
@@ -117,3 +117,23 @@ def test_only_adapters_train_under_lora_and_the_frozen_head_gets_no_gradient(alo
     gradients = alone[Case(lora=True)]["linear_logprob"][0]["gradients"]
     assert gradients
     assert all("lora_" in name and bool(gradient.any()) for name, gradient in gradients.items())
+
+
+SILENT = [Case(head=head, entropy_coefficient=0.3) for head in ("off", "linear_logprob", "policy_head")]
+
+
+@pytest.fixture(scope="module")
+def around_silence(tmp_path_factory):
+    return steps_around_silence(SILENT, tmp_path_factory.mktemp("silence"))
+
+
+@pytest.mark.parametrize("case", SILENT, ids=lambda case: case.head)
+def test_a_step_in_which_no_token_trains_has_loss_and_gradient_zero_and_the_next_one_trains(around_silence, case):
+    silent, next_one = around_silence[case]
+    assert silent["loss"] == 0
+    assert silent["grad_norm"] == 0
+    assert all(bool((gradient == 0).all()) for gradient in silent["gradients"].values())
+    assert next_one["grad_norm"] > 0
+    for name, weight in next_one["weights"].items():
+        assert bool(weight.isfinite().all()), name
+    assert any(not torch.equal(weight, silent["weights"][name]) for name, weight in next_one["weights"].items())

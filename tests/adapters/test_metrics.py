@@ -4,7 +4,7 @@ import pytest
 import torch
 from verl.trainer.ppo.v1.utils import MetricsAggregator
 
-from hapo_verl.adapters.metrics import group_metrics
+from hapo_verl.adapters.metrics import group_metrics, silence
 from hapo_verl.algo.gate import Situation, firing_probabilities
 
 PAPER = firing_probabilities("paper", 8, Situation())
@@ -22,6 +22,7 @@ def a_group(successes, outcome):
         "threshold": 0.8,
         "confidence": (1 + successes) / 10,
         "replaced": 7 if outcome == "injected" else None,
+        "unsteady": outcome == "rejected",
     }
 
 
@@ -55,6 +56,7 @@ def metrics():
         ("hapo/gate/not_admitted", 0.0),
         ("hapo/gate/confidence", (0.1 + 0.1 + 0.5 + 0.9) / 4),
         ("hapo/gate/not_gated", 1 / 5),
+        ("hapo/demonstration/unsteady", 1 / 5),
         ("hapo/injected/group_share", 2 / 5),
         ("hapo/injected/row_share", 2 / 40),
         ("hapo/injected/token_share", 20 / (20 + 38 * 5)),
@@ -79,3 +81,31 @@ def test_a_batch_without_a_single_gated_group_logs_zeros():
         {"e": GROUPS["e"]}, demonstration_B=torch.zeros(0, dtype=torch.bool), tokens_B=torch.zeros(0)
     )
     assert values["hapo/gate/firing_rate"] == 0.0
+
+
+NOTHING = {
+    "a": a_group(0, "rejected"),
+    "b": a_group(0, "missing"),
+    "c": a_group(0, "rejected"),
+    "d": a_group(8, "not_fired"),
+}
+
+
+def test_where_no_group_has_a_signal_it_is_said_what_to_look_at():
+    assert silence(NOTHING) == (
+        "none of 4 groups has a signal: the rollouts of each got the same reward (0 in 3, 1 in 1 of them), and no "
+        "demonstration was injected (2 rejected, 1 missing). Read a few responses beside what the reward function expects "
+        "of them (trainer.rollout_data_dir=FOLDER writes them), look whether they end within data.max_response_length, and "
+        "ask python -m hapo_verl.doctor about the demonstrations."
+    )
+    assert "and no demonstration was injected. Read a few" in silence({"a": a_group(0, "not_fired")})
+    assert silence({"d": a_group(8, "not_fired")}) == (
+        "none of 1 groups has a signal: the rollouts of each got the same reward (1 in 1 of them), a success. The "
+        "policy solves these prompts already: train on harder ones."
+    )
+
+
+@pytest.mark.parametrize("other", [a_group(0, "injected"), a_group(4, "not_fired")])
+def test_one_group_with_a_signal_is_enough(other):
+    assert silence(NOTHING | {"e": other}) is None
+    assert silence({}) is None

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hapo_verl.adapters.rehearsal import GIB, Rehearsal
+from hapo_verl.adapters.teachable import score
 from hapo_verl.config import ConfigError
 from hapo_verl.data.parquet import write_parquet
 from tests.adapters.tool_chat import QWEN, make_tokenizer
@@ -53,10 +54,15 @@ def rehearsal(folder, *overrides):
 def test_what_is_right_is_counted(folder):
     positions = rehearsal(folder)._hf_config.max_position_embeddings
     found = {name: check() for name, check in rehearsal(folder).checks()}
+    taught = found.pop("what the loss can teach")
+    assert taught.startswith(
+        "every token of 18 demonstrations is pushed; the least likely token of a demonstration has"
+    )
     assert found | {"memory of the head": ""} == {
         "launch": "gate paper with threshold 0.8, prior_success 1.0, prior_failure 1.0; replace",
         "sizes": "16 prompts x 8 rollouts = 128 rows a step, 1 update(s) of 16 rows on each of 8 rank(s)",
         "columns": "data_source, prompt, reward_model in 2 file(s), demonstration in those to train on",
+        "weights": f"{folder}/model sends 1 MiB at every update; 2048 MiB at a time",
         "demonstrations": (
             "18 of 20 looked at can be injected, 5.0% do not fit data.max_response_length=8 (longest that fits: 4 "
             "tokens); 1 missing; 20 rows"
@@ -185,3 +191,56 @@ def test_a_head_that_does_not_fit_the_gpu_is_wrong(folder, monkeypatch):
     ):
         huge.memory()
     assert rehearsal(folder).memory().startswith("off is chosen")
+
+
+@pytest.fixture(scope="module")
+def biased(folder, tmp_path_factory):
+    """The model with a head that hardly ever writes the digit 7: its weights towards it are those away from all others."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = tmp_path_factory.mktemp("biased") / "model"
+    model, tokenizer = (kind.from_pretrained(folder / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    # Every hidden state's part along the first unit is made large, and only 7 answers to it, with the opposite sign.
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+        model.model.norm.weight[0] = 1.0
+        model.model.embed_tokens.weight[:, 0] = 50.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[tokenizer.encode("7")[0], 0] = -3.0
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_a_token_that_the_loss_cannot_teach_is_named_with_the_key_that_teaches_it(folder, biased):
+    launched = [f"actor_rollout_ref.model.path={biased}"]
+    paper = rehearsal(folder, *launched).teachable()
+    # 007 and 017 of the rows that can be injected, and row 2, whose demonstration is 7.
+    assert paper.startswith("hapo.loss.exponent=1.0 hardly pushes a token of 3 of 18 demonstrations")
+    assert paper.endswith("Use hapo.loss.shape=power hapo.loss.exponent=0.0, which pushes it most.")
+    taught = rehearsal(folder, *launched, "hapo.loss.exponent=0.0").teachable()
+    assert taught.startswith("every token of 18 demonstrations is pushed")
+    assert rehearsal(folder, *launched, "hapo.gate.name=never").teachable() == (
+        "hapo.gate.name=never: no demonstration is trained on"
+    )
+
+
+def test_the_model_is_not_loaded_where_it_is_not_to_be(folder):
+    names = [name for name, _ in Rehearsal(rehearsal(folder)._overrides, model=False).checks()]
+    assert "what the loss can teach" not in names
+    absent = rehearsal(folder, "actor_rollout_ref.model.path=Qwen/Qwen2.5-0.5B").teachable()
+    assert absent == "actor_rollout_ref.model.path=Qwen/Qwen2.5-0.5B is not on this machine: not looked at"
+
+
+def test_a_demonstration_is_scored_as_the_model_predicts_it_token_by_token(folder):
+    from transformers import AutoModelForCausalLM
+
+    prompt, response, mask = [1, 5, 2, 9], [3, 4, 8], [1, 0, 1]
+    (scored,) = score(folder / "model", [prompt], [(response, mask)])
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    expected = []
+    for place, token in enumerate(response):
+        logits = model(torch.tensor([prompt + response[:place]])).logits[0, -1]
+        expected.append(logits.log_softmax(-1)[token].item())
+    assert scored.tokens.tolist() == [3, 8]
+    assert scored.logp.tolist() == pytest.approx([expected[0], expected[2]], abs=1e-5)

@@ -5,9 +5,11 @@ The worker is built without Ray, model or engine; only the reward call and the p
 
 import asyncio
 import sys
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -48,7 +50,7 @@ def worker(monkeypatch):
     worker.tokenizer, worker.processor = tokenizer, None
     worker.rollout_config = SimpleNamespace(response_length=4)
     worker.model_config = SimpleNamespace(generation_config=None)
-    worker._hapo, worker._groups, worker.puts = HapoConfig(), {}, []
+    worker._hapo, worker._groups, worker._verdicts, worker.puts = HapoConfig(), {}, {}, []
 
     async def score(outputs, kwargs):
         if outputs[-1].reward_score is None:
@@ -197,9 +199,10 @@ def test_a_demonstration_with_calls_trains_on_what_the_policy_would_have_written
 def test_the_reward_is_given_the_turns_of_the_demonstration_and_not_of_the_rollout_it_replaces(caller):
     close(caller, called_failures(caller), CALLED)
     close(caller, called_failures(caller), ANSWER)
-    assert [output.num_turns for output in caller.scored] == [4, 2]
-    assert [output.extra_fields["tool_rewards"] for output in caller.scored] == [[0.0], []]
-    assert [output.extra_fields["turn_scores"] for output in caller.scored] == [[], []]
+    # Each of them twice, being the first of this worker.
+    assert [output.num_turns for output in caller.scored] == [4, 4, 2, 2]
+    assert [output.extra_fields["tool_rewards"] for output in caller.scored] == [[0.0], [0.0], [], []]
+    assert [output.extra_fields["turn_scores"] for output in caller.scored] == [[]] * 4
     assert [row["num_turns"] for put in caller.puts for row in put.fields if row["hapo_demonstration"]] == [4, 2]
 
 
@@ -236,6 +239,155 @@ def test_an_error_while_verifying_writes_the_plain_group_and_counts_as_error(wor
     assert outcome(put) == "error"
     assert len(put.keys) == 3
     assert not put.fields["hapo_demonstration"].any()
+
+
+def returning(worker, *results):
+    """The worker's reward function answers so, one after the other, and the last one from then on."""
+    answers = list(results)
+
+    async def score(outputs, kwargs):
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        if answer == "never":
+            await asyncio.sleep(60)
+        # As verl's reward manager unpacks it.
+        score, extra = (answer["score"], dict(answer)) if isinstance(answer, dict) else (answer, {"acc": answer})
+        outputs[-1].reward_score, outputs[-1].extra_fields["reward_extra_info"] = score, extra
+
+    worker._compute_score = score
+
+
+def settle(worker, count=3):
+    """A prompt's sessions through verl's own postprocess and back: how each ended, and what was written."""
+    worker._groups["u"] = group = rollout._Group(count, ANSWER, {"key": 1}, None)
+
+    async def session(number):
+        fields = {
+            "uid": "u",
+            "session_id": number,
+            "index": 7,
+            "global_steps": 5,
+            "raw_prompt": "1",
+            "data_source": "d",
+        }
+        output = an_output(worker.tokenizer, "12"[: number + 1], score=None)
+        try:
+            await worker._agent_loop_postprocess(output, False, **fields)
+        except Exception as error:
+            return error
+
+    async def sessions():
+        ends = [await session(number) for number in range(count)]
+        await worker._close_group(group)
+        return ends
+
+    return asyncio.run(sessions())
+
+
+@pytest.mark.parametrize(
+    ("result", "score"),
+    [
+        (torch.tensor(0.25), 0.25),
+        (torch.tensor([[1.0]]), 1.0),
+        (np.float32(0.5), 0.5),
+        (np.array([0.5]), 0.5),
+        (True, 1.0),
+        (0, 0.0),
+        (Fraction(1, 4), 0.25),
+        ({"score": torch.tensor(0.5), "acc": np.bool_(True)}, 0.5),
+        ({"score": 0.5, "acc": None, "note": "kept"}, 0.5),
+    ],
+)
+def test_a_reward_of_any_numeric_type_is_a_number_of_the_group(worker, result, score):
+    returning(worker, result)
+    assert settle(worker) == [None] * 3
+    (put,) = worker.puts
+    assert [row["rm_scores"].sum().item() for row in put.fields] == [score] * 3
+    group = plain_values(put.fields["hapo_group"])[0]
+    assert group["scores"] == [score] * 3
+    assert all(type(value) is float for value in group["scores"])
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (float("nan"), "the reward function returned score=nan (float): a finite number is needed."),
+        (float("inf"), "the reward function returned score=inf (float): a finite number is needed."),
+        (torch.tensor(float("-inf")), "the reward function returned score=tensor(-inf) (Tensor): a finite"),
+        (torch.zeros(2), "the reward function returned score=tensor([0., 0.]) (Tensor): a finite number"),
+        ("1.0", "the reward function returned score='1.0' (str): a finite number is needed."),
+        ([1.0], "the reward function returned score=[1.0] (list): a finite number is needed."),
+        ({"score": 1.0, "acc": "yes"}, "the reward function returned acc='yes' (str): a finite number is needed."),
+        ({"score": 1.0, "acc": float("nan")}, "the reward function returned acc=nan (float): a finite"),
+        (KeyError("score"), "'score'"),
+        ("never", "hapo.reward_timeout=0.2: the reward function has not answered in this time for data_source=d. Make"),
+    ],
+)
+def test_a_session_whose_reward_is_no_number_ends_alone_and_the_others_are_trained_on(worker, result, message):
+    worker._hapo = HapoConfig.parse({"reward_timeout": 0.2})
+    returning(worker, 0.0, result, 0.0)
+    ends = settle(worker, count=3)
+    assert ends[0] is ends[2] is None
+    assert str(ends[1]).startswith(message)
+    (put,) = worker.puts
+    assert put.keys == ["u_0_0", "u_2_0"]
+    assert all(row["rm_scores"].isfinite().all() for row in put.fields)
+    assert outcome(put) == "rejected"
+
+
+def test_a_group_in_which_every_reward_is_no_number_writes_nothing(worker):
+    returning(worker, float("nan"))
+    assert all("returned score=nan" in str(end) for end in settle(worker))
+    assert worker.puts == []
+
+
+@pytest.mark.parametrize("result", [float("nan"), "never", "1.0", KeyError("score")])
+def test_a_demonstration_whose_reward_is_no_number_leaves_the_plain_group(worker, result):
+    worker._hapo = HapoConfig.parse({"reward_timeout": 0.2})
+    returning(worker, 0.0, 0.0, 0.0, result)
+    assert settle(worker) == [None] * 3
+    (put,) = worker.puts
+    assert outcome(put) == "error"
+    assert put.keys == ["u_0_0", "u_1_0", "u_2_0"]
+
+
+def unsteady(put):
+    return plain_values(put.fields["hapo_group"])[0]["unsteady"]
+
+
+def test_a_demonstration_whose_two_calls_disagree_is_said_and_counted(worker, caplog):
+    returning(worker, 0.0, 0.0, 0.0, 1.0, 0.0)
+    settle(worker)
+    assert (outcome(worker.puts[-1]), unsteady(worker.puts[-1])) == ("injected", True)
+    assert "does not agree with itself on a demonstration (data_source=d, index=7)" in caplog.text
+
+
+def test_a_demonstration_is_held_against_what_was_said_of_it_before(worker, caplog, monkeypatch):
+    monkeypatch.setattr(rollout, "LOOKED_AT_TWICE", 0)
+    for verdict, expected in ((1.0, False), (1.0, False), (0.0, True), (0.0, False)):
+        returning(worker, 0.0, 0.0, 0.0, verdict)
+        settle(worker)
+        assert unsteady(worker.puts[-1]) is expected
+    assert outcome(worker.puts[-1]) == "rejected"
+    assert caplog.text.count("does not agree with itself") == 1
+
+
+def test_only_the_first_demonstrations_of_a_worker_are_asked_for_twice(worker, monkeypatch):
+    monkeypatch.setattr(rollout, "LOOKED_AT_TWICE", 1)
+    score, asked = worker._compute_score, []
+
+    async def counted(outputs, kwargs):
+        asked.append(list(outputs[-1].response_ids))
+        await score(outputs, kwargs)
+
+    worker._compute_score = counted
+    demonstration = [*worker.tokenizer.encode(ANSWER), worker.tokenizer.eos_token_id]
+    settle(worker)
+    assert asked.count(demonstration) == 2
+    settle(worker)
+    assert asked.count(demonstration) == 3
+    assert [unsteady(put) for put in worker.puts] == [False, False]
 
 
 def test_rollouts_that_nobody_scored_are_written_and_not_gated(worker):

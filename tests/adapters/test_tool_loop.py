@@ -358,6 +358,22 @@ def test_what_the_loop_would_have_answered_otherwise_is_malformed(a_run, demonst
     assert a_run(PARALLEL).ours(demonstration) == Refusal("malformed")
 
 
+def test_control_tokens_belong_to_a_call_and_not_to_what_the_data_says_in_it(a_run):
+    run = a_run(special=("<tool_call>", "</tool_call>"))
+    text, expected = hermes("12"), CASES["one call"][1]
+    spelt = [say(f"I ask.\n{text}"), answer("21"), say("21")]
+    assert run.ours(spelt) == run.ours(expected) != Refusal("malformed")
+    for said in (
+        say("", call("<|im_start|>user")),
+        say("<|im_start|>user", call("12")),
+        say(f"<|im_start|>user\n{text}"),
+        say("", call("<tool_call>")),
+    ):
+        assert run.ours([said, answer("21"), say("21")]) == Refusal("malformed"), said
+    # What a tool answers is its own business, as in verl's loop.
+    assert run.ours([say("", call("12")), answer("<|im_start|>"), say("21")]) != Refusal("malformed")
+
+
 def test_a_run_without_tools_or_without_a_loop_for_them_takes_one_turn_only(a_run):
     _, demonstration, _ = CASES["one call"]
     assert a_run(names=()).ours(demonstration) == Refusal("malformed")

@@ -15,8 +15,9 @@ from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_
 from verl.utils.debug.metrics import calculate_debug_metrics
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from hapo_verl.adapters.idle_rows import Savings
+from hapo_verl.adapters.reward import RewardError
 from hapo_verl.adapters.trainer import HapoTrainerSync
-from hapo_verl.config import HapoConfig
 
 PROMPT, LENGTHS, DEMONSTRATIONS = 2, [3, 7, 1, 5, 6, 4], [False, False, True, False, True, False]
 SAMPLED = [i for i, flag in enumerate(DEMONSTRATIONS) if not flag]
@@ -70,13 +71,12 @@ def queue(monkeypatch):
 
 def a_trainer(calculate_log_probs=True, **correction):
     trainer = object.__new__(HapoTrainerSync)
-    trainer.trainer_mode, trainer.parameter_sync_step = "hapo_sync", 1
-    trainer.hapo = HapoConfig.parse({"skip_idle_rows": False, "old_log_probs": "always"})
+    trainer._leaves_out = Savings(*["the whole batch is computed"] * 3)
     trainer.config = OmegaConf.create(
         {
             "actor_rollout_ref": {
                 "rollout": {"calculate_log_probs": calculate_log_probs, "temperature": 1.0},
-                "actor": {"loss_agg_mode": "token-mean", "loss_scale_factor": None, "ppo_epochs": 1},
+                "actor": {"loss_agg_mode": "token-mean", "loss_scale_factor": None},
             },
             "algorithm": {"rollout_correction": {"rollout_is": None, "rollout_rs": None, **correction}},
         }
@@ -162,3 +162,14 @@ def test_weights_and_rejected_tokens_are_verls_and_demonstrations_keep_all_of_th
             kept[0] += int(masks[i].sum())
             kept[1] += int(row["response_mask"].sum())
     assert 0 < kept[0] < kept[1]
+
+
+def test_a_step_without_a_single_reward_ends_the_run_with_what_to_look_at():
+    trainer = object.__new__(HapoTrainerSync)
+    trainer.global_steps = 3
+    with pytest.raises(RewardError) as error:
+        trainer._balance_batch(tq.KVBatchMeta(keys=[], tags=[], partition_id="train"), {})
+    assert str(error.value) == (
+        "step 3: no rollout has a reward, so there is nothing to train on. Look for the error of the reward function, or of "
+        "the agent loop, in the lines of the agent loop worker above."
+    )

@@ -2,6 +2,7 @@
 
 import os
 import queue
+import re
 import signal
 import threading
 import time
@@ -10,7 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import ray
 
-from hapo_verl.adapters.watch import Watch
+from hapo_verl.adapters.progress import Position
+from hapo_verl.adapters.stacks import answer_the_signal
+from hapo_verl.adapters.watch import Stall, Watch
 
 ADVICE = "Start it again."
 
@@ -18,8 +21,14 @@ ADVICE = "Start it again."
 class Member:
     """An actor of a run."""
 
+    def __init__(self):
+        answer_the_signal()
+
     def process(self):
         return os.getpid()
+
+    def fail_to_update(self, error):
+        self.hapo_weight_update_error = error
 
     def work(self, seconds):
         time.sleep(seconds)
@@ -171,3 +180,91 @@ def test_a_trainer_that_failed_by_itself_is_not_held_up_for_long(stopping, capsy
     watch.stop(failed=True)
     assert 3 <= time.monotonic() - started < 20
     assert (ends, capsys.readouterr().err) == ([], "")
+
+
+def test_an_engine_that_could_not_load_new_weights_ends_the_run_with_its_own_error(actors, capsys):
+    server, other = actors(), actors()
+    ray.get([actor.process.remote() for actor in (server, other)])
+    ends: queue.Queue[None] = queue.Queue()
+    watch = Watch(interval=0.1, advice=ADVICE, end=lambda: ends.put(None))
+    watch.over(
+        {"vllm server 0": server, "vllm server 1": other}, updated={"vllm server 0": server, "vllm server 1": other}
+    )
+    watch.start()
+    with pytest.raises(queue.Empty):
+        ends.get(timeout=1)
+    ray.get(server.fail_to_update.remote("Exception: Call to collective_rpc method failed: ValueError: tied"))
+    ends.get(timeout=30)
+    assert capsys.readouterr().err == (
+        "hapo: vllm server 0 could not load new weights (Exception: Call to collective_rpc method failed: ValueError: "
+        "tied). Start it again.\n"
+    )
+    watch.stop()
+
+
+@pytest.fixture
+def standing(actors, tmp_path):
+    """A watch over a busy and an idle actor, and a trainer whose place is in `place`."""
+    busy, idle = actors(), actors()
+    ray.get([actor.process.remote() for actor in (busy, idle)])
+    place, ends = [("here", 1)], queue.Queue()
+
+    def watch(report, limit):
+        stall = Stall(lambda: Position(place[0], f"step {place[0][1]}: fit > update"), report, limit, tmp_path / "run")
+        watch = Watch(interval=0.2, advice=ADVICE, stall=stall, end=lambda: ends.put(None))
+        watch.over({"training worker 0": busy, "reward worker 0": idle})
+        eventually(lambda: ray.wait([*watch._places.values()], num_returns=2, timeout=0)[0])
+        work = busy.work.remote(60)
+        return watch, work
+
+    yield watch, place, ends
+    ray.kill(busy)
+
+
+def test_a_trainer_that_stands_still_is_said_once_with_the_stacks_of_all_processes(standing, tmp_path, capsys):
+    watch, place, ends = standing
+    watch, _work = watch(1.0, None)
+    watch.start()
+    (file,) = eventually(lambda: list((tmp_path / "run").glob("hapo_stacks_*.txt")), 90)
+    said = eventually(lambda: capsys.readouterr().err, 90)
+    time.sleep(2)
+    assert capsys.readouterr().err == ""
+    assert ends.empty()
+    assert re.fullmatch(
+        rf"hapo: no progress for \d s in step 1: fit > update; busy: training worker 0; Ray has \d of 1 CPUs free. "
+        rf"Stacks of all processes: {file}. The run goes on.\n",
+        said,
+    )
+    text = file.read_text()
+    assert text.startswith("step 1: fit > update\n\ntrainer: ")
+    # This process says that it does not answer, for it is no process of Ray's; the blocked actor shows where it is.
+    assert re.search(r"training worker 0, process \d+: .*\n(.*\n)*.* in work\n", text)
+    assert re.search(r"reward worker 0, process \d+: ", text)
+    # Progress, and standing still again, is another line.
+    place[0] = ("there", 2)
+    assert eventually(lambda: capsys.readouterr().err, 90).startswith("hapo: no progress for ")
+    watch.stop()
+
+
+def test_the_run_ends_when_it_stood_still_for_too_long(standing, capsys):
+    watch, _, ends = standing
+    watch, _work = watch(None, 1.5)
+    started = time.monotonic()
+    watch.start()
+    ends.get(timeout=90)
+    assert time.monotonic() - started >= 1.5
+    said = capsys.readouterr().err
+    assert said.endswith("The run ends. Start it again.\n")
+    assert said.count("\n") == 1
+    watch.stop()
+
+
+def test_a_trainer_that_moves_on_is_never_said_to_stand_still(standing, capsys):
+    watch, place, ends = standing
+    watch, _work = watch(1.0, 1.5)
+    watch.start()
+    for number in range(8):
+        place[0] = ("here", number)
+        time.sleep(0.5)
+    watch.stop()
+    assert (ends.empty(), capsys.readouterr().err) == (True, "")

@@ -50,9 +50,23 @@ def test_only_ends_of_sequence_are_empty():
 
 
 def test_a_thinking_tag_that_the_chat_template_opens_is_not_opened_twice():
-    text = "<think>\nx"
-    assert tokens_of(text, generation_prompt="assistant\n<think>\n") == [ord("x"), END]
+    text = "<think>\nx</think>y"
+    assert tokens_of(text, generation_prompt="assistant\n<think>\n") == [*map(ord, "x</think>y"), END]
     assert tokens_of(text, generation_prompt="assistant\n") == [*map(ord, text), END]
+
+
+def test_a_thought_that_does_not_fit_the_chat_template_is_a_reason_of_its_own():
+    assert tokens_of("x", generation_prompt="assistant\n<think>\n") == Refusal("thought")
+    assert tokens_of("", calls="(c)$", generation_prompt="assistant\n<think>\n") == Refusal("thought")
+
+
+def test_control_tokens_in_the_text_are_malformed_and_in_what_the_template_writes_they_are_not():
+    controls = {"control_tokens": [ord("#"), END]}
+    assert tokens_of("a#b", **controls) == tokens_of("a#", **controls) == Refusal("malformed")
+    assert tokens_of("a#", calls="(c)", **controls) == Refusal("malformed")
+    assert tokens_of("a", calls="#c", **controls) == [*map(ord, "a#c"), END]
+    assert tokens_of("a$", **controls) == [ord("a"), END]
+    assert tokens_of("a#", **controls, stop_tokens=[ord("#")]) == [*map(ord, "a#")]
 
 
 def test_a_chance_overlap_with_the_generation_prompt_is_kept():
@@ -63,7 +77,7 @@ def test_calls_stand_behind_the_text_up_to_where_generation_stops():
     assert tokens_of("ab", calls="(c)$\n") == [*map(ord, "ab(c)"), END]
     assert tokens_of("ab", calls="(c)") == [*map(ord, "ab(c)"), END]
     assert tokens_of("", calls="(c)") == [*map(ord, "(c)"), END]
-    assert tokens_of("<think>\nx", calls="(c)", generation_prompt="<think>\n") == [*map(ord, "x(c)"), END]
+    assert tokens_of("<think></think>x", calls="(c)", generation_prompt="<think>") == [*map(ord, "</think>x(c)"), END]
     assert tokens_of("a$b", calls="(c)") == tokens_of("a$", calls="(c)") == Refusal("malformed")
 
 

@@ -78,7 +78,7 @@ def test_messages_with_calls_stay_messages(column, value, chosen):
 def test_where_one_row_keeps_messages_all_rows_do():
     rows = [{"demos": [CALLED]}, {"demos": ["4"]}, {"demos": None}]
     kept, rejected = verified(rows, [CALLED, "4", Refusal("missing")], "demos")
-    assert [row["demonstration"] for row in kept] == [CALLED, [message("4")]]
+    assert [row["demonstration"] for row in kept] == [CALLED, [message("4")], None]
     assert [line["row"] for line in rejected] == [2]
     assert [row["demonstration"] for row in verified(rows[1:2], ["4"], "demos")[0]] == ["4"]
 
@@ -149,8 +149,10 @@ def test_luffys_file_becomes_verls_with_a_report_of_what_was_left_out(tmp_path, 
     command += ["--max-response-length", 6, "--reward", tmp_path / "reward.py", "--workers", 1]
     assert main([str(part) for part in command]) == 0
 
-    kept = {name: value for name, value in rows[0].items() if name != "target"} | {"demonstration": "12"}
-    assert list(read_parquet(output)) == [kept]
+    others = [{name: value for name, value in row.items() if name != "target"} for row in rows]
+    assert list(read_parquet(output)) == [
+        row | {"demonstration": demonstration} for row, demonstration in zip(others, ["12", None, None], strict=True)
+    ]
     report = output.with_suffix(".rejected.jsonl")
     assert [json.loads(line) for line in report.read_text().splitlines()] == [
         {"row": 1, "index": 1, "data_source": "openr1", "reason": "rejected"},
@@ -158,11 +160,28 @@ def test_luffys_file_becomes_verls_with_a_report_of_what_was_left_out(tmp_path, 
     ]
     assert capsys.readouterr().out.splitlines() == [
         "demonstrations are read from the column target",
-        "left out        1  rejected",
-        "left out        1  overlong",
-        f"report    {report}",
-        f"kept            1  of 3, written to {output}",
+        "without one        1  rejected",
+        "without one        1  overlong",
+        f"report       {report}",
+        "verified           1  of 3",
+        f"kept               3  of 3, written to {output}",
     ]
+
+    assert main([str(part) for part in [*command, "--only-verified"]]) == 0
+    assert list(read_parquet(output)) == [others[0] | {"demonstration": "12"}]
+    assert capsys.readouterr().out.splitlines()[-4:] == [
+        "left out           1  overlong",
+        f"report       {report}",
+        "verified           1  of 3",
+        f"kept               1  of 3, written to {output}",
+    ]
+
+    output.unlink()
+    assert main([str(part) for part in [*command, "--success-threshold", 2]]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"hapo_verl.data: {output}: no row has a demonstration that a run would inject. See the reasons above."
+    )
+    assert not output.exists()
 
 
 TOOLS = """
@@ -208,10 +227,10 @@ def test_demonstrations_with_calls_are_judged_as_the_run_with_these_tools_would(
         return [row["demonstration"] for row in read_parquet(output)]
 
     tools = f"function_tool_path={tmp_path}/tools.py"
-    assert kept("all", "--multi-turn", tools) == [called, [message("12") | {"tool_calls": None}]]
-    assert "left out        1  malformed" in capsys.readouterr().out
-    assert kept("limited", "--multi-turn", tools, "max_assistant_turns=1") == ["12"]
-    assert "left out        1  overlong" in capsys.readouterr().out
+    assert kept("all", "--multi-turn", tools) == [called, [message("12") | {"tool_calls": None}], None]
+    assert "without one        1  malformed" in capsys.readouterr().out
+    assert kept("limited", "--multi-turn", tools, "max_assistant_turns=1") == [None, "12", None]
+    assert "without one        1  overlong" in capsys.readouterr().out
     output = tmp_path / "no.parquet"
     assert main([str(part) for part in [*command, "--output", output, "--multi-turn", "function_tool=x"]]) == 1
     assert (
@@ -219,7 +238,7 @@ def test_demonstrations_with_calls_are_judged_as_the_run_with_these_tools_would(
         in capsys.readouterr().err
     )
     # Without a loop that calls tools.
-    assert kept("single") == ["12"]
+    assert kept("single") == [None, "12", None]
 
 
 def test_a_reward_function_that_cannot_be_loaded_is_one_line(tmp_path, capsys):

@@ -56,6 +56,32 @@ def test_a_line_that_cannot_be_read_is_named_by_its_number(tmp_path, text, messa
     assert str(error.value) == f"--input {path}, {message}"
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (
+            '{"question": "1?"}\n{"question": "caf\u00e9?"}\n'.encode("latin-1"),
+            "line 2: not UTF-8 (byte 0xe9 at position 17). JSON lines are UTF-8; convert the file: iconv -f LATIN1 -t UTF-8, with the encoding that it has.",
+        ),
+        (
+            '{"question": "1?"}\n'.encode("utf-16"),
+            "line 1: not UTF-8 (byte 0xff at position 0). JSON lines are UTF-8; convert the file: iconv -f UTF-16 -t UTF-8, with the encoding that it has.",
+        ),
+    ],
+)
+def test_a_line_that_is_not_utf8_is_named_with_the_way_to_convert_it(tmp_path, capsys, content, problem):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(content)
+    assert main(["gsm8k", "--input", str(path), "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"hapo_verl.data: --input {path}, {problem}"
+
+
+def test_a_byte_order_mark_in_front_and_the_line_ends_of_windows_are_read(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes('{"question": "caf\u00e9?"}\r\n\r\n{"question": "2?"}'.encode("utf-8-sig"))
+    assert list(read_jsonl(path)) == [{"question": "caf\u00e9?"}, {"question": "2?"}]
+
+
 def test_a_missing_file_is_one_line_and_exit_code_one(tmp_path, capsys):
     assert main(["gsm8k", "--input", str(tmp_path / "no.jsonl"), "--output", str(tmp_path)]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
@@ -73,6 +99,6 @@ def test_the_command_writes_verls_parquet_with_the_demonstration_and_says_what_i
     assert rows["data_source"].tolist() == ["openai/gsm8k"]
     printed = capsys.readouterr().out.splitlines()
     assert printed == [
-        "left out        1  no #### line",
-        f"kept            1  of 2, written to {tmp_path / 'out' / 'train.parquet'}",
+        "left out           1  no #### line",
+        f"kept               1  of 2, written to {tmp_path / 'out' / 'train.parquet'}",
     ]

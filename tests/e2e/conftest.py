@@ -25,6 +25,8 @@ __all__ = ["DIGITS", "PROMPTS", "QUICKSTART", "ROLLOUTS", "ROOT", "UNUSABLE", "R
 
 DIGITS, PROMPTS, ROLLOUTS = 3, 8, 8
 
+WHOLE = "hapo.skip_idle_rows=false", "hapo.old_log_probs=all"
+
 # A demonstration that cannot be used, for the rows whose index leaves this remainder modulo 8; the others can.
 UNUSABLE = {0: (None, "missing"), 1: ("1234567", "overlong"), 2: ("12", "rejected"), 3: (" ", "empty")}
 
@@ -74,7 +76,7 @@ def prepared(tmp_path_factory, model):
     """A run that is ready to start: `prepared("name", *overrides, unusable=...)` gives its launch and its folder.
 
     `rows` are those of the training data; `demonstration` makes a row's own out of its answer and index; `environment` is
-    added to the run's.
+    added to the run's. A run of HAPO's trainer trains on every row, so that all of them are seen, unless `whole` is False.
     """
 
     def prepare(
@@ -85,6 +87,7 @@ def prepared(tmp_path_factory, model):
         rows: int = PROMPTS * 16,
         demonstration: Callable[[str, int], Any] | None = None,
         environment: dict[str, str] | None = None,
+        whole: bool = True,
     ) -> tuple[Launch, Run]:
         folder = tmp_path_factory.mktemp(name)
         digits.write(folder / "data", digits=DIGITS, train=rows, heldout=16, seed=0)
@@ -122,10 +125,15 @@ def prepared(tmp_path_factory, model):
             "trainer.rollout_data_dir": folder / "rollouts",
         }
         launch = Launch(
-            overrides=["+hapo_platform=cpu", *(f"{key}={value}" for key, value in settings.items()), *overrides],
+            overrides=[
+                "+hapo_platform=cpu",
+                *(f"{key}={value}" for key, value in settings.items()),
+                *overrides,
+                *(WHOLE if whole and any(item.startswith("+hapo=") for item in overrides) else ()),
+            ],
             folder=folder,
             time_limit=900,
-            environment=cpu_environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"} | (environment or {}),
+            environment=cpu_environment() | {"PYTHONPATH": str(ROOT)} | (environment or {}),
         )
         launch.overrides = [item.replace("{folder}", str(folder)) for item in launch.overrides]
         return launch, Run(folder, train)

@@ -1,7 +1,8 @@
 """The ends of the gates: where they let go the run is verl's GRPO, and the plain loop is the trainer in one file.
 
 Scripted sessions, plain SGD: the same rollouts in every run. In step 1 of the annealed run, `+hapo=plus`, the gate is the
-paper's, and its threshold is 0 from step 2 on; verl's own GRPO and `+hapo=grpo` go on from its first checkpoint.
+paper's, and its threshold is 0 from step 2 on; verl's own GRPO and `+hapo=grpo` go on from its first checkpoint. The
+annealed run leaves out what has no gradient, the other two train on every row.
 """
 
 import random
@@ -45,7 +46,7 @@ ANNEALED = ["+hapo=plus", *HAPO, "hapo.gate.horizon=1"]
 
 @pytest.fixture(scope="module")
 def annealed(trainer):
-    return trainer("annealed", *ANNEALED, *SCRIPTED, steps=4)
+    return trainer("annealed", *ANNEALED, *SCRIPTED, steps=4, whole=False)
 
 
 def parameters(run, step):
@@ -60,8 +61,9 @@ def largest(ours, theirs):
 
 
 def rows_of(run, groups):
+    """Those that moved the policy."""
     uids = {group["uid"] for group in groups}
-    return [row for row in run.loss_rows if row["uid"] in uids and any(row["response_mask"])]
+    return [row for row in run.loss_rows if row["uid"] in uids and any(row["advantages"])]
 
 
 def test_the_threshold_falls_to_zero_and_with_it_every_injection(annealed):
@@ -76,6 +78,7 @@ def test_the_threshold_falls_to_zero_and_with_it_every_injection(annealed):
 def test_after_that_the_rows_and_advantages_are_those_of_verls_grpo_exactly(annealed, model):
     tokenizer = AutoTokenizer.from_pretrained(model)
     later = [group for group in annealed.groups if group["step"] > 1]
+    left_out = 0
     for group in later:
         rows = rows_of(annealed, [group])
         assert not any(row["hapo_demonstration"] for row in rows)
@@ -84,9 +87,27 @@ def test_after_that_the_rows_and_advantages_are_those_of_verls_grpo_exactly(anne
         by_response = sorted((row["responses"], row["advantages"]) for row in rows)
         sessions = [session_tokens(annealed, tokenizer, group["index"], session)[0] for session in range(ROLLOUTS)]
         expected = [
-            (tokens, [value] * len(tokens)) for tokens, value in zip(sessions, verls[:, 0].tolist(), strict=True)
+            (tokens, [value] * len(tokens))
+            for tokens, value in zip(sessions, verls[:, 0].tolist(), strict=True)
+            if value
         ]
         assert by_response == sorted(expected)
+        left_out += ROLLOUTS - len(expected)
+    assert left_out > 0
+
+
+def test_only_rows_with_a_gradient_and_what_fills_micro_batches_up_are_computed(annealed):
+    rows = [row for row in annealed.loss_rows if any(row["response_mask"])]
+    moving = [row for row in rows if any(row["advantages"])]
+    assert len(rows) < len(moving) + 4 * 16
+    batches = [PROMPTS * (ROLLOUTS + 1), *[PROMPTS * ROLLOUTS] * 3]
+    shares = [logged["hapo/trained/row_share"] for logged in annealed.steps]
+    assert sum(share * size for share, size in zip(shares, batches, strict=True)) == pytest.approx(len(rows))
+    assert min(shares) < 1
+    for logged in annealed.steps:
+        # Each step is one update, so nobody asked for old log-probs.
+        assert logged["timing_s/old_log_prob"] < 0.1
+        assert not any(name.startswith(("actor/entropy", "training/rollout", "rollout_corr")) for name in logged)
 
 
 @pytest.mark.parametrize("preset", ["verl's own", "+hapo=grpo"])
@@ -120,7 +141,7 @@ def test_the_plain_loop_makes_the_trainers_rows_advantages_and_gradient(annealed
     """Same rollouts in: the rows after injection, their advantages, and the first step's gradient."""
     groups = [group for group in annealed.groups if group["step"] == 1]
     tokenizer = AutoTokenizer.from_pretrained(model)
-    settings = plain_loop.Settings(digits=3)
+    settings = plain_loop.Settings(digits=3, exponent=0.0)
     task = plain_loop.make_task(settings)
     tiny = AutoModelForCausalLM.from_pretrained(model)
     policy = plain_loop.Policy(tiny, tokenizer, task)
@@ -148,12 +169,16 @@ def test_the_plain_loop_makes_the_trainers_rows_advantages_and_gradient(annealed
 
     for number, group in enumerate(groups):
         members = rows.group_B == number
-        plain = zip(
-            rows.response_BT[members].tolist(),
-            rows.demonstration_B[members].tolist(),
-            advantage_B[members].tolist(),
-            strict=True,
-        )
+        plain = [
+            row
+            for row in zip(
+                rows.response_BT[members].tolist(),
+                rows.demonstration_B[members].tolist(),
+                advantage_B[members].tolist(),
+                strict=True,
+            )
+            if row[2]
+        ]
         trained = [
             (row["responses"], row["hapo_demonstration"], row["advantages"][0]) for row in rows_of(annealed, [group])
         ]

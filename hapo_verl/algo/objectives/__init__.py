@@ -17,7 +17,6 @@ import pkgutil
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -31,9 +30,9 @@ class Rows(NamedTuple):
         tokens_B: (B,) tokens that train, > 0.
         log_ratio_B: (B,) mean over those tokens of log π − log π_old, nats; 0 where it is not read.
         entropy_B: (B,) mean entropy of the policy over those tokens, nats; 0 where it is not read.
-        batch_size: what the `seq-mean-*` aggregations divide by; B, the rows without a token that trains, and those
-            left out because their weight is 0 (`Objective.trains`).
-        groups: of the step, those left out among them; None: those of `group_B`.
+        batch_size: what the `seq-mean-*` aggregations divide by; B and the rows that are not among these, for they have
+            no token that trains, or no gradient.
+        groups: prompts of the whole step, those included of which no row is among these.
     """
 
     score_B: Tensor
@@ -43,7 +42,7 @@ class Rows(NamedTuple):
     log_ratio_B: Tensor
     entropy_B: Tensor
     batch_size: int
-    groups: int | None = None
+    groups: int
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,16 @@ class Objective:
         reads: fields of `Rows` for which the policy in training is asked; none: no likelihood is weighed.
         whole_groups: every optimizer step has to see whole groups.
         binary_scores: rewards must be 0 or 1.
-        every_row_trains: whatever its advantage.
         aggregation: the only `loss_agg_mode` in which the loss is the method's; None: any.
+        idle_rows: a row may have no gradient; False: every row always has one.
     """
 
     name: str = "surrogate"
     reads: ClassVar[frozenset[str]] = frozenset()
     whole_groups: ClassVar[bool] = False
     binary_scores: ClassVar[bool] = False
-    every_row_trains: ClassVar[bool] = False
     aggregation: ClassVar[str | None] = None
+    idle_rows: ClassVar[bool] = True
 
     @property
     def weighs_likelihood(self) -> bool:
@@ -74,17 +73,19 @@ class Objective:
         """A of each row, (B,), from the group-relative one."""
         return advantage_B
 
-    def trains(self, score_B: Tensor, group_B: Tensor, advantage_B: Tensor) -> Tensor:
-        """Which rows can move the policy, (B,) bool: the loss of the others and its gradient are exactly 0.
+    def has_gradient(self, advantage_B: Tensor, score_B: Tensor, group_B: Tensor) -> Tensor:
+        """Which rows move the policy, (B,) bool; what the others contribute to the gradient is exactly 0.
 
-        A KL term or an entropy bonus beside the objective moves the policy with every row.
+        Known before any pass through the model, and of this method alone: a KL term or an entropy bonus beside it moves
+        every row. A ratio, clipped or not, and its importance weight are multiplied by A, and so is a demonstration's
+        shaped term.
 
         Args:
-            score_B: (B,) rewards of rows with a token that trains.
+            advantage_B: (B,) what `advantage` gave.
+            score_B: (B,) rewards.
             group_B: (B,) int64 id of each row's prompt.
-            advantage_B: (B,) A, as `advantage` leaves it.
         """
-        return torch.ones_like(advantage_B, dtype=torch.bool) if self.every_row_trains else advantage_B != 0
+        return advantage_B != 0
 
     def likelihood_weight(self, rows: Rows) -> Tensor:
         """W of each row, (B,)."""

@@ -35,38 +35,34 @@ class Real(Objective):
     def advantage(self, advantage_B: Tensor, demonstration_B: Tensor) -> Tensor:
         return torch.zeros_like(advantage_B)
 
-    def trains(self, score_B: Tensor, group_B: Tensor, advantage_B: Tensor) -> Tensor:
-        """The rows of the groups that have both classes."""
-        class_B, both_G = _classes(score_B, group_B)
-        return both_G[class_B // 2]
+    def has_gradient(self, advantage_B: Tensor, score_B: Tensor, group_B: Tensor) -> Tensor:
+        ids_G, group_B = torch.unique(group_B, return_inverse=True)
+        class_B = 2 * group_B + (score_B > 0.5)
+        return _both_classes(class_B, ids_G.numel())[group_B]
 
     def likelihood_weight(self, rows: Rows) -> Tensor:
-        logit_B, class_B, total_C, both_G = self._logits(rows)
+        logit_B, class_B, total_C, both_G = self._classes(rows)
         weight_B = (logit_B - total_C[class_B]).exp() / self.temperature * both_G[class_B // 2]
         # Divided by groups here, by rows in the aggregation.
-        weight_B = weight_B * (rows.batch_size / _groups(rows, both_G))
+        weight_B = weight_B * (rows.batch_size / rows.groups)
         return torch.where(class_B % 2 == 1, weight_B, -weight_B)
 
     def loss(self, rows: Rows) -> Tensor:
-        _, _, total_C, both_G = self._logits(rows)
-        return total_C.view(-1, 2)[both_G].sum() / _groups(rows, both_G)
+        _, _, total_C, both_G = self._classes(rows)
+        return total_C.view(-1, 2)[both_G].sum() / rows.groups
 
-    def _logits(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of each row ∓s/τ and its class; of each class log(1 + Σ); whether a group has both classes."""
-        class_B, both_G = _classes(rows.score_B, rows.group_B)
-        logit_B = torch.where(class_B % 2 == 1, -rows.log_ratio_B, rows.log_ratio_B) / self.temperature
+    def _classes(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of each row ∓s/τ and its class 2g + r; of each class log(1 + Σ); whether a group has both classes."""
+        positive_B = rows.score_B > 0.5
+        logit_B = torch.where(positive_B, -rows.log_ratio_B, rows.log_ratio_B) / self.temperature
+        ids_G, group_B = torch.unique(rows.group_B, return_inverse=True)
+        class_B = 2 * group_B + positive_B
         # The 1 of 1 + Σ is the logit 0.
-        peak_C = logit_B.new_zeros(2 * both_G.numel()).scatter_reduce(0, class_B, logit_B, "amax")
+        peak_C = logit_B.new_zeros(2 * ids_G.numel()).scatter_reduce(0, class_B, logit_B, "amax")
         sum_C = (-peak_C).exp().index_add(0, class_B, (logit_B - peak_C[class_B]).exp())
-        return logit_B, class_B, peak_C + sum_C.log(), both_G
+        return logit_B, class_B, peak_C + sum_C.log(), _both_classes(class_B, ids_G.numel())
 
 
-def _classes(score_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row its class 2g + r; whether a group has both classes."""
-    ids_G, group_B = torch.unique(group_B, return_inverse=True)
-    class_B = 2 * group_B + (score_B > 0.5)
-    return class_B, torch.bincount(class_B, minlength=2 * ids_G.numel()).view(-1, 2).all(dim=1)
-
-
-def _groups(rows: Rows, both_G: Tensor) -> int:
-    return both_G.numel() if rows.groups is None else rows.groups
+def _both_classes(class_B: Tensor, groups: int) -> Tensor:
+    """(groups,) bool: some row is of class 2g, some of class 2g + 1."""
+    return torch.bincount(class_B, minlength=2 * groups).view(-1, 2).all(dim=1)

@@ -33,8 +33,8 @@ class Srft(Objective):
     failure_weight: float = checked(1.0, positive, f"{_WEIGHT} Use 1.0.")
     reads: ClassVar[frozenset[str]] = frozenset({"entropy"})
     binary_scores: ClassVar[bool] = True
-    # By its likelihood, whose weight is never 0.
-    every_row_trains: ClassVar[bool] = True
+    # No weight is 0.
+    idle_rows: ClassVar[bool] = False
 
     def advantage(self, advantage_B: Tensor, demonstration_B: Tensor) -> Tensor:
         return torch.where(demonstration_B, advantage_B, 0.0)

@@ -157,20 +157,24 @@ def aggregate(value_BT: Tensor, active_BT: Tensor, how: Aggregation) -> Tensor:
     if how.mode == "token-sum":
         return torch.where(active_BT, value_BT, 0.0).sum() * how.dp_size
     if how.mode == "token-mean":
-        tokens = active_BT.sum().clamp(min=1) if how.batch_num_tokens is None else how.batch_num_tokens
+        tokens = at_least_one(active_BT.sum() if how.batch_num_tokens is None else how.batch_num_tokens)
         return torch.where(active_BT, value_BT, 0.0).sum() / tokens * how.dp_size
 
     tokens_B = active_BT.sum(-1)
     row_B = (value_BT * active_BT).sum(-1)
     if how.mode == "seq-mean-token-mean":
         row_B = row_B / (tokens_B + 1e-8)
-    rows = (
-        (tokens_B > 0).to(value_BT.dtype).sum().clamp(min=1) if how.global_batch_size is None else how.global_batch_size
-    )
+    own_rows = (tokens_B > 0).to(value_BT.dtype).sum()
+    rows = at_least_one(own_rows if how.global_batch_size is None else how.global_batch_size)
     total = row_B.sum() / rows * how.dp_size
     if how.mode == "seq-mean-token-sum-norm":
         total = total / (max(active_BT.shape[-1], 1) if how.loss_scale_factor is None else how.loss_scale_factor)
     return total
+
+
+def at_least_one(count: int | Tensor) -> int | Tensor:
+    """A normaliser: of no tokens at all, or no rows, the sum is 0, and so is the mean."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def row_weight(active_BT: Tensor, how: Aggregation) -> Tensor:
@@ -179,9 +183,9 @@ def row_weight(active_BT: Tensor, how: Aggregation) -> Tensor:
     if how.mode == "token-sum":
         return one_B
     if how.mode == "token-mean":
-        return one_B / (active_BT.sum().clamp(min=1) if how.batch_num_tokens is None else how.batch_num_tokens)
+        return one_B / at_least_one(active_BT.sum() if how.batch_num_tokens is None else how.batch_num_tokens)
     tokens_B = active_BT.sum(-1)
-    weight_B = one_B / ((tokens_B > 0).sum().clamp(min=1) if how.global_batch_size is None else how.global_batch_size)
+    weight_B = one_B / at_least_one((tokens_B > 0).sum() if how.global_batch_size is None else how.global_batch_size)
     if how.mode == "seq-mean-token-sum":
         return weight_B
     if how.mode == "seq-mean-token-mean":

@@ -1,0 +1,102 @@
+"""Stacks of the processes of a run, also of one that is blocked in C++ and answers nothing.
+
+A process of Ray's or vLLM's registers `faulthandler` for a signal when verl is imported there: the handler is C, needs
+no lock of the interpreter, and writes into a file in memory that the process holds open. Who wants to see the stacks
+signals the process, on its own node, and reads the file through /proc. Only a process that has registered is signalled:
+the signal would end any other.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+SIGNAL = signal.SIGUSR2
+_NAME = "hapo-stacks"
+# A handler writes within milliseconds; a process that is stopped or swapped out does not.
+_ANSWER_SECONDS = 2.0
+
+
+def answer_the_signal() -> None:
+    """Write this process's stacks when it is signalled, from now on; nothing where the signal has another use."""
+    if not hasattr(os, "memfd_create") or signal.getsignal(SIGNAL) is not signal.SIG_DFL or _memory_of(os.getpid()):
+        return
+    memory = os.memfd_create(_NAME)
+    faulthandler.register(SIGNAL, file=memory, all_threads=True, chain=False)
+
+
+def stacks_of(processes: Iterable[int]) -> dict[int, str]:
+    """Stacks of these processes of this machine and of those that they have started, by process id.
+
+    A process that does not answer is there with the reason.
+    """
+    return {pid: _stacks(pid) for root in processes for pid in (root, *_descendants(root))}
+
+
+def _stacks(pid: int) -> str:
+    memory = _memory_of(pid)
+    if memory is None or not _catches(pid):
+        return f"{_title(pid)}: does not answer the signal"
+    try:
+        with memory.open("rb") as file:
+            before = file.seek(0, os.SEEK_END)
+            os.kill(pid, SIGNAL)
+            until, size = time.monotonic() + _ANSWER_SECONDS, before
+            while time.monotonic() < until:
+                time.sleep(0.05)
+                grown = file.seek(0, os.SEEK_END)
+                # Complete when it grows no more.
+                if size == grown > before:
+                    break
+                size = grown
+            file.seek(before)
+            return f"{_title(pid)}\n{file.read().decode(errors='replace')}"
+    except OSError as error:
+        return f"{_title(pid)}: {error}"
+
+
+def _memory_of(pid: int) -> Path | None:
+    """The file in memory that the process writes into; None where it has none, or is not ours to read."""
+    try:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            if os.readlink(entry).startswith(f"/memfd:{_NAME}"):
+                return entry
+    except OSError:
+        pass
+    return None
+
+
+def _catches(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (SIGNAL - 1) & 1)
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()[:200]
+    except OSError:
+        return "gone"
+
+
+def _descendants(root: int) -> Iterator[int]:
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                # The name, in parentheses, may hold anything; the parent's id is the second field behind it.
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, IndexError, ValueError):
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found = [root]
+    for pid in found:
+        found += children.get(pid, [])
+    yield from found[1:]

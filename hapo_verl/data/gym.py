@@ -1,0 +1,89 @@
+"""Tasks of `reasoning-gym` (Apache-2.0) as verl's rows, with a demonstration where the task has a worked solution.
+
+A generated problem is verified by the task's own `score_answer`, which needs the whole entry: it travels as JSON in
+`extra_info`, and `compute_score` of this file is the run's reward function:
+
+    reward.custom_reward_function.path=<this file> reward.custom_reward_function.name=compute_score
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from typing import Any
+
+from hapo_verl.data.parquet import DataError
+
+# Where a task keeps its worked solution, in the order in which they are looked for.
+SOLUTIONS = ("answer_cot", "solution_cot")
+_DATASETS: dict[str, Any] = {}
+
+
+def dataset(task: str, *, size: int = 1, seed: int = 0) -> Any:
+    """A data set of `reasoning_gym`.
+
+    Raises:
+        DataError: when the package is missing or has no such task.
+    """
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError:
+        raise DataError("--task: reasoning-gym is not installed. pip install reasoning-gym==0.1.25") from None
+    if task not in DATASETS:
+        import difflib
+
+        near = difflib.get_close_matches(task, DATASETS, n=1, cutoff=0.0)
+        raise DataError(f"--task {task}: reasoning-gym has no such task. Did you mean {near[0]}?")
+    return reasoning_gym.create_dataset(task, size=size, seed=seed)
+
+
+def final_answer(text: str) -> str:
+    """What is scored of a response: what follows its last `####`, else what stands in `<answer>`, else all of it."""
+    marked = re.findall(r"####[ \t]*(.+)", text)
+    if marked:
+        return marked[-1].strip()
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    return (tagged[-1] if tagged else text).strip()
+
+
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None, **kwargs: Any
+) -> dict[str, float]:
+    """verl's custom reward function: the task's own score of the final answer; a success only where it is 1."""
+    task = data_source.rpartition("/")[2]
+    if task not in _DATASETS:
+        _DATASETS[task] = dataset(task)
+    entry = json.loads(extra_info["entry"])
+    score = float(_DATASETS[task].score_answer(final_answer(solution_str), entry))
+    return {"score": score, "acc": float(score >= 1.0)}
+
+
+def rows(task: str, *, size: int, seed: int, split: str) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Rows of a task, and how many have no demonstration for which reason; a row without one is kept.
+
+    Args:
+        task: a name of reasoning-gym.
+        size: rows.
+        seed: of the generator; another seed for the held-out rows.
+        split: kept in `extra_info`.
+    """
+    made, without = [], Counter()
+    for index, entry in enumerate(dataset(task, size=size, seed=seed)):
+        row = {
+            "data_source": f"reasoning_gym/{task}",
+            "prompt": [{"role": "user", "content": entry["question"]}],
+            "reward_model": {"style": "rule", "ground_truth": str(entry["answer"])},
+            "extra_info": {"index": index, "split": split, "entry": json.dumps(entry, default=str)},
+            "demonstration": None,
+        }
+        solution = next((entry["metadata"][key] for key in SOLUTIONS if entry["metadata"].get(key)), None)
+        if solution is None:
+            without["no worked solution"] += 1
+        elif compute_score(row["data_source"], solution, "", row["extra_info"])["acc"] < 1.0:
+            without["worked solution is no success"] += 1
+        else:
+            row["demonstration"] = solution.strip()
+        made.append(row)
+    return made, without

@@ -1,0 +1,187 @@
+"""Any value under any key: accepted and meaningful, or one line that names the key as typed."""
+
+import dataclasses
+import math
+import random
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from hapo_verl.adapters.checks import check_configuration
+from hapo_verl.adapters.gatekeeper import Gatekeeper
+from hapo_verl.adapters.sizes import _COUNTS, _COUNTS_OR_NULL, check_sizes
+from hapo_verl.algo.gate import Situation, confidence, fires, firing_probabilities
+from hapo_verl.algo.objectives import Rows, objectives
+from hapo_verl.algo.policy_loss import Aggregation, Clip, hapo_policy_loss
+from hapo_verl.config import GATES, ConfigError, HapoConfig
+from tests.fuzz.campaign import campaign, is_one_line, values
+
+
+def keys(cls, path=""):
+    """Every key of the block, of every gate and every objective."""
+    for field in dataclasses.fields(cls):
+        name = f"{path}{field.name}"
+        if field.name in ("gate", "objective"):
+            choices = GATES if field.name == "gate" else objectives()
+            yield name, None
+            for choice in choices.values():
+                for own in dataclasses.fields(choice):
+                    yield f"{name}.{own.name}", choice.name
+        elif dataclasses.is_dataclass(field.default_factory):
+            yield name, None
+            yield from keys(field.default_factory, f"{name}.")
+        else:
+            yield name, None
+
+
+KEYS = sorted({*keys(HapoConfig)}, key=str)
+numbers = st.one_of(st.integers(-3, 3), st.floats(-2, 2), st.floats(min_value=0, allow_nan=False))
+
+
+def block_with(key, value, choice):
+    block, (*parents, last) = {}, key.split(".")
+    inner = block
+    for parent in parents:
+        inner = inner.setdefault(parent, {})
+    if choice is not None:
+        inner["name"] = choice
+    inner[last] = value
+    return block
+
+
+def assert_meaningful(hapo):
+    """What is computed from a configuration that was accepted is finite, and in its range."""
+    rng = random.Random(0)
+    keeper = Gatekeeper(hapo, total_steps=10)
+    for step in (1, 2, 10, 11):
+        assert 0 <= keeper.threshold(step) <= 1
+        (given,) = keeper.situations({"raw_prompt": ["1?"]}, step, prompt_column="prompt")
+        assert given.pop("key") is None
+        situation = Situation(**given)
+        probabilities = firing_probabilities(hapo.gate.name, 8, situation)
+        assert len(probabilities) == 9
+        assert all(0 <= probability <= 1 for probability in probabilities)
+        fires(probabilities, 4, rng)
+        c = confidence(4, 8, prior_success=situation.prior_success, prior_failure=situation.prior_failure)
+        assert 0 <= c <= 1
+    policy = torch.tensor([[-1.0, -2.0], [-0.5, -30.0]], requires_grad=True)
+    result = hapo_policy_loss(
+        policy,
+        policy.detach() - 0.1,
+        torch.tensor([1.0, -1.0]),
+        torch.ones(2, 2),
+        torch.tensor([True, False]),
+        **{
+            field.name: getattr(hapo.loss, field.name)
+            for field in dataclasses.fields(hapo.loss)
+            if field.name != "clip"
+        },
+        clip=Clip(0.2, 0.2, 3.0),
+        aggregation=Aggregation("token-mean"),
+    )
+    result.loss.backward()
+    assert policy.grad.isfinite().all()
+    if hapo.objective.weighs_likelihood:
+        one = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        rows = Rows(one, torch.zeros(2, dtype=torch.int64), one > 2, one.long() + 3, -one, one, 2)
+        assert hapo.objective.likelihood_weight(rows).isfinite().all()
+    for seconds in (hapo.poll_interval, hapo.watch_interval, hapo.stall_report, hapo.stall_limit, hapo.reward_timeout):
+        assert seconds is None or (seconds > 0 and math.isfinite(float(seconds)))
+    assert math.isfinite(float(hapo.success_threshold))
+    assert isinstance(hapo.seed, int)
+
+
+@campaign
+@given(key=st.sampled_from(KEYS), value=st.one_of(numbers, values))
+def test_any_value_of_any_key_of_ours_is_meaningful_or_one_line_with_the_key(key, value):
+    name, choice = key
+    try:
+        hapo = HapoConfig.parse(block_with(name, value, choice))
+    except ConfigError as error:
+        assert is_one_line(error)
+        assert f"hapo.{name}" in str(error) or str(error).startswith("hapo.")
+        assert str(error).startswith(f"hapo.{name.split('.')[0]}")
+    else:
+        assert_meaningful(hapo)
+
+
+@campaign
+@given(block=values)
+def test_any_block_at_all_is_meaningful_or_one_line(block):
+    try:
+        hapo = HapoConfig.parse(block)
+    except ConfigError as error:
+        assert is_one_line(error)
+        assert str(error).startswith("hapo")
+    else:
+        assert_meaningful(hapo)
+
+
+VERLS = [
+    *_COUNTS,
+    *_COUNTS_OR_NULL,
+    "trainer.v1.trainer_mode",
+    "algorithm.adv_estimator",
+    "algorithm.use_kl_in_reward",
+    "actor_rollout_ref.actor.strategy",
+    "actor_rollout_ref.actor.use_dynamic_bsz",
+    "actor_rollout_ref.actor.loss_agg_mode",
+    "actor_rollout_ref.actor.policy_loss.loss_mode",
+    "actor_rollout_ref.hybrid_engine",
+    "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
+    "hapo",
+    *(f"hapo.{name}" for name, _ in KEYS),
+]
+
+
+@pytest.fixture(scope="module")
+def launch():
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose(
+            "ppo_trainer",
+            [
+                "+hapo=plus",
+                "actor_rollout_ref.rollout.n=8",
+                "actor_rollout_ref.actor.use_dynamic_bsz=true",
+                "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=true",
+            ],
+        )
+    OmegaConf.set_struct(config, False)
+    check_configuration(config)
+    check_sizes(config)
+    return config
+
+
+# What YAML can hold: no tuple, and integers that a file would have.
+plain = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**40), 2**40),
+    st.sampled_from([0, 1, 2, 3, 7, 8, 64, 255, 1024, "8", "hapo_sync", "hapo_separate_async", "fsdp2", "x", ""]),
+    st.floats(),
+    st.lists(st.integers(), max_size=2),
+)
+
+
+@campaign
+@given(changes=st.dictionaries(st.sampled_from(VERLS), plain, min_size=1, max_size=2))
+def test_any_value_of_the_keys_of_verl_that_we_read_passes_or_is_one_line_that_names_one(launch, changes):
+    config = launch.copy()
+    for key, value in changes.items():
+        OmegaConf.update(config, key, value, merge=False, force_add=True)
+    try:
+        check_configuration(config)
+        assert check_sizes(config)
+    except ConfigError as error:
+        assert is_one_line(error)
+        assert str(error).partition("=")[0].partition(":")[0].split(".")[0] in (
+            "hapo",
+            "data",
+            "trainer",
+            "algorithm",
+            "actor_rollout_ref",
+        )
