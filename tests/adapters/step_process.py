@@ -258,6 +258,7 @@ def _trainer(one, config, hapo, worker, queue):
         trainer.gatekeeper = SimpleNamespace(observe=lambda groups: None)
         trainer._leaves_out = savings(config, hapo)
         trainer._prompts_per_mini_batch, trainer._group_sizes, trainer._reduced = None, None, None
+        trainer._heard = False
     return trainer
 
 
