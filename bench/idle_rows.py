@@ -142,7 +142,7 @@ class Side:
             setattr(self._trainer, name, counted(bound))
         self._trainer._step_once({}, timing, 36)
         wall = {part: timing[part] for part in ("old_log_prob", "update_actor")}
-        return {**wall, "cpu": spent["cpu"]}
+        return {**wall, "wall": sum(wall.values()), "cpu": spent["cpu"]}
 
 
 def measure(folder: Path, T: int, repetitions: int) -> list[dict[str, Any]]:
@@ -157,22 +157,22 @@ def measure(folder: Path, T: int, repetitions: int) -> list[dict[str, Any]]:
                 cases[share, name].append(sides[name].step(signals, T, seed=repetition + 1))
     return [
         {"share": share, "side": name}
-        | {part: statistics.median(one[part] for one in of) for part in ("old_log_prob", "update_actor", "cpu")}
+        | {part: statistics.median(one[part] for one in of) for part in ("old_log_prob", "update_actor", "wall", "cpu")}
         for (share, name), of in cases.items()
     ]
 
 
 def report(rows: list[dict[str, Any]], say: Callable[[str], None]) -> None:
-    say("| rows with a gradient | side | old_log_prob s | update_actor s | CPU s | x verl | GEMMs, computed |")
-    say("|---|---|---|---|---|---|---|")
-    cpu = {(row["share"], row["side"]): row["cpu"] for row in rows}
+    say("| rows with a gradient | side | old_log_prob s | update_actor s | x verl | CPU s | x verl | GEMMs, computed |")
+    say("|---|---|---|---|---|---|---|---|")
+    found = {(row["share"], row["side"]): row for row in rows}
     for row in rows:
         share, side = row["share"], row["side"]
-        ratio = row["cpu"] / cpu[share, BASELINE.get(side, side)]
-        row["x verl"] = ratio
+        verls = found[share, BASELINE.get(side, side)]
+        row["x verl, wall"], row["x verl, cpu"] = row["wall"] / verls["wall"], row["cpu"] / verls["cpu"]
         least = LEAST.get(side, 1.0) * (SHARES[share] / 36 if side in BASELINE else 1.0)
-        parts = f"{row['old_log_prob']:.3f} | {row['update_actor']:.3f} | {row['cpu']:.3f}"
-        say(f"| {share} | {side} | {parts} | {ratio:.2f} | {least:.2f} |")
+        wall = f"{row['old_log_prob']:.3f} | {row['update_actor']:.3f} | {row['x verl, wall']:.2f}"
+        say(f"| {share} | {side} | {wall} | {row['cpu']:.3f} | {row['x verl, cpu']:.2f} | {least:.2f} |")
 
 
 def main() -> None:
@@ -187,7 +187,7 @@ def main() -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
         write_model(folder, smoke=arguments.smoke)
         load = [os.getloadavg()[0]]
-        rows = measure(folder, *((8, 2) if arguments.smoke else (96, 5)))
+        rows = measure(folder, *((8, 2) if arguments.smoke else (96, 7)))
         load.append(os.getloadavg()[0])
         dist.destroy_process_group()
     lines: list[str] = []

@@ -67,7 +67,7 @@ def test_rows_without_a_gradient_are_not_paid_for(tmp_path):
     seconds = {(row["share"], row["side"]): row for row in content["rows"]}
     assert len(seconds) == 16
     # CPU time of this process alone; .1 and .26 where nothing else ran.
-    assert seconds["1/9", "hapo"]["x verl"] < 0.4
+    assert seconds["1/9", "hapo"]["x verl, cpu"] < 0.4
     assert seconds["1/9", "hapo"]["cpu"] < seconds["1", "hapo"]["cpu"]
     # No pass for old log-probs, where one of verl's scores every row.
     assert seconds["1", "hapo"]["old_log_prob"] < 0.1 * seconds["1", "verl grpo"]["old_log_prob"]

@@ -422,7 +422,7 @@ def result_of(
 def policy_head(
     hidden_BTH: Tensor,
     weight_VH: Tensor,
-    *tokens: Tensor,
+    *tokens: Tensor | None,
     bias_V: Tensor | None,
     vocabulary_group: dist.ProcessGroup | None,
     chunk_rows: int | None,
@@ -444,7 +444,7 @@ def policy_head(
 
 
 def policy_loss_from_logits(
-    logits_BTV: Tensor, *tokens: Tensor, **terms
+    logits_BTV: Tensor, *tokens: Tensor | None, **terms
 ) -> tuple[Tensor, PolicyLossMetrics, Tensor, Tensor]:
     """See `hapo_kernels.policy_head.policy_loss_from_logits`; tokens and terms are those of `row_loss`."""
     loss = row_loss(*tokens, **terms)
