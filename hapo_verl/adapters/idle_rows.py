@@ -52,7 +52,7 @@ class Savings(NamedTuple):
 
 def savings(config: DictConfig, hapo: HapoConfig) -> Savings:
     """What the steps of a launch leave out."""
-    idle_rows, passes = _why_idle_rows_train(config, hapo), _why_a_pass(config, hapo)
+    idle_rows, passes = _why_idle_rows_train(config, hapo), _why_a_pass(config)
     scores = _why_every_row_is_scored(config, hapo)
     if not scores and idle_rows and passes:
         scores = f"{passes}; {idle_rows}"
@@ -93,10 +93,8 @@ def _why_every_row_is_scored(config: DictConfig, hapo: HapoConfig) -> str:
     return ""
 
 
-def _why_a_pass(config: DictConfig, hapo: HapoConfig) -> str:
+def _why_a_pass(config: DictConfig) -> str:
     actor = config.actor_rollout_ref.actor
-    if hapo.kernels.head == "policy_head":
-        return "hapo.kernels.head=policy_head reads them in the forward pass of the update"
     if _parameter_sync_step(config) > 1:
         return "trainer.v1.separate_async.parameter_sync_step makes several updates a step"
     if actor.ppo_epochs > 1:

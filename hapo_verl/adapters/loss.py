@@ -78,8 +78,6 @@ def hapo_loss(
         policy_logp_BT, entropy = no_padding_2_padding(model_output["log_probs"], data), model_output.get("entropy")
         entropy_BT = None if entropy is None else no_padding_2_padding(entropy, data)
         terms = loss_terms(config, hapo, data, policy_logp_BT.device)
-        if terms["old_logp_BT"] is None:
-            terms["old_logp_BT"] = policy_logp_BT.detach()
         loss, metrics = hapo_policy_loss(
             policy_logp_BT,
             **terms,

@@ -81,7 +81,7 @@ UNCLIPPED = Clip(low=math.inf, high=math.inf, dual=math.inf)
 
 def hapo_policy_loss(
     policy_logp_BT: Tensor,
-    old_logp_BT: Tensor,
+    old_logp_BT: Tensor | None,
     advantage_BT: Tensor,
     mask_BT: Tensor,
     demonstration_B: Tensor,
@@ -98,7 +98,7 @@ def hapo_policy_loss(
 
     Args:
         policy_logp_BT: (B, T) log-probabilities of the rows' tokens under the policy in training, nats.
-        old_logp_BT: (B, T) under the policy that sampled; not read on demonstrations.
+        old_logp_BT: (B, T) under the policy that sampled; not read on demonstrations. None: the policy in training.
         advantage_BT: (B, T), or (B,) with one advantage a row.
         mask_BT: (B, T), nonzero on the tokens that train.
         demonstration_B: (B,) bool, True on demonstrations.
@@ -129,7 +129,7 @@ def hapo_policy_head(
     hidden_BTH: Tensor,
     weight_VH: Tensor,
     label_BT: Tensor,
-    old_logp_BT: Tensor,
+    old_logp_BT: Tensor | None,
     advantage_BT: Tensor,
     mask_BT: Tensor,
     demonstration_B: Tensor,

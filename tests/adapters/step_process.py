@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import transfer_queue as tq
+from verl.trainer.ppo import padding_utils
 
 from hapo_verl.adapters.rows import plain_values
 from tests.adapters.engine_process import VOCABULARY, Case, _engine, on_ranks
@@ -59,7 +60,13 @@ class Queue:
 
         names = [name for name in self.rows[keys[0]] if all(name in self.rows[key] for key in keys)]
         names = [name for name in names if select_fields is None or name in select_fields]
-        return list_of_dict_to_tensordict([{name: self.rows[key][name] for name in names} for key in keys])
+        data = list_of_dict_to_tensordict([{name: self.rows[key][name] for name in names} for key in keys])
+        for name in names:
+            # Rows of one length are jagged too.
+            if isinstance(self.rows[keys[0]][name], torch.Tensor) and self.rows[keys[0]][name].ndim:
+                column = [self.rows[key][name] for key in keys]
+                data[name] = torch.nested.as_nested_tensor(column, layout=torch.jagged)
+        return data
 
     def put(self, keys, partition_id, fields=None, tags=None):
         for key in keys:
@@ -258,6 +265,7 @@ def _trainer(one, config, hapo, worker, queue):
         trainer.gatekeeper = SimpleNamespace(observe=lambda groups: None)
         trainer._leaves_out, trainer._heard = savings(config, hapo), True
         trainer._prompts_per_mini_batch, trainer._group_sizes, trainer._reduced = None, None, None
+        trainer._heard = False
     return trainer
 
 
@@ -266,6 +274,8 @@ def _train(one, folder):
     worker, hapo = _worker(one, config, folder)
     queue = Queue()
     tq.kv_batch_get, tq.kv_batch_put = queue.get, queue.put
+    # Rows of padding have the same keys in every process.
+    padding_utils.uuid = SimpleNamespace(uuid4=lambda: SimpleNamespace(hex=""))
     trainer = _trainer(one, config, hapo, worker, queue)
     parameters, logged = [], []
     for step in range(one.steps):

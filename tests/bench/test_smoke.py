@@ -60,6 +60,19 @@ def test_the_cost_of_a_step_is_measured_on_both_sides_part_by_part(tmp_path):
     assert [row["gpus"] for row in content["share of a step"]] == [8, 64, 512]
 
 
+def test_rows_without_a_gradient_are_not_paid_for(tmp_path):
+    pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed")
+    content = smoke("idle_rows", tmp_path)
+    assert "| 1/9 | hapo |" in (tmp_path / "idle_rows-smoke.md").read_text()
+    seconds = {(row["share"], row["side"]): row for row in content["rows"]}
+    assert len(seconds) == 16
+    # CPU time of this process alone; .1 and .26 where nothing else ran.
+    assert seconds["1/9", "hapo"]["x verl, cpu"] < 0.4
+    assert seconds["1/9", "hapo"]["cpu"] < seconds["1", "hapo"]["cpu"]
+    # No pass for old log-probs, where one of verl's scores every row.
+    assert seconds["1", "hapo"]["old_log_prob"] < 0.1 * seconds["1", "verl grpo"]["old_log_prob"]
+
+
 @pytest.mark.parametrize(("study", "cell"), [("gates", "paper/append"), ("methods", "dapo")])
 def test_the_study_trains_reports_and_goes_on_where_it_stopped(tmp_path, study, cell):
     out = ["--smoke", "--processes", "1", "--out", tmp_path]

@@ -96,6 +96,7 @@ def cases(launches: Launches):
     # The costliest shape here; the others are compiled above.
     for name, flags in (("every term", full), ("surrogate only", plain)):
         flags = {key: value for key, value in flags.items() if key in policy_head.head_row_kernel.arg_names}
+        flags["HAS_BEHAVIOUR"] = name == "every term"
         for of, storage in (("", ("out_ptr",)), ("logits, ", ("logits_ptr", "out_ptr")), ("slice, ", ("out_ptr",))):
             where = {"WHOLE": of == "logits, ", "SLICE": of == "slice, ", "BLOCK": block}
             yield f"head_row_kernel, {of}{name}", policy_head.head_row_kernel, storage, flags | where, warps

@@ -76,7 +76,7 @@ def ours(fields, impl="triton", dtype=None, chunk_rows=4, **given):
         hidden,
         weight,
         fields["label"],
-        fields["behaviour"],
+        fields.get("behaviour"),
         fields["advantage"],
         fields["mask"],
         bias_V=bias,
@@ -98,7 +98,7 @@ def eager(fields, **given):
     entropy = -(logp_BTV.exp() * logp_BTV).sum(-1)
     logp = logp_BTV.gather(-1, torch.where(fields["mask"], fields["label"], 0)[..., None])[..., 0]
     bonus = EntropyBonus(entropy, settings.pop("entropy_coefficient"))
-    result = policy_loss(logp, fields["behaviour"], fields["advantage"], fields["mask"], entropy=bonus, **settings)
+    result = policy_loss(logp, fields.get("behaviour"), fields["advantage"], fields["mask"], entropy=bonus, **settings)
     return named(result.loss, result.metrics, leaves)
 
 
@@ -152,6 +152,29 @@ def test_one_advantage_a_token():
     fields = batch()
     fields["advantage"] = torch.where(fields["mask"], fields["teacher_logp"].sin(), math.nan)
     check(fields)
+
+
+@pytest.mark.parametrize("mode", AGGREGATION_MODES)
+def test_without_old_log_probabilities_they_are_the_policys_own(mode):
+    fields = batch()
+    known = fields | {"behaviour": logp_of(fields)}
+    del fields["behaviour"]
+    found, expected = check(fields, mode=mode), ours(known, mode=mode)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def logp_of(fields):
+    """Of the labels, by the kernel itself, as the policy that sampled would have scored them."""
+    return linear_logprob(
+        fields["hidden"].flatten(0, 1),
+        fields["weight"],
+        fields["label"].flatten(),
+        bias_V=fields["bias"],
+        keep_N=fields["mask"].flatten(),
+        impl="triton",
+        chunk_rows=4,
+    )[0].view(fields["label"].shape)
 
 
 def test_it_is_the_loss_of_the_heads_log_probabilities():

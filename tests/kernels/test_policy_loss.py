@@ -206,6 +206,18 @@ def test_teacher_rows_take_no_ratio_no_clip_no_weight_and_no_kl():
     assert plain[0].metrics.on_policy_tokens == changed[0].metrics.log_ratio_sum == 0
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_without_old_log_probabilities_the_ratio_is_1_and_its_gradient_that_of_the_log_probability(impl):
+    policy, _, advantage, mask = batch()
+    result, gradient = loss_and_gradient(
+        policy, None, advantage, mask, impl=impl, aggregation=Aggregation("token-sum"), clip=Clip(0.0, 0.0, 3.0)
+    )
+    expected = torch.where(mask, -advantage[:, None], 0.0)
+    torch.testing.assert_close(result.loss, expected.sum())
+    torch.testing.assert_close(gradient, expected)
+    assert result.metrics.clipped_tokens == result.metrics.log_ratio_sum == 0
+
+
 def test_infinite_clips_give_the_plain_importance_ratio():
     policy, behaviour, advantage, mask = batch(dtype=torch.float64)
     advantage[0] = 0

@@ -40,7 +40,7 @@ def policy_head(
     hidden_BTH: Tensor,
     weight_VH: Tensor,
     label_BT: Tensor,
-    behaviour_logp_BT: Tensor,
+    behaviour_logp_BT: Tensor | None,
     advantage: Tensor,
     mask_BT: Tensor,
     *,
@@ -74,11 +74,11 @@ def policy_head(
     flat_temperature = temperature.flatten() if isinstance(temperature, Tensor) else temperature
     active_BT = mask_BT.bool()
     check_head(flat_hidden, weight_VH, label_BT.flatten(), bias_V, flat_temperature, active_BT.flatten())
-    check_tokens(behaviour_logp_BT, behaviour_logp_BT, advantage, mask_BT, teacher, importance_weight_BT, kl, None)
+    _check_tokens(behaviour_logp_BT, advantage, mask_BT, teacher, importance_weight_BT, kl)
     _check_positions("hidden_BTH", hidden_BTH, label_BT, mask_BT)
     V = vocabulary_size(weight_VH, vocabulary_group)
     check_labels("label_BT", label_BT, active_BT, V, "Switch the token off in mask_BT.")
-    if use_triton(impl, hidden_BTH, weight_VH, behaviour_logp_BT):
+    if use_triton(impl, hidden_BTH, weight_VH, advantage):
         from hapo_kernels.policy_head import kernel  # not before it is needed: Triton may be absent on a CPU
 
         run = kernel.policy_head
@@ -109,7 +109,7 @@ def policy_head(
 def policy_loss_from_logits(
     logits_BTV: Tensor,
     label_BT: Tensor,
-    behaviour_logp_BT: Tensor,
+    behaviour_logp_BT: Tensor | None,
     advantage: Tensor,
     mask_BT: Tensor,
     *,
@@ -134,10 +134,10 @@ def policy_loss_from_logits(
     # The checks of a head whose weight has one row for each logit.
     one_by_one = flat_logits.new_empty(1, 1)
     check_head(flat_logits[:, :1], one_by_one, label_BT.flatten(), None, flat_temperature, active_BT.flatten())
-    check_tokens(behaviour_logp_BT, behaviour_logp_BT, advantage, mask_BT, teacher, importance_weight_BT, kl, None)
+    _check_tokens(behaviour_logp_BT, advantage, mask_BT, teacher, importance_weight_BT, kl)
     _check_positions("logits_BTV", logits_BTV, label_BT, mask_BT)
     check_labels("label_BT", label_BT, active_BT, logits_BTV.shape[-1], "Switch the token off in mask_BT.")
-    if use_triton(impl, logits_BTV, behaviour_logp_BT):
+    if use_triton(impl, logits_BTV, advantage):
         from hapo_kernels.policy_head import kernel
 
         run = kernel.policy_loss_from_logits
@@ -159,6 +159,19 @@ def policy_loss_from_logits(
             temperature_N=temperature_of(flat_temperature, flat_logits),
         )
     )
+
+
+def _check_tokens(
+    behaviour_logp_BT: Tensor | None,
+    advantage: Tensor,
+    mask_BT: Tensor,
+    teacher: Teacher | None,
+    importance_weight_BT: Tensor | None,
+    kl: KLPenalty | None,
+) -> None:
+    # Log-probabilities of the policy, which do not exist yet, have the shape of the mask.
+    logp_BT = mask_BT.float() if behaviour_logp_BT is None else behaviour_logp_BT
+    check_tokens(logp_BT, logp_BT, advantage, mask_BT, teacher, importance_weight_BT, kl, None)
 
 
 def _check_positions(name: str, state: Tensor, label_BT: Tensor, mask_BT: Tensor) -> None:

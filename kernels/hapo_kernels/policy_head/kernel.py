@@ -45,9 +45,9 @@ def head_row_kernel(
     row_ptr, logits_ptr, out_ptr, label_ptr, temperature_ptr, behaviour_ptr, advantage_ptr, row_weight_ptr,
     is_teacher_ptr, teacher_ptr, weight_ptr, reference_ptr, stats_ptr, logp_ptr, entropy_ptr, partial_ptr, V,
     first_label, low_edge, high_edge, dual, log_shaping, exponent, kl_coefficient, entropy_coefficient,
-    WHOLE: tl.constexpr, SLICE: tl.constexpr, HAS_TEACHER_LOGP: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    SHAPE: tl.constexpr, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, SLICE: tl.constexpr, HAS_BEHAVIOUR: tl.constexpr, HAS_TEACHER_LOGP: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, SHAPE: tl.constexpr, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row: the token row_ptr[program]. Its logits stand at that row of all logits (WHOLE), or of a chunk's at the
     program's own place. Those of a SLICE begin with the token first_label, and stats (4, programs) is of the whole
@@ -78,7 +78,9 @@ def head_row_kernel(
     policy = logp + tl.zeros((1,), tl.float32)
     row_weight = tl.load(row_weight_ptr + o)
     is_teacher = tl.load(is_teacher_ptr + o) != 0
-    teacher, weight, reference = 0.0, 1.0, policy
+    behaviour, teacher, weight, reference = policy, 0.0, 1.0, policy
+    if HAS_BEHAVIOUR:
+        behaviour = tl.load(behaviour_ptr + o).to(tl.float32)
     if HAS_TEACHER_LOGP:
         teacher = tl.load(teacher_ptr + o).to(tl.float32)
     if HAS_WEIGHT:
@@ -86,7 +88,7 @@ def head_row_kernel(
     if KL > 0:
         reference = tl.load(reference_ptr + o).to(tl.float32)
     loss, slope, kl, kl_slope, clipped, bounded, log_ratio = token_loss(
-        policy, tl.load(behaviour_ptr + o).to(tl.float32), tl.load(advantage_ptr + o).to(tl.float32), is_teacher,
+        policy, behaviour, tl.load(advantage_ptr + o).to(tl.float32), is_teacher,
         teacher, weight, reference, low_edge, high_edge, dual, log_shaping, exponent, SHAPE, KL, STRAIGHT_THROUGH,
     )  # fmt: skip
 
@@ -121,7 +123,7 @@ class RowLoss(NamedTuple):
     label_N: Tensor
     temperature_N: Tensor
     active_N: Tensor
-    behaviour_logp_N: Tensor
+    behaviour_logp_N: Tensor | None
     advantage_N: Tensor
     row_weight_N: Tensor
     teacher_N: Tensor
@@ -178,7 +180,7 @@ class RowLoss(NamedTuple):
                 logits if dlogits is None else dlogits,
                 self.label_N,
                 self.temperature_N,
-                self.behaviour_logp_N,
+                absent if self.behaviour_logp_N is None else self.behaviour_logp_N,
                 self.advantage_N,
                 self.row_weight_N,
                 self.teacher_N.view(torch.uint8),
@@ -200,6 +202,7 @@ class RowLoss(NamedTuple):
                 self.entropy_coefficient,
                 WHOLE=whole,
                 SLICE=group is not None,
+                HAS_BEHAVIOUR=self.behaviour_logp_N is not None,
                 HAS_TEACHER_LOGP=self.teacher_logp_N is not None,
                 HAS_WEIGHT=self.importance_weight_N is not None,
                 SHAPE=shape_code(self.shape, self.shaping, self.exponent),
@@ -226,7 +229,7 @@ def policy_head_op(
     label_N: Tensor,
     temperature_N: Tensor,
     active_N: Tensor,
-    behaviour_logp_N: Tensor,
+    behaviour_logp_N: Tensor | None,
     advantage_N: Tensor,
     row_weight_N: Tensor,
     teacher_N: Tensor,
@@ -298,7 +301,7 @@ def from_logits_op(
     label_N: Tensor,
     temperature_N: Tensor,
     active_N: Tensor,
-    behaviour_logp_N: Tensor,
+    behaviour_logp_N: Tensor | None,
     advantage_N: Tensor,
     row_weight_N: Tensor,
     teacher_N: Tensor,
@@ -370,7 +373,7 @@ from_logits_op.register_autograd(_backward_logits, setup_context=_save_logits)
 
 def row_loss(
     label_BT: Tensor,
-    behaviour_logp_BT: Tensor,
+    behaviour_logp_BT: Tensor | None,
     advantage: Tensor,
     active_BT: Tensor,
     *,
@@ -392,7 +395,7 @@ def row_loss(
         per_token(label_BT),
         temperature_N,
         active_BT.flatten(),
-        per_token(behaviour_logp_BT),
+        None if behaviour_logp_BT is None else per_token(behaviour_logp_BT),
         per_token(advantage),
         per_token(row_weight(active_BT, aggregation).float()),
         per_token(teacher.row_B if teacher else torch.zeros_like(active_BT)),
@@ -419,7 +422,7 @@ def result_of(
 def policy_head(
     hidden_BTH: Tensor,
     weight_VH: Tensor,
-    *tokens: Tensor,
+    *tokens: Tensor | None,
     bias_V: Tensor | None,
     vocabulary_group: dist.ProcessGroup | None,
     chunk_rows: int | None,
@@ -441,7 +444,7 @@ def policy_head(
 
 
 def policy_loss_from_logits(
-    logits_BTV: Tensor, *tokens: Tensor, **terms
+    logits_BTV: Tensor, *tokens: Tensor | None, **terms
 ) -> tuple[Tensor, PolicyLossMetrics, Tensor, Tensor]:
     """See `hapo_kernels.policy_head.policy_loss_from_logits`; tokens and terms are those of `row_loss`."""
     loss = row_loss(*tokens, **terms)

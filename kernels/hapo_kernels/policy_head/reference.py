@@ -15,7 +15,7 @@ def policy_head(
     hidden_BTH: Tensor,
     weight_VH: Tensor,
     label_BT: Tensor,
-    behaviour_logp_BT: Tensor,
+    behaviour_logp_BT: Tensor | None,
     advantage: Tensor,
     active_BT: Tensor,
     *,
@@ -37,7 +37,7 @@ def policy_head(
 def policy_loss_from_logits(
     logits_BTV: Tensor,
     label_BT: Tensor,
-    behaviour_logp_BT: Tensor,
+    behaviour_logp_BT: Tensor | None,
     advantage: Tensor,
     active_BT: Tensor,
     *,
@@ -55,7 +55,7 @@ def policy_loss_from_logits(
 def _loss(
     logp_N: Tensor,
     entropy_N: Tensor,
-    behaviour_logp_BT: Tensor,
+    behaviour_logp_BT: Tensor | None,
     advantage: Tensor,
     active_BT: Tensor,
     *,
@@ -65,5 +65,6 @@ def _loss(
     """The policy loss of the log-probabilities; terms are those of `policy_loss`."""
     logp_BT, entropy_BT = logp_N.view(active_BT.shape), entropy_N.view(active_BT.shape)
     entropy = EntropyBonus(entropy_BT, entropy_coefficient)
+    behaviour_logp_BT = logp_BT.detach() if behaviour_logp_BT is None else behaviour_logp_BT
     result = loss.policy_loss(logp_BT, behaviour_logp_BT, advantage, active_BT, entropy=entropy, **terms)
     return result.loss, result.metrics, logp_BT.detach(), entropy_BT.detach()

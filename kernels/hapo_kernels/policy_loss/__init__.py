@@ -50,7 +50,7 @@ __all__ = [
 
 def policy_loss(
     policy_logp_BT: Tensor,
-    behaviour_logp_BT: Tensor,
+    behaviour_logp_BT: Tensor | None,
     advantage: Tensor,
     mask_BT: Tensor,
     *,
@@ -66,7 +66,8 @@ def policy_loss(
 
     Args:
         policy_logp_BT: log π of the chosen tokens under the policy being trained, nats. The gradient flows here.
-        behaviour_logp_BT: log π_old of the same tokens; not read on teacher rows.
+        behaviour_logp_BT: log π_old of the same tokens; not read on teacher rows. None: π_old is π, so that ρ is 1
+            and its gradient that of log π.
         advantage: (B,), one a row, or (B, T), one a token.
         mask_BT: nonzero on the tokens that train. What stands elsewhere, NaN and inf included, changes nothing.
         importance_weight_BT: w, multiplies the loss of on-policy tokens.
@@ -75,6 +76,7 @@ def policy_loss(
     `vanilla` loss with the same `loss_agg_mode`, to the last bit in fp32; a micro-batch without active tokens, where
     verl may divide 0 by 0, gives 0.
     """
+    behaviour_logp_BT = policy_logp_BT.detach() if behaviour_logp_BT is None else behaviour_logp_BT
     check_tokens(policy_logp_BT, behaviour_logp_BT, advantage, mask_BT, teacher, importance_weight_BT, kl, entropy)
     if use_triton(impl, policy_logp_BT, behaviour_logp_BT, mask_BT):
         from hapo_kernels.policy_loss import kernel  # not before it is needed: Triton may be absent on a CPU
