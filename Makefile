@@ -1,7 +1,8 @@
 # make quickstart    verl's real trainer teaches a real language model on a laptop, with a picture
 # make quickstart-digits  the same trainer and a random tiny model; quickstart-gsm8k: real word problems, a few steps
 # make test          every check and every test
-# make test-long     deaths and resumption, two Ray nodes, training and rollout apart, tools; half an hour more
+# make test-long     deaths, hangs and resumption, two Ray nodes, training and rollout apart, tools; 10,000 examples a fuzz
+#                    campaign; an hour more
 PYTHON ?= python3.11
 PRESET ?= plus
 SEED ?= 1
@@ -44,6 +45,7 @@ e2e: env
 	$(BIN)/python -m pytest -q -m "e2e and not long" -n $(JOBS) --dist loadfile --durations=0
 
 test-long: env
+	HAPO_FUZZ_EXAMPLES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/fuzz --durations=0
 	$(BIN)/python -m pytest -q -m long -n $(JOBS) --dist loadfile --durations=0
 
 env: $(VENV)/.complete

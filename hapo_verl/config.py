@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,8 @@ def checked(default: Any, ok: Callable[[Any], bool], rule: str) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Finite, and no integer that is too large for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def positive(value: Any) -> bool:
@@ -198,7 +200,10 @@ class LossConfig:
     # kappa: 1 is the paper's and LUFFY's q/(q+lambda); 0 is its logarithm, which also teaches what the policy would
     # never write. Read by power alone.
     exponent: float = checked(
-        1.0, lambda v: _is_number(v) and 0 <= v <= 1, "kappa lies in [0, 1]. Use 1.0, the value of the paper, or 0.0."
+        1.0,
+        # Between 0 and that it is the logarithm, too, until fp32 cannot hold it.
+        lambda v: _is_number(v) and (v == 0 or 1e-6 <= v <= 1),
+        "kappa is 0, or lies in [1e-6, 1]. Use 1.0, the value of the paper, or 0.0.",
     )
     # false: the ratio of the policy's own rows is clipped nowhere, as in LUFFY's published script.
     clip: bool = checked(True, lambda v: isinstance(v, bool), "either true or false. Use true.")
@@ -327,7 +332,7 @@ def _parse(cls: type, block: Any, path: str) -> Any:
     for key, value in block.items():
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
-            raise ConfigError(f"{path}.{key}: no such key. Did you mean {path}.{near[0]}?")
+            raise ConfigError(f"{path}.{_typed(key)}: no such key. Did you mean {path}.{near[0]}?")
         spec = fields[key]
         if key == "gate":
             values[key] = _parse_choice(value, f"{path}.gate", GATES, first="paper")
@@ -355,7 +360,7 @@ def _parse_choice(block: Any, path: str, choices: Mapping[str, Any], *, first: s
     if not isinstance(block, Mapping):
         raise ConfigError(f"{path}={block!r}: a block of keys is needed. Launch with +hapo=paper.")
     kind, name = path.rpartition(".")[2], block.get("name", first)
-    if name not in choices:
+    if not isinstance(name, str) or name not in choices:
         article = "an" if kind[0] in "aeiou" else "a"
         raise ConfigError(f"{path}.name={name!r}: not {article} {kind}. Use one of: {', '.join(choices)}.")
     given = {key: value for key, value in block.items() if value is not None and key != "name"}
@@ -367,12 +372,17 @@ def _parse_choice(block: Any, path: str, choices: Mapping[str, Any], *, first: s
         if others:
             has = f"which has {', '.join(own)}" if own else "which has no keys"
             raise ConfigError(
-                f"{path}.{key}={value!r}: not a key of the {kind} {name}, {has}. "
+                f"{path}.{_typed(key)}={value!r}: not a key of the {kind} {name}, {has}. "
                 f"Use {path}.name={others[0]} or remove it."
             )
         near = difflib.get_close_matches(str(key), own or ["name"], n=1, cutoff=0.0)
-        raise ConfigError(f"{path}.{key}: no such key. Did you mean {path}.{near[0]}?")
+        raise ConfigError(f"{path}.{_typed(key)}: no such key. Did you mean {path}.{near[0]}?")
     return _parse(type(choices[name]), {"name": name, **given}, path)
+
+
+def _typed(key: Any) -> str:
+    """A key as it was typed; one that would break the line as Python writes it."""
+    return str(key) if str(key).isprintable() else repr(key)
 
 
 def _keys(choice: Any) -> list[str]:

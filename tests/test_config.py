@@ -190,6 +190,26 @@ def test_a_key_replaces_its_default_and_no_other():
         ),
         ({"demonstration_key": ""}, "hapo.demonstration_key='': a column name is needed. Use demonstration."),
         ("paper", "hapo='paper': a block of keys is needed. Launch with +hapo=paper."),
+        (
+            {"loss": {"shape": "trsft", "shaping": float("inf")}},
+            "hapo.loss.shaping=inf: with hapo.loss.shape=trsft no token would have a weight. Use 0.1, the value of TRAPO.",
+        ),
+        # Found by tests/fuzz.
+        (
+            {"loss": {"exponent": 1e-60}},
+            "hapo.loss.exponent=1e-60: kappa is 0, or lies in [1e-6, 1]. Use 1.0, the value of the paper, or 0.0.",
+        ),
+        (
+            {"gate": {"name": ["paper"]}},
+            "hapo.gate.name=['paper']: not a gate. Use one of: "
+            "paper, annealed, adaptive, posterior, thompson, zero, never, always.",
+        ),
+        (
+            {"watch_interval": 10**309},
+            f"hapo.watch_interval={10**309}: seconds between two looks must be positive. "
+            "Use 5.0, or null to wait for ever where a worker has died.",
+        ),
+        ({"see\rd": 1}, "hapo.'see\\rd': no such key. Did you mean hapo.seed?"),
     ],
 )
 def test_a_wrong_key_or_value_gets_one_line_that_names_the_fix(block, message):

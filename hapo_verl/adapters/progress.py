@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Hashable
+from itertools import groupby
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ _PACKAGES = ("verl", "hapo_verl")
 # Files whose lines follow each other in a step; what lies below them may poll.
 _STEPS = ("main_ppo.py", "trainer_base.py", "trainer_sync.py", "trainer_colocate_async.py", "trainer_separate_async.py")
 # Functions that only hand on.
-_WRAPPERS = ("wrapper", "wrapped", "inner", "func", "_run")
+_WRAPPERS = ("wrapper", "wrapped", "inner", "func", "_run", "__call__")
 
 
 class Position(NamedTuple):
@@ -46,7 +47,8 @@ class Progress:
         places = tuple((frame.f_code.co_name, frame.f_lineno) for frame in frames if _file(frame).name in _STEPS)
         step, prompts = getattr(self._trainer, "global_steps", None), self._prompts()
         names = [frame.f_code.co_name for frame in frames if frame.f_code.co_name not in _WRAPPERS]
-        where = " > ".join(names) or "no place in verl"
+        # Ours calls verl's of the same name.
+        where = " > ".join(name for name, _ in groupby(names)) or "no place in verl"
         if frames:
             file = _file(frames[-1])
             where += f" ({'/'.join(file.parts[-3:])}:{frames[-1].f_lineno})"

@@ -147,6 +147,9 @@ def _check_micro_batches(config: DictConfig) -> None:
                 f"{key}={micro}: a rank has {rows} rows of a mini-batch. Use a divisor of {rows}, or "
                 f"{_ACTOR}.use_dynamic_bsz=true."
             )
+        if dynamic and not tokens:
+            budget = key.replace("micro_batch_size", "max_token_len")
+            raise ConfigError(f"{budget}={tokens}: tokens a GPU at a time are needed. Use {budget}={longest} or more.")
         if dynamic and tokens * _sequence_parallel(config) < longest:
             budget = key.replace("micro_batch_size", "max_token_len")
             raise ConfigError(

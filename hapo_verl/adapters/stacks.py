@@ -54,7 +54,8 @@ def _stacks(pid: int) -> str:
                     break
                 size = grown
             file.seek(before)
-            return f"{_title(pid)}\n{file.read().decode(errors='replace')}"
+            stacks = file.read().decode(errors="replace") or f"wrote nothing in {_ANSWER_SECONDS:.0f} s"
+            return f"{_title(pid)}\n{stacks}"
     except OSError as error:
         return f"{_title(pid)}: {error}"
 

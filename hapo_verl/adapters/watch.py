@@ -37,6 +37,8 @@ REFUSED_SECONDS = 30.0
 MOMENT_SECONDS = 2.0
 # A trainer that fails may have seen a death before Ray tells of it.
 FAILED_SECONDS = 10.0
+# Looks that a call may wait in the queue of an actor that is not busy.
+BUSY_LOOKS = 3
 # Stacks are asked for on every node, by a task that may have to wait for a worker to start.
 STACKS_SECONDS = 60.0
 
@@ -83,6 +85,7 @@ class Watch:
         self._engines: dict[str, str] = {}
         self._updated: dict[str, Any] = {}
         self._calls: dict[str, ray.ObjectRef] = {}
+        self._called: dict[str, float] = {}  # when, by the monotonic clock
         self._asked: dict[str, ray.ObjectRef] = {}  # for the error of a weight update
         self._places: dict[str, ray.ObjectRef] = {}  # node and process id
         self._refused: dict[str, float] = {}  # since when, by the monotonic clock
@@ -144,7 +147,7 @@ class Watch:
 
     def _actor(self, name: str, actor: Any) -> str | None:
         if name not in self._calls:
-            self._calls[name] = actor.__ray_ready__.remote()
+            self._calls[name], self._called[name] = actor.__ray_ready__.remote(), time.monotonic()
         if not ray.wait([self._calls[name]], timeout=0)[0]:
             return None
         try:
@@ -229,7 +232,9 @@ class Watch:
         return over
 
     def _busy(self) -> str:
-        names = [name for name in self._actors if name in self._calls]
+        # A call is answered by the next look, or its actor is at something else.
+        long_ago = time.monotonic() - BUSY_LOOKS * self._interval
+        names = [name for name in self._actors if name in self._calls and self._called[name] < long_ago]
         cpus = [int(of().get("CPU", 0)) for of in (ray.available_resources, ray.cluster_resources)]
         return f"; busy: {', '.join(names) or 'nobody'}; Ray has {cpus[0]} of {cpus[1]} CPUs free"
 

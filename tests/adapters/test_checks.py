@@ -1,8 +1,12 @@
 """A launch that cannot work stops at the start, with one line that names the key, the rule and the fix."""
 
+import inspect
+import re
+
 import datasets
 import pytest
 from omegaconf import OmegaConf
+from verl.trainer.ppo.v1 import PPOTrainerSeparateAsync
 
 from hapo_verl.adapters.checks import check_demonstrations, check_launch
 from hapo_verl.adapters.head import choose_head, chosen_head
@@ -86,6 +90,22 @@ def test_each_thing_that_cannot_work_gets_its_own_line(launch, override, message
     with pytest.raises(ConfigError) as error:
         check_launch(launch(override))
     assert str(error.value) == message
+
+
+def test_rollouts_on_their_own_devices_alone_are_refused_as_long_as_verl_fails_there(launch):
+    separate = "trainer.v1.trainer_mode=hapo_separate_async"
+    with pytest.raises(ConfigError) as error:
+        check_launch(launch(separate, "actor_rollout_ref.hybrid_engine=False"))
+    assert str(error.value) == (
+        "actor_rollout_ref.hybrid_engine=False: verl 0.9.1 ends with a TypeError where it logs this mode. "
+        "Use actor_rollout_ref.hybrid_engine=true."
+    )
+    check_launch(launch(separate))
+    check_launch(launch("actor_rollout_ref.hybrid_engine=False"))
+    # The line that fails: a logger takes no `flush`.
+    source = inspect.getsource(PPOTrainerSeparateAsync._setup)
+    (call,) = re.findall(r"logger\.info\([^()]*hybrid replicas disabled.*?\n            \)", source, re.DOTALL)
+    assert "flush=True" in call
 
 
 def test_a_preset_name_that_was_taken_for_a_string_is_refused(launch):
@@ -214,6 +234,11 @@ def test_without_a_head_nothing_is_written(launch):
             (*HEAD, "actor_rollout_ref.model.use_fused_kernels=True"),
             "actor_rollout_ref.model.use_fused_kernels=True: verl's own fused head and one of hapo.kernels exclude each "
             "other. Use actor_rollout_ref.model.use_fused_kernels=false, or hapo.kernels.head=off.",
+        ),
+        (
+            (*HEAD, "actor_rollout_ref.model.use_liger=True"),
+            "actor_rollout_ref.model.use_liger=True: Liger's kernels and a head of hapo.kernels have not been run together. "
+            "Use actor_rollout_ref.model.use_liger=false, or hapo.kernels.head=off.",
         ),
         (
             (*HEAD, "actor_rollout_ref.actor.calculate_sum_pi_squared=True"),

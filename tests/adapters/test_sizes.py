@@ -34,6 +34,22 @@ SEPARATE = (*DYNAMIC, "trainer.v1.trainer_mode=hapo_separate_async", "data.train
     ("overrides", "message"),
     [
         (
+            (*DYNAMIC, "data.train_batch_size=null"),
+            "data.train_batch_size=None: a count is a positive integer. Use a whole number of at least 1.",
+        ),
+        (
+            (*DYNAMIC, "actor_rollout_ref.rollout.tensor_model_parallel_size=0"),
+            "actor_rollout_ref.rollout.tensor_model_parallel_size=0: a count is a positive integer. Use a whole number of at least 1.",
+        ),
+        (
+            (*FIXED, "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1.5"),
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1.5: a count is a positive integer. Use a whole number of at least 1.",
+        ),
+        (
+            (*DYNAMIC, "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=null"),
+            "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=None: tokens a GPU at a time are needed. Use actor_rollout_ref.actor.ppo_max_token_len_per_gpu=1024 or more.",
+        ),
+        (
             (*DYNAMIC, "actor_rollout_ref.actor.ppo_mini_batch_size=96"),
             "actor_rollout_ref.actor.ppo_mini_batch_size=96: data.train_batch_size=128 is no multiple of it, and the last "
             "update of a step would be filled with copies. Use actor_rollout_ref.actor.ppo_mini_batch_size=64.",

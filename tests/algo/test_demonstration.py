@@ -114,6 +114,12 @@ def tool(text, **more):
         ([{"role": "user", "content": "solution"}], Refusal("malformed")),
         ([{"role": "assistant", "content": None}], Refusal("malformed")),
         (["solution"], Refusal("malformed")),
+        # Found by tests/fuzz.
+        (5, Refusal("malformed")),
+        ({"role": "assistant", "content": "solution"}, Refusal("malformed")),
+        ("solu\ud800tion", Refusal("malformed")),
+        ([{"role": "assistant", "content": "solution", "tool_calls": 3}], Refusal("malformed")),
+        ([{"role": "assistant", "content": "solution", "tool_calls": {"function": {}}}], Refusal("malformed")),
     ],
 )
 def test_a_demonstration_is_a_string_or_one_message_of_the_assistant(value, expected):
@@ -162,6 +168,9 @@ def test_messages_are_turns_of_the_assistant_with_the_answers_to_each(messages, 
         ([say("a", call("f", "{")), tool("b"), say("c")], "malformed"),
         ([say("a", call("f", "[1]")), tool("b"), say("c")], "malformed"),
         ([say("a", call("f", None)), tool("b"), say("c")], "malformed"),
+        ([say("a", call("f", "[" * 100_000)), tool("b"), say("c")], "malformed"),
+        ([say("a", call("f", f'{{"x": {"1" * 5000}}}')), tool("b"), say("c")], "malformed"),
+        ([say("a", FIRST), tool("\ud800"), say("c")], "malformed"),
         ([say("a", call(None, {})), tool("b"), say("c")], "malformed"),
         ([say("a", {"name": "f", "arguments": {}}), tool("b"), say("c")], "malformed"),
         ([say("a", "f"), tool("b"), say("c")], "malformed"),

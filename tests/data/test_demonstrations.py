@@ -52,6 +52,9 @@ CALLED = [message("?"), message("3", "tool"), message("= 4")]
         ("target_lst", [], Refusal("missing")),
         ("demos", ["4", "the answer is 4"], "4"),
         ("demos", ["  ", None], Refusal("empty")),
+        ("demos", "is 4", "is 4"),
+        ("demos", 4, Refusal("malformed")),
+        ("target", False, Refusal("malformed")),
         ("target", [message("?", "tool"), message("is 4")], Refusal("malformed")),
     ],
 )

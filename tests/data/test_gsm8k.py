@@ -26,6 +26,9 @@ def test_the_demonstration_is_the_human_solution_without_the_calculators_notes()
         ({"question": None}, "no question"),
         ({"answer": ""}, "no answer"),
         ({"answer": "it is 4"}, "no #### line"),
+        # Half of a surrogate pair, which no file of UTF-8 can hold.
+        ({"question": "\ud800?"}, "no question"),
+        ({"answer": "\udc00 #### 4"}, "no answer"),
     ],
 )
 def test_a_record_without_question_or_answer_is_left_out_with_its_reason(change, reason):
@@ -46,6 +49,15 @@ def test_a_row_is_kept_only_if_verls_own_reward_calls_its_demonstration_a_succes
     [
         ("{}\n{", "line 2: not JSON (Expecting property name enclosed in double quotes). One object a line."),
         ("[1]\n", "line 1: not a JSON object. One object a line."),
+        # Found by tests/fuzz.
+        (
+            "1" * 5000,
+            "line 1: not JSON (Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits). One object a line.",
+        ),
+        (
+            "[" * 100_000,
+            "line 1: not JSON (maximum recursion depth exceeded while decoding a JSON array from a unicode string). One object a line.",
+        ),
     ],
 )
 def test_a_line_that_cannot_be_read_is_named_by_its_number(tmp_path, text, message):

@@ -22,6 +22,26 @@ def test_what_is_not_parquet_is_one_line(tmp_path):
         list(read_parquet(path))
 
 
+@pytest.mark.parametrize(("place", "text"), [(10, "damaged \\("), (-5, "not a parquet file \\(")])
+def test_a_damaged_file_is_one_line(tmp_path, place, text):
+    path = tmp_path / "train.parquet"
+    write_parquet([{"prompt": [{"role": "user", "content": "1?"}], "demonstration": "1"}] * 3, path)
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=text) as error:
+        list(read_parquet(path))
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", ["x", "\ud800", 10**400, [1]])
+def test_a_value_that_a_parquet_file_cannot_hold_is_one_line_and_leaves_no_file(tmp_path, value):
+    with pytest.raises(DataError, match=r"cannot be written \(.*\)\. A column has one type\.$") as error:
+        write_parquet([{"a": 1}, {"a": value}], tmp_path / "out.parquet")
+    assert len(str(error.value).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_to_write_is_an_error_and_leaves_no_file(tmp_path):
     with pytest.raises(DataError, match="no row is left to write"):
         write_parquet([], tmp_path / "train.parquet")

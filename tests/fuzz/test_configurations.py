@@ -3,8 +3,8 @@
 import dataclasses
 import math
 import random
+from functools import cache
 
-import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hypothesis import given
@@ -16,7 +16,7 @@ from hapo_verl.adapters.gatekeeper import Gatekeeper
 from hapo_verl.adapters.sizes import _COUNTS, _COUNTS_OR_NULL, check_sizes
 from hapo_verl.algo.gate import Situation, confidence, fires, firing_probabilities
 from hapo_verl.algo.objectives import Rows, objectives
-from hapo_verl.algo.policy_loss import Aggregation, Clip, hapo_policy_loss
+from hapo_verl.algo.policy_loss import Aggregation, Clip, DemonstrationShape, hapo_policy_loss
 from hapo_verl.config import GATES, ConfigError, HapoConfig
 from tests.fuzz.campaign import campaign, is_one_line, values
 
@@ -75,11 +75,7 @@ def assert_meaningful(hapo):
         torch.tensor([1.0, -1.0]),
         torch.ones(2, 2),
         torch.tensor([True, False]),
-        **{
-            field.name: getattr(hapo.loss, field.name)
-            for field in dataclasses.fields(hapo.loss)
-            if field.name != "clip"
-        },
+        shape=DemonstrationShape(hapo.loss.shape, hapo.loss.shaping, hapo.loss.exponent),
         clip=Clip(0.2, 0.2, 3.0),
         aggregation=Aggregation("token-mean"),
     )
@@ -109,6 +105,30 @@ def test_any_value_of_any_key_of_ours_is_meaningful_or_one_line_with_the_key(key
         assert_meaningful(hapo)
 
 
+# Keys that are read together.
+losses = st.fixed_dictionaries(
+    {},
+    optional={
+        "shape": st.sampled_from(["power", "trsft", "chord"]),
+        "shaping": st.one_of(st.floats(min_value=0), st.sampled_from([5e-324, 1e-300, 0.1, 1e300, math.inf])),
+        "exponent": st.floats(0, 1),
+        "clip": st.booleans(),
+    },
+)
+
+
+@campaign
+@given(loss=losses)
+def test_any_keys_of_a_loss_go_together_or_it_is_one_line(loss):
+    try:
+        hapo = HapoConfig.parse({"loss": loss})
+    except ConfigError as error:
+        assert is_one_line(error)
+        assert str(error).startswith("hapo.loss.")
+    else:
+        assert_meaningful(hapo)
+
+
 @campaign
 @given(block=values)
 def test_any_block_at_all_is_meaningful_or_one_line(block):
@@ -132,13 +152,23 @@ VERLS = [
     "actor_rollout_ref.actor.loss_agg_mode",
     "actor_rollout_ref.actor.policy_loss.loss_mode",
     "actor_rollout_ref.hybrid_engine",
+    "actor_rollout_ref.rollout.nnodes",
+    "actor_rollout_ref.rollout.n_gpus_per_node",
+    "actor_rollout_ref.rollout.checkpoint_engine.backend",
+    "actor_rollout_ref.actor.shuffle",
+    "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz",
+    "algorithm.rollout_correction.rollout_is",
+    "trainer.v1.separate_async.parameter_sync_step",
+    "trainer.device",
+    "critic.enable",
+    "reward.reward_model.enable",
     "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
     "hapo",
     *(f"hapo.{name}" for name, _ in KEYS),
 ]
 
 
-@pytest.fixture(scope="module")
+@cache
 def launch():
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose(
@@ -169,8 +199,8 @@ plain = st.one_of(
 
 @campaign
 @given(changes=st.dictionaries(st.sampled_from(VERLS), plain, min_size=1, max_size=2))
-def test_any_value_of_the_keys_of_verl_that_we_read_passes_or_is_one_line_that_names_one(launch, changes):
-    config = launch.copy()
+def test_any_value_of_the_keys_of_verl_that_we_read_passes_or_is_one_line_that_names_one(changes):
+    config = launch().copy()
     for key, value in changes.items():
         OmegaConf.update(config, key, value, merge=False, force_add=True)
     try:
@@ -180,6 +210,8 @@ def test_any_value_of_the_keys_of_verl_that_we_read_passes_or_is_one_line_that_n
         assert is_one_line(error)
         assert str(error).partition("=")[0].partition(":")[0].split(".")[0] in (
             "hapo",
+            "reward",
+            "critic",
             "data",
             "trainer",
             "algorithm",

@@ -1,9 +1,7 @@
 """The data tools on files that nobody would write, and somebody does: read as they are, or refused in one line."""
 
 import json
-from types import SimpleNamespace
 
-import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
@@ -149,10 +147,3 @@ def test_a_parquet_file_that_is_damaged_is_read_or_one_line(tmp_path, content, c
         assert is_one_line(error)
     else:
         assert all(isinstance(row, dict) for row in rows)
-
-
-def test_an_unwritable_value_is_one_line_and_leaves_no_file(tmp_path):
-    with pytest.raises(DataError) as error:
-        write_parquet([{"a": 1}, {"a": "x"}, {"a": SimpleNamespace()}], tmp_path / "out.parquet")
-    assert is_one_line(error.value)
-    assert list(tmp_path.iterdir()) == []
