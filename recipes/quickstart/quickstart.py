@@ -226,6 +226,7 @@ def report(launch: Launch, points: dict[str, list[tuple[int, float]]], title: st
         "curves": points,
         "seconds": round(launch.seconds),
         "peak_memory_gib": round(launch.peak_bytes / GIB, 2),
+        "largest_processes_gib": {name: round(number / GIB, 2) for name, number in launch.largest()},
         "machine": machine(),
         "commit": commit(),
     }
