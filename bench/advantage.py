@@ -50,8 +50,8 @@ def measure(way: str, B: int, T: int, repeats: int) -> dict:
     )
 
     from hapo_kernels.segment_norm import segment_ids, segment_norm
-    from hapo_verl.adapters import jagged
     from hapo_verl.algo.advantage import session_advantage
+    from hapo_verl.protocol import jagged
 
     def ours(score_B):
         return segment_norm(score_B, segment_ids(uid_B), scale_by_std=True)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hapo_verl.adapters.gatekeeper import STATE_FILE, Gatekeeper
 from hapo_verl.config import HapoConfig
+from hapo_verl.driver.gatekeeper import STATE_FILE, Gatekeeper
 from harness import Prompts, machine
 
 STEPS = 20

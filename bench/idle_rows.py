@@ -3,7 +3,7 @@
     python bench/idle_rows.py [--smoke] [--out DIR]
 
 Real: both trainers' `_step_once`, verl's training worker and its FSDP2 engine with a small Qwen2 on one rank (gloo,
-CPU). A dictionary stands in for TransferQueue, and rollouts are drawn (`tests/adapters/step_process.py`). Both sides
+CPU). A dictionary stands in for TransferQueue, and rollouts are drawn (`tests/driver/step_process.py`). Both sides
 get the same rows, without demonstrations, of which a given share has an advantage; the sides take turns.
 """
 
@@ -34,8 +34,8 @@ import torch.distributed as dist
 import transfer_queue as tq
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from tests.adapters import step_process
-from tests.adapters.step_process import Queue, Run
+from tests.driver import step_process
+from tests.driver.step_process import Queue, Run
 
 N, PROMPT = 4, 16
 # Of 36 groups those that have a signal.

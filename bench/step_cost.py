@@ -44,11 +44,11 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
 from verl.utils import tensordict_utils as tu
 from verl.workers.rollout.replica import TokenOutput
 
-from hapo_verl.adapters.gatekeeper import Gatekeeper
-from hapo_verl.adapters.rehearsal import composed
-from hapo_verl.adapters.rollout import HapoAgentLoopWorker
-from hapo_verl.adapters.trainer import HapoTrainerSync
 from hapo_verl.config import HapoConfig
+from hapo_verl.driver.gatekeeper import Gatekeeper
+from hapo_verl.driver.trainer import HapoTrainerSync
+from hapo_verl.launch.rehearsal import composed
+from hapo_verl.rollout.worker import HapoAgentLoopWorker
 from harness import REPOSITORY, Prompts, machine
 
 sys.path.insert(0, str(REPOSITORY / "recipes" / "quickstart"))

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
 
-    from hapo_verl.adapters.diagnosis import findings
+    from hapo_verl.launch.diagnosis import findings
 
     wrong = 0
     for finding in findings(args.overrides, ray=not args.no_ray, model=not args.no_model):

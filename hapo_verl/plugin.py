@@ -23,40 +23,40 @@ def register() -> None:
 
     @when_imported("verl.trainer.ppo.core_algos")
     def _estimator(_module: object) -> None:
-        import hapo_verl.adapters.estimator  # noqa: F401
+        import hapo_verl.driver.estimator  # noqa: F401
 
     @when_imported("verl.trainer.ppo.v1")
     def _trainers(_module: object) -> None:
-        import hapo_verl.adapters.trainer  # noqa: F401
+        import hapo_verl.driver.trainer  # noqa: F401
 
     @when_imported("verl.workers.engine.fsdp.transformer_impl")
     def _engine(_module: object) -> None:
-        import hapo_verl.adapters.engine  # noqa: F401
+        import hapo_verl.actor.engine  # noqa: F401
 
     @when_imported("verl.workers.rollout.vllm_rollout.utils")
     def _vllm_worker(module: ModuleType) -> None:
-        from hapo_verl.adapters.weight_error import name_the_first_error
+        from hapo_verl.protocol.weight_error import name_the_first_error
 
         name_the_first_error(module)
 
     @when_imported("verl.workers.rollout.vllm_rollout.vllm_async_server")
     def _vllm_server(module: ModuleType) -> None:
-        from hapo_verl.adapters.weight_error import keep_errors
+        from hapo_verl.protocol.weight_error import keep_errors
 
         keep_errors(module)
 
     # In Ray's processes, and those that they start; nothing of a user's own process is touched.
     if "RAY_RAYLET_PID" in os.environ:
-        from hapo_verl.adapters.stacks import answer_the_signal
+        from hapo_verl.protocol.stacks import answer_the_signal
 
         answer_the_signal()
 
-    from hapo_verl.adapters.presets import register_presets
+    from hapo_verl.launch.presets import register_presets
 
     register_presets()
 
     if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
-        import hapo_verl.adapters.cpu_platform  # noqa: F401
+        import hapo_verl.cpu.platform  # noqa: F401
 
 
 try:

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from hapo_verl.adapters import diagnosis
-from hapo_verl.adapters.diagnosis import Finding, findings
 from hapo_verl.config import ConfigError
+from hapo_verl.launch import diagnosis
+from hapo_verl.launch.diagnosis import Finding, findings
 
 
 def doctor(*arguments, **environment):

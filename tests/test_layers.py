@@ -1,9 +1,66 @@
-"""Imports point one way: plugin -> adapters -> algo -> hapo_kernels -> torch, triton."""
+"""Imports point one way, and a module's folder says in which process it runs."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+PACKAGE = Path(__file__).parents[1] / "hapo_verl"
+
+# Each room and what it may import beside itself. The rooms of the workers know nothing of each other: what one of them
+# hands to another is written down in `protocol`.
+ROOMS = {
+    "algo": set(),
+    "protocol": {"algo"},
+    "rollout": {"algo", "protocol"},
+    "actor": {"algo", "protocol"},
+    "cpu": {"algo", "protocol"},
+    "launch": {"algo", "protocol", "rollout", "actor"},
+    "driver": {"algo", "protocol", "rollout", "actor", "launch"},
+    "data": {"algo", "protocol", "rollout"},
+}
+# Above the rooms: entry points. `config` is below all of them.
+ENTRY_POINTS = {"plugin", "doctor"}
+
+
+def imports(path: Path) -> set[str]:
+    """First names below `hapo_verl` of everything that a module imports, at its top or later."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hapo_verl"):
+            below = (node.module or "").split(".")[1:]
+            found |= {below[0]} if below else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("hapo_verl.")}
+    return found
+
+
+def test_every_folder_is_a_room():
+    assert {path.parent.name for path in PACKAGE.glob("*/*.py")} - {"presets"} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_is_below_it(room):
+    wrong = {
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path in (PACKAGE / room).rglob("*.py")
+        for name in imports(path) - ROOMS[room] - {room, "config"}
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("room", ["algo", "data"])
+def test_these_rooms_do_not_import_verl_at_their_top(room):
+    tops = {
+        f"{path.relative_to(PACKAGE)}:{node.lineno}"
+        for path in (PACKAGE / room).rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "verl")
+        or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "verl" for alias in node.names))
+    }
+    assert not tops
 
 
 @pytest.mark.parametrize("module", ["hapo_verl.algo.policy_loss", "hapo_verl.algo.advantage", "hapo_verl.config"])

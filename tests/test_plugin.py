@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from hapo_verl.adapters.checks import check_launch
 from hapo_verl.config import AnnealedGate
+from hapo_verl.launch.checks import check_launch
 
 
 def python(code, **environment):
@@ -23,7 +23,7 @@ def python(code, **environment):
 def test_importing_verl_loads_the_plugin_and_no_trainer():
     code = (
         "import sys, verl; print('hapo_verl.plugin' in sys.modules, 'verl.trainer.ppo.v1' in sys.modules, "
-        "'hapo_verl.adapters.trainer' in sys.modules, 'hapo_verl.adapters.cpu_platform' in sys.modules)"
+        "'hapo_verl.driver.trainer' in sys.modules, 'hapo_verl.cpu.platform' in sys.modules)"
     )
     assert python(code) == "True False False False"
 
@@ -55,7 +55,7 @@ def test_the_cpu_platform_is_patched_in_only_where_it_is_asked_for():
 
 def test_both_ends_of_the_socket_for_weights_are_named_for_the_cluster_and_the_job():
     code = (
-        "import os, types, ray, verl\nfrom hapo_verl.adapters import cpu_platform\n"
+        "import os, types, ray, verl\nfrom hapo_verl.cpu import platform as cpu_platform\n"
         "ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
         "context = ray.get_runtime_context()\n"
         "class Sender:\n    def __init__(self):\n"
@@ -71,7 +71,7 @@ def test_both_ends_of_the_socket_for_weights_are_named_for_the_cluster_and_the_j
 
 
 def test_vllms_linear_layers_are_left_alone_without_the_cpu_platform(monkeypatch):
-    from hapo_verl.adapters import vllm_cpu
+    from hapo_verl.cpu import vllm as vllm_cpu
 
     monkeypatch.delenv("VERL_PLATFORM", raising=False)
     monkeypatch.setitem(sys.modules, "vllm.platforms", None)  # importing it would raise

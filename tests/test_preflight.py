@@ -11,9 +11,9 @@ import ray
 from hydra import compose, initialize_config_module
 from hydra.core.utils import JobReturn, JobStatus
 
-from hapo_verl.adapters.preflight import Preflight
-from hapo_verl.adapters.reward import RewardError
 from hapo_verl.config import ConfigError
+from hapo_verl.launch.preflight import Preflight
+from hapo_verl.rollout.reward import RewardError
 
 # Importing verl is most of it: 7 s on two idle cores. A loaded machine takes a multiple.
 SECONDS = 90
@@ -50,7 +50,7 @@ def test_the_traceback_is_there_for_who_asks(tmp_path):
 @pytest.fixture
 def composed(tmp_path, launch):
     """A launch that passes, but for its overrides; with Hydra's own block."""
-    from tests.adapters.test_files import ROW, write
+    from tests.launch.test_files import ROW, write
 
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
@@ -87,7 +87,7 @@ def started(config, capsys):
 @pytest.mark.parametrize("preset", ["grpo", "dapo", "luffy", "srft", "real", "real_ssi", "paper", "plus"])
 def test_every_preset_brings_the_look_and_passes_it(composed, preset, capsys):
     config = composed("actor_rollout_ref.ref.strategy=fsdp2", preset=preset)
-    assert config.hydra.callbacks.hapo._target_ == "hapo_verl.adapters.preflight.Preflight"
+    assert config.hydra.callbacks.hapo._target_ == "hapo_verl.launch.preflight.Preflight"
     assert started(config, capsys) == (None, [])
 
 
@@ -164,7 +164,7 @@ def test_what_only_the_trainer_sees_is_said_as_one_sentence_too(composed, capsys
 def test_every_job_of_a_sweep_is_looked_at_and_a_single_run_once(composed, capsys, monkeypatch):
     from hydra.types import RunMode
 
-    from hapo_verl.adapters import preflight
+    from hapo_verl.launch import preflight
 
     config = composed("hapo.gate.threshold=1.5")
     for mode, code in ((RunMode.RUN, None), (RunMode.MULTIRUN, 2)):
@@ -179,7 +179,7 @@ def test_every_job_of_a_sweep_is_looked_at_and_a_single_run_once(composed, capsy
 
 def test_the_look_imports_neither_the_trainer_nor_the_engine():
     code = (
-        "import sys, verl, hapo_verl.adapters.preflight\n"
+        "import sys, verl, hapo_verl.launch.preflight\n"
         "print([name for name in ('verl.trainer.ppo.v1', 'vllm', 'verl.experimental.agent_loop') if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)

@@ -21,7 +21,7 @@ def gsm8k(args: argparse.Namespace) -> None:
     """GSM8K with its human solutions."""
     from tqdm import tqdm
 
-    from hapo_verl.adapters.reward import default_score
+    from hapo_verl.rollout.reward import default_score
 
     records = tqdm(gsm8k_.gsm8k_records(args.input), desc="verifying", unit="row")
     rows, left_out = gsm8k_.verified_rows(records, default_score, split=args.split)

@@ -117,8 +117,8 @@ def judge_of(
     from omegaconf import OmegaConf
     from transformers import AutoTokenizer
 
-    from hapo_verl.adapters.reward import reward_of, success_of
-    from hapo_verl.adapters.tokens import ChatFormat
+    from hapo_verl.rollout.reward import reward_of, success_of
+    from hapo_verl.rollout.tokens import ChatFormat
 
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     rollout: dict[str, Any] = {"agent": {"default_agent_loop": "single_turn_agent"}}

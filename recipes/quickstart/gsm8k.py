@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hapo_verl.adapters.reward import default_score
 from hapo_verl.data.gsm8k import GSM8K, gsm8k_records, verified_rows
 from hapo_verl.data.parquet import DataError, write_parquet
+from hapo_verl.rollout.reward import default_score
 
 __all__ = ["GSM8K", "write"]
 

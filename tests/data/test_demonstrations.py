@@ -202,7 +202,7 @@ def double(digits: str) -> str:
 
 
 def test_demonstrations_with_calls_are_judged_as_the_run_with_these_tools_would(tmp_path, capsys):
-    from tests.adapters.tool_chat import QWEN, make_tokenizer
+    from tests.rollout.tool_chat import QWEN, make_tokenizer
 
     function = {"name": "double", "arguments": '{"digits": "6"}'}
     called = [

@@ -5,10 +5,10 @@ import json
 import pandas
 import pytest
 
-from hapo_verl.adapters.reward import default_score
 from hapo_verl.data.__main__ import main
 from hapo_verl.data.gsm8k import Problem, gsm8k_problem, read_jsonl, verified_rows
 from hapo_verl.data.parquet import DataError
+from hapo_verl.rollout.reward import default_score
 
 EGGS = {"question": "Two eggs and 1,232 more?", "answer": "2 + 1232 = <<2+1232=1234>>1,234 eggs.\n#### 1,234"}
 

@@ -13,8 +13,8 @@ import numpy as np
 import psutil
 import pytest
 
-from hapo_verl.adapters.gatekeeper import STATE_FILE, Gatekeeper
 from hapo_verl.config import HapoConfig
+from hapo_verl.driver.gatekeeper import STATE_FILE, Gatekeeper
 from tests.e2e.conftest import PROMPTS, ROLLOUTS, TrainingError, name_of
 from tests.e2e.test_limits import SCRIPTED
 

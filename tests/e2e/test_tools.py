@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from tests.adapters.tool_chat import QWEN
 from tests.e2e.conftest import PROMPTS, ROOT, tiny_model
+from tests.rollout.tool_chat import QWEN
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 STEPS = 2

@@ -131,7 +131,7 @@ def two(prepared, tmp_path_factory):
 def test_each_node_trains_generates_and_injects_with_a_plugin_of_its_own(two):
     assert two.found == {"WorkerDict": [1, 1], "vLLMHttpServer": [1, 1], "HapoAgentLoopWorker": [1, 1]}
     for node in two.nodes:
-        assert list((node.folder / "site" / "hapo_verl" / "adapters" / "__pycache__").glob("rollout.*.pyc"))
+        assert list((node.folder / "site" / "hapo_verl" / "rollout" / "__pycache__").glob("worker.*.pyc"))
     # A file a rank.
     assert len(list((two.run.folder / "trace").glob("loss-*.jsonl"))) == 2
 

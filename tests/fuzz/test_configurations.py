@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from hapo_verl.adapters.checks import check_configuration
-from hapo_verl.adapters.gatekeeper import Gatekeeper
-from hapo_verl.adapters.sizes import _COUNTS, _COUNTS_OR_NULL, check_sizes
 from hapo_verl.algo.gate import Situation, confidence, fires, firing_probabilities
 from hapo_verl.algo.objectives import Rows, objectives
 from hapo_verl.algo.policy_loss import Aggregation, Clip, DemonstrationShape, hapo_policy_loss
 from hapo_verl.config import GATES, ConfigError, HapoConfig
+from hapo_verl.driver.gatekeeper import Gatekeeper
+from hapo_verl.launch.checks import check_configuration
+from hapo_verl.launch.sizes import _COUNTS, _COUNTS_OR_NULL, check_sizes
 from tests.fuzz.campaign import campaign, is_one_line, values
 
 

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hapo_verl.adapters.tokens import ChatFormat
 from hapo_verl.algo.demonstration import REASONS, Refusal
 from hapo_verl.data.parquet import read_parquet, write_parquet
-from tests.adapters.chat_templates import CHATS
+from hapo_verl.rollout.tokens import ChatFormat
 from tests.fuzz.campaign import campaign, texts
+from tests.rollout.chat_templates import CHATS
 
 MARKS = sorted(
     {

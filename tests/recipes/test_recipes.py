@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import need_reference_policy
 from verl.utils.config import validate_config
 
-from hapo_verl.adapters.checks import check_launch
-from hapo_verl.adapters.sizes import check_sizes
 from hapo_verl.data.parquet import DataError, read_parquet, write_parquet
+from hapo_verl.launch.checks import check_launch
+from hapo_verl.launch.sizes import check_sizes
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"

@@ -1,0 +1,170 @@
+"""verl's FSDP2 engine with a head of ours, `hapo.kernels.head`, and with objectives that weigh likelihoods.
+
+verl's engine registry asks for a hardware vendor first, and verl itself registers none: this engine takes those places
+and is verl's own, unless the model's `fused_kernel_options.impl_backend` names one of our heads, or the loss is a HAPO
+trainer's with another `hapo.objective` than the surrogate. A HAPO trainer writes the head's name before the actors are
+started (`choose_head`), so it reaches actor and reference model with verl's own configuration.
+
+Our heads score only tokens that train. What verl reads from the others, it masks.
+"""
+
+# verl's decorator hides its engine's type.
+# pyright: reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+from verl.utils import tensordict_utils as tu
+from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from hapo_kernels.linear_logprob import IGNORED
+from hapo_verl.actor.head import Head, Scores, chosen_head, install, logprob_score, policy_score
+from hapo_verl.actor.likelihood import weigh_likelihoods
+from hapo_verl.actor.loss import POLICY_HEAD, loss_terms
+from hapo_verl.algo.policy_loss import PolicyHead
+from hapo_verl.protocol import jagged
+
+logger = logging.getLogger("verl." + __name__)
+
+
+@EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cuda", vendor=["nvidia", "amd", "cpu"])
+class HapoFSDPEngine(FSDPEngineWithLMHead):
+    """verl's engine; with one of our heads the model's output carries log-probabilities in the place of logits."""
+
+    hapo_head: Head | None = None
+    # The loss of the micro-batch at hand, where the head is to compute it.
+    _hapo_loss: Any = None
+
+    def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
+        # Adapters are in place, and parameters not sharded yet.
+        name = chosen_head(self.model_config.fused_kernel_options)
+        if name is not None:
+            self.hapo_head = install(module)
+            self._loss_in_head = name == "policy_head"
+            logger.warning("hapo: the head of %s is %s", type(module).__name__, name)
+        return super()._build_fsdp_module(module)
+
+    def train_batch(self, data: TensorDict, loss_function: Any) -> Any:
+        """verl's; in front of it, the weights of the likelihoods, where the objective has some."""
+        hapo = getattr(loss_function, "keywords", {}).get("hapo")
+        if hapo is not None and hapo.objective.weighs_likelihood:
+            weigh_likelihoods(self, data, hapo.objective)
+        return super().train_batch(data, loss_function)
+
+    def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
+        """verl's; and remembers the loss, which verl shows to what comes after the model only."""
+        if self.hapo_head is not None and self._loss_in_head and not forward_only:
+            self._hapo_loss = loss_function
+        try:
+            return super().forward_step(micro_batch, loss_function, forward_only)
+        finally:
+            self._hapo_loss = None
+
+    def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
+        """verl's inputs; and tells the head which tokens to score at which temperature, or the whole loss."""
+        model_inputs, output_args = super().prepare_model_inputs(micro_batch)
+        if self.hapo_head is not None:
+            for name in ("calculate_sum_pi_squared", "distillation_use_topk"):
+                if _setting(micro_batch, name):
+                    raise RuntimeError(f"{name}: needs whole logits. Use hapo.kernels.head=off.")
+            label_N, temperature_N = self._labels_and_temperatures(micro_batch, output_args)
+            if self._hapo_loss is None:
+                self.hapo_head.score = logprob_score(
+                    label_N, temperature_N, with_entropy=_setting(micro_batch, "calculate_entropy")
+                )
+            else:
+                config, hapo = (self._hapo_loss.keywords[name] for name in ("config", "hapo"))
+                terms = loss_terms(config, hapo, micro_batch, label_N.device)
+                terms["entropy_coefficient"] = config.entropy_coeff
+                position_BT = _predicting_positions(micro_batch)
+                self.hapo_head.score = policy_score(label_N, temperature_N, position_BT, terms)
+        return model_inputs, output_args
+
+    def prepare_model_outputs(
+        self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
+    ) -> dict[str, Any]:
+        """Log-probabilities and, where wanted, entropy over whole sequences, jagged like `input_ids`; or the loss."""
+        if self.hapo_head is None:
+            return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        self.hapo_head.score = None
+        scores = output.logits
+        if isinstance(scores, PolicyHead):
+            return {POLICY_HEAD: scores}
+        if not isinstance(scores, Scores):
+            raise RuntimeError(
+                f"{type(self.module).__name__} changes what its head returns. Use hapo.kernels.head=off."
+            )
+        offsets = jagged.offsets(micro_batch["input_ids"])
+        if _is_packed(micro_batch):
+            pad = output_args["pad_size"]
+            values = [self._gather_and_unpad_packed(value_N, pad) for value_N in scores]
+        else:
+            within_N = _within(micro_batch).flatten()
+            values = [value_N[within_N] for value_N in scores]
+        logp, entropy = (torch.nested.nested_tensor_from_jagged(value, offsets) for value in values)
+        return {"log_probs": logp} | ({"entropy": entropy} if _setting(micro_batch, "calculate_entropy") else {})
+
+    def _labels_and_temperatures(self, micro_batch: TensorDict, output_args: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """One a position of the model's input, flattened; the label is `IGNORED` where no token that trains follows."""
+        label = output_args["input_ids_rmpad_rolled"]
+        keep = _predicts_a_trained_token(micro_batch)
+        if _is_packed(micro_batch):
+            keep = nn.functional.pad(keep, (0, output_args["pad_size"]))
+            if self.ulysses_device_mesh is not None:
+                rank = self.ulysses_device_mesh["sp"].get_local_rank()
+                keep = keep.chunk(self.ulysses_sequence_parallel_size)[rank]
+            label = label.masked_fill(~keep, IGNORED)
+            temperature = output_args["temperature_rmpad"]
+        else:
+            within_BT = _within(micro_batch)
+            label = label.new_full(within_BT.shape, IGNORED).masked_scatter(
+                within_BT, label.masked_fill(~keep, IGNORED)
+            )
+            temperature = output_args["temperature"].unsqueeze(1).expand(label.shape)
+        # verl's floor, where the logits are divided.
+        return label.flatten(), temperature.flatten().clamp(min=1e-8)
+
+
+def _setting(micro_batch: TensorDict, name: str, default: bool = False) -> bool:
+    return bool(tu.get_non_tensor_data(data=micro_batch, key=name, default=default))
+
+
+def _is_packed(micro_batch: TensorDict) -> bool:
+    return _setting(micro_batch, "use_remove_padding", default=True)
+
+
+def _within(micro_batch: TensorDict) -> Tensor:
+    """(B, T) bool: True up to the length of each row."""
+    length_B = jagged.offsets(micro_batch["input_ids"]).diff()
+    return torch.arange(int(length_B.max()), device=length_B.device) < length_B.unsqueeze(1)
+
+
+def _predicting_positions(micro_batch: TensorDict) -> Tensor:
+    """(B, T) position in the model's flattened input that predicts a row's token; 0 behind the end of a row."""
+    end_B = jagged.offsets(micro_batch["input_ids"])[1:]
+    length_B = jagged.lengths(micro_batch["loss_mask"])
+    if not _is_packed(micro_batch):
+        rows, width = _within(micro_batch).shape
+        end_B = jagged.lengths(micro_batch["input_ids"]) + width * torch.arange(rows, device=end_B.device)
+    step_T = torch.arange(int(length_B.max()), device=end_B.device)
+    position_BT = (end_B - 1 - length_B).unsqueeze(1) + step_T
+    return position_BT.masked_fill(step_T >= length_B.unsqueeze(1), 0)
+
+
+def _predicts_a_trained_token(micro_batch: TensorDict) -> Tensor:
+    """(tokens,) bool over the packed sequences: the position whose next token has a nonzero `loss_mask`."""
+    mask: Any = micro_batch["loss_mask"]
+    end_B = jagged.offsets(micro_batch["input_ids"])[1:]
+    length_B = mask.offsets().diff()
+    # Responses end their sequences.
+    shift_B = end_B - 1 - mask.offsets()[1:]
+    position = torch.arange(mask.values().shape[0], device=end_B.device) + shift_B.repeat_interleave(length_B)
+    keep = torch.zeros(int(end_B[-1]), dtype=torch.bool, device=end_B.device)
+    keep[position] = mask.values().bool()
+    return keep

@@ -1,1 +1,0 @@
-"""Between verl and `hapo_verl.algo`: unpack, call, repack. No mathematics, and the only importers of verl."""

@@ -1,0 +1,1 @@
+"""verl's trainer and vLLM on a machine without a GPU."""

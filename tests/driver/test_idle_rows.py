@@ -1,0 +1,146 @@
+"""Steps without the rows that have no gradient against steps with them: verl's driver, worker and engine around both.
+
+Plain SGD where nothing else is said; rows left out take zeros out of sums, so what differs is the order of the others.
+"""
+
+import pytest
+
+from tests.driver.step_process import PROMPTS, ROLLOUTS, STEPS, Run, run
+
+MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+_ACTOR = "actor_rollout_ref.actor"
+FIXED = (
+    f"{_ACTOR}.use_dynamic_bsz=false",
+    "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=false",
+    f"{_ACTOR}.ppo_micro_batch_size_per_gpu=4",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8",
+)
+TWICE = f"{_ACTOR}.ppo_mini_batch_size=4", f"{_ACTOR}.ppo_epochs=2"
+
+
+def plus(*overrides, **settings):
+    return Run(("+hapo=plus", *overrides), "append", **settings)
+
+
+def paper(*overrides, **settings):
+    return Run(("+hapo=paper", *overrides), "replace", **settings)
+
+
+def luffy(*overrides, **settings):
+    # Its aggregation divides by the longest response of the run, 8,192 tokens where nothing is said.
+    return Run(("+hapo=luffy", f"{_ACTOR}.loss_scale_factor=2", *overrides), "always", **settings)
+
+
+def dapo(*overrides, **settings):
+    return Run(("+hapo=dapo", *overrides), **settings)
+
+
+def real(*overrides, **settings):
+    return Run(("+hapo=real_ssi", *overrides), "replace", **settings)
+
+
+HEAD = "hapo.kernels.head=policy_head", "hapo.kernels.policy_loss=reference"
+# Steps in which nothing has a gradient: weight decay and moments move the parameters there too.
+SILENT = {"optimizer": "AdamW", "silent": (1, 2)}
+ALONE = [
+    *(preset(f"{_ACTOR}.loss_agg_mode={mode}") for preset in (plus, paper) for mode in MODES),
+    plus(*TWICE),
+    paper(*TWICE, f"{_ACTOR}.loss_agg_mode=seq-mean-token-mean"),
+    plus(*FIXED),
+    paper(*TWICE, *FIXED),
+    plus(*HEAD),
+    plus(*HEAD, *TWICE),
+    plus("hapo.kernels.head=linear_logprob"),
+    plus(f"{_ACTOR}.loss_agg_mode=seq-mean-token-sum-norm", f"{_ACTOR}.loss_scale_factor=7"),
+    luffy(*TWICE),
+    dapo(),
+    real(),
+    real(*TWICE),
+    plus(**SILENT),
+]
+PAIRED = [
+    plus(),
+    plus(*HEAD),
+    paper(*TWICE),
+    paper(*TWICE, *FIXED, f"{_ACTOR}.loss_agg_mode=seq-mean-token-mean"),
+    luffy(*FIXED),
+    dapo(*TWICE),
+    real(*TWICE),
+    plus(**SILENT),
+]
+GRPO = Run(("+hapo=grpo",)), Run((), trainer="verl")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    runs = [one for pair in ALONE for one in (pair, pair.whole())]
+    return run([*runs, *GRPO], 1, tmp_path_factory.mktemp("alone"))
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory):
+    return run([one for pair in PAIRED for one in (pair, pair.whole())], 2, tmp_path_factory.mktemp("paired"))
+
+
+def largest(ours, theirs):
+    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+
+
+def assert_same_steps(one, ours, whole):
+    """Parameters after every step, and what both log under one name."""
+    # Adam divides a gradient by its own size, and what rounding made of it too.
+    rounding = 1e-5 if one.optimizer == "AdamW" else 2e-6
+    moved = largest(whole["parameters"][-1], whole["parameters"][0])
+    assert moved > 5e-3
+    for step in range(STEPS):
+        assert largest(ours["parameters"][step], whole["parameters"][step]) < rounding * max(1, moved)
+    for step in range(STEPS):
+        ours_logged, whole_logged = ours["metrics"][step], whole["metrics"][step]
+        for name in set(ours_logged) & set(whole_logged) - {"perf/mfu/actor", "actor/perf/cpu_memory_used_gb"}:
+            assert ours_logged[name] == pytest.approx(whole_logged[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("one", ALONE, ids=str)
+def test_the_parameters_are_those_of_all_rows(alone, one):
+    assert_same_steps(one, alone[one][0], alone[one.whole()][0])
+
+
+@pytest.mark.parametrize("one", PAIRED, ids=str)
+def test_on_two_ranks_too(paired, one):
+    for ours, whole in zip(paired[one], paired[one.whole()], strict=True):
+        assert_same_steps(one, ours, whole)
+
+
+def test_without_demonstrations_they_are_those_of_verls_own_grpo(alone):
+    ours, verls = (alone[one][0] for one in GRPO)
+    moved = largest(verls["parameters"][-1], verls["parameters"][0])
+    assert moved > 5e-3
+    for step in range(STEPS):
+        assert largest(ours["parameters"][step], verls["parameters"][step]) < 2e-6 * max(1, moved)
+
+
+def passes(result):
+    """Rows of each pass for old log-probs, and of each update."""
+    return [[len(keys) for kind, keys in result["calls"] if kind == which] for which in ("score", "train")]
+
+
+@pytest.mark.parametrize("one", [plus(f"{_ACTOR}.loss_agg_mode=token-mean"), plus(*HEAD), dapo(), real()], ids=str)
+def test_of_a_single_update_no_pass_is_run_and_only_rows_with_a_gradient_are_trained_on(alone, one):
+    (result,) = alone[one]
+    scored, trained = passes(result)
+    assert scored == []
+    assert len(trained) == STEPS
+    assert trained[-1] == len(result["moving"]) if one != real() else trained[-1] < PROMPTS * ROLLOUTS
+
+
+def test_several_updates_are_scored_once_and_of_the_same_rows(alone):
+    (result,) = alone[plus(*TWICE)]
+    scored, trained = passes(result)
+    assert scored == trained
+    assert max(trained) < PROMPTS * ROLLOUTS
+
+
+def test_an_optimizer_step_without_a_gradient_still_decays_weights(alone):
+    (result,) = alone[plus(**SILENT)]
+    assert result["metrics"][1]["actor/grad_norm"] == 0
+    assert largest(result["parameters"][1], result["parameters"][0]) > 1e-6
