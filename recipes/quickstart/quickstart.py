@@ -41,8 +41,9 @@ PRESETS = {
         "trainer.v1.sampler.custom_sampler.name=EagerReplayBuffer",
     ],
 }
-# The baselines; grpo above is verl's own.
+# The baselines; grpo above is verl's own, hapo_grpo the same algorithm without the rows that have no gradient.
 PRESETS |= {name: [f"+hapo={name}", *HAPO] for name in ("dapo", "luffy", "srft", "real", "real_ssi")}
+PRESETS["hapo_grpo"] = ["+hapo=grpo", *HAPO]
 
 # Curves: label and the metric's name in verl's logger; {} is the data source. verl's own `critic/score` is the
 # on-policy success only where nothing is injected.
