@@ -1,7 +1,7 @@
 """verl's trainer on a CPU: the platform and the places where verl 0.9.1 takes an accelerator for granted.
 
 Loaded with VERL_PLATFORM=cpu and never otherwise: the CPU-only actors of a GPU cluster see no accelerator either, so
-nothing is detected. One more lies in vLLM's processes and has its own module, `vllm_cpu`.
+nothing is detected. One more lies in vLLM's processes and has its own module, `vllm`.
 """
 
 from __future__ import annotations

@@ -1,15 +1,4 @@
-"""The fields by which HAPO's parts know each other's work.
-
-hapo_situation           of a prompt, from the trainer to the agent loop: what the gate is to judge its group by
-hapo_demonstration       of a row, from the agent loop to the loss: () bool, it is a demonstration
-hapo_group               of a row, to the trainer: what the gate saw and did, the same mapping on every row of a group
-hapo_appended            tag of a row, to the trainer: it is one row more than the group has rollouts
-hapo_likelihood_weight   of a row, from the engine to the loss: W of the objective in this optimizer step
-hapo_objective_loss      of a batch, from the engine to the loss: the objective's own loss in this optimizer step
-hapo_single_update       of a batch, from the trainer to the engine: the step's only update, so that π is π_old
-hapo_own_old_log_probs   of a batch, from the trainer to the loss: no row has old log-probs, they are the update's
-hapo_mini_batch          of a row, from the trainer to the loss: (4,) int64, `MiniBatch`
-"""
+"""The fields that HAPO adds to verl's batches: who writes each, who reads it, its type. `FIELDS` is all of them."""
 
 from __future__ import annotations
 
@@ -20,15 +9,52 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+
+class Field(NamedTuple):
+    """A field of this protocol.
+
+    Attributes:
+        key: its name in verl's batches.
+        of: what it is attached to: a prompt, a row (a rollout or a demonstration), or a whole batch.
+        writer: the room, the folder of `hapo_verl`, that writes it.
+        readers: the rooms that read it.
+        type: of one value.
+        meaning: in one sentence.
+    """
+
+    key: str
+    of: str
+    writer: str
+    readers: tuple[str, ...]
+    type: str
+    meaning: str
+
+
+SITUATION = "hapo_situation"
 DEMONSTRATION = "hapo_demonstration"
 GROUP = "hapo_group"
-SITUATION = "hapo_situation"
 APPENDED = "hapo_appended"
-LIKELIHOOD_WEIGHT = "hapo_likelihood_weight"
-OBJECTIVE_LOSS = "hapo_objective_loss"
+MINI_BATCH = "hapo_mini_batch"
 SINGLE_UPDATE = "hapo_single_update"
 OWN_OLD_LOG_PROBS = "hapo_own_old_log_probs"
-MINI_BATCH = "hapo_mini_batch"
+LIKELIHOOD_WEIGHT = "hapo_likelihood_weight"
+OBJECTIVE_LOSS = "hapo_objective_loss"
+
+FIELDS = (
+    Field(SITUATION, "prompt", "driver", ("rollout",), "mapping", "What the gate is to judge the prompt's group by."),
+    Field(DEMONSTRATION, "row", "rollout", ("driver", "actor"), "() bool", "The row is a demonstration."),
+    Field(GROUP, "row", "rollout", ("driver",), "mapping", "What the gate saw and did; equal on all rows of a group."),
+    Field(APPENDED, "tag of a row", "rollout", ("driver",), "bool", "The row is one more than the group has rollouts."),
+    Field(MINI_BATCH, "row", "driver", ("actor",), "(4,) int64", "Counts of the row's optimizer step: `MiniBatch`."),
+    Field(SINGLE_UPDATE, "batch", "driver", ("actor",), "bool", "The step has one update, so that π is π_old."),
+    Field(
+        OWN_OLD_LOG_PROBS, "batch", "driver", ("actor",), "bool", "No row has old log-probs: they are the update's own."
+    ),
+    Field(
+        LIKELIHOOD_WEIGHT, "row", "actor", ("actor",), "() float", "The objective's weight W of the row in this update."
+    ),
+    Field(OBJECTIVE_LOSS, "batch", "actor", ("actor",), "float", "The objective's own loss in this update."),
+)
 
 
 class MiniBatch(NamedTuple):
