@@ -1,8 +1,11 @@
-# make quickstart    verl's real trainer teaches a real language model on a laptop, with a picture
-# make quickstart-digits  the same trainer and a random tiny model; quickstart-gsm8k: real word problems, a few steps
-# make test          every check and every test
-# make test-long     deaths, hangs and resumption, two Ray nodes, training and rollout apart, tools; 10,000 examples a fuzz
-#                    campaign; an hour more
+# make quickstart         verl's real trainer teaches a real language model on a laptop, with a picture
+# make quickstart-digits  the same trainer, a random tiny model that learns to write digits backwards
+# make quickstart-gsm8k   the language model on real word problems, a few steps
+# make test               what CI runs: lint, types, docs, unit tests, verl's trainer end to end
+# make test-long          deaths, hangs, resumption, two Ray nodes, tools, 10,000 examples a fuzz campaign; an hour more
+# make check              lint and types, and the unit tests of what changed since the last commit
+# make docs               the documentation as a site in outputs/site; a broken link is an error
+# make env, make clean    the environment in .venv; away with it
 PYTHON ?= python3.11
 PRESET ?= plus
 SEED ?= 1
@@ -18,10 +21,14 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode
 # The CPU build of torch: from a folder of wheels where pip has one, else from where uv knows it to be.
 TORCH := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend=cpu)
 
-.PHONY: quickstart quickstart-digits quickstart-gsm8k test test-long lint unit e2e env clean
+.PHONY: help quickstart quickstart-digits quickstart-gsm8k test test-long lint check docs unit e2e env clean
+.DEFAULT_GOAL := help
 
 RUN = $(BIN)/python recipes/quickstart/quickstart.py --preset $(PRESET) --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) \
 	$(if $(LR),--lr $(LR))
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 quickstart: env
 	$(RUN)
@@ -32,12 +39,21 @@ quickstart-digits: env
 quickstart-gsm8k: env
 	$(RUN) --task gsm8k $(if $(GSM8K),--gsm8k $(GSM8K))
 
-test: lint unit e2e
+test: lint docs unit e2e
 
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --project . --pythonpath $(BIN)/python
+
+# A module's tests have its name: `hapo_verl/algo/gate.py` is what `-k gate` runs.
+CHANGED = $(shell git diff --name-only HEAD -- '*.py' | xargs -rn1 basename -s .py | sed 's/^test_//;/__init__/d' | sort -u | paste -sd' ')
+
+check: lint
+	$(if $(CHANGED),OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not e2e" -k "$(subst $() $(), or ,$(strip $(CHANGED)))" || [ $$? -eq 5 ],@true)
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 unit: env $(VENV)/.gym
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not e2e" --durations=15
@@ -62,6 +78,10 @@ $(VENV)/.complete: requirements/cpu.lock requirements/cpu.overrides requirements
 # What only the tests and a study need: its generators bring packages that the quickstart does without.
 $(VENV)/.gym: $(VENV)/.complete
 	$(UV) -c requirements/cpu.lock "reasoning-gym==0.1.25"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.complete
+	$(UV) -c requirements/cpu.lock "mkdocs-material==9.8.2" "mkdocstrings==1.0.8" "mkdocstrings-python==2.0.11"
 	@touch $@
 
 clean:

@@ -108,6 +108,8 @@ LANGUAGE_METHODS: dict[str, dict[str, Any]] = {
     "plus trsft": PLUS | {"shape": "trsft"},
     "plus chord": PLUS | {"shape": "chord"},
     "paper κ=0": METHODS["paper"] | {"exponent": 0.0},
+    "chord": {"gate": "always", "mode": "append", "objective": "chord", "shape": "chord"},
+    "s_grpo": {"gate": "zero", "mode": "append", "statistics": "all", "exponent": 0.0, "shaping": float("inf")},
     "sft": {"gate": "never", "imitate": 1.0},
     "sft, then grpo": {"gate": "never", "imitate": 1 / 3},
 }

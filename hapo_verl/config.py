@@ -81,8 +81,11 @@ class PaperGate(GateConfig):
     """Injects while the posterior mean of the group's success rate lies below `threshold`."""
 
     name: str = "paper"
+    # gamma: a group is injected while the posterior mean of its success rate lies below it.
     threshold: float = _threshold()
+    # a0: successes that the Beta prior pretends to have seen.
     prior_success: float = checked(1.0, positive, _PRIOR)
+    # b0: failures that the Beta prior pretends to have seen.
     prior_failure: float = checked(1.0, positive, _PRIOR)
 
 
@@ -91,7 +94,9 @@ class AnnealedGate(PaperGate):
     """`paper` with a threshold that falls to 0 at step `horizon`: threshold * (1 - step / horizon) ** power."""
 
     name: str = "annealed"
+    # Steps until the threshold is 0; null: all steps of the run.
     horizon: int | None = _horizon()
+    # k of (1 - step / horizon) ** k.
     power: float = checked(1.0, positive, "the schedule's exponent must be positive. Use 1.0 for a straight line.")
 
 
@@ -100,6 +105,7 @@ class AdaptiveGate(PaperGate):
     """`paper` with a threshold that falls as the running on-policy success rises."""
 
     name: str = "adaptive"
+    # Share of the running mean of success that a step keeps.
     memory: float = _memory()
 
 
@@ -108,13 +114,17 @@ class PosteriorGate(GateConfig):
     """`paper` with a prior of the prompt's own: what its earlier visits and its data source say."""
 
     name: str = "posterior"
+    # gamma: a group is injected while the posterior mean of its success rate lies below it.
     threshold: float = _threshold()
+    # Rollouts that the prior of a prompt's data source is worth.
     strength: float = checked(2.0, positive, "the pooled prior needs a positive count. Use 2.0, as Beta(1, 1) has.")
+    # Share of what earlier visits of the prompt have shown that counts at the next one.
     discount: float = checked(
         0.5,
         lambda v: _is_number(v) and 0 <= v <= 1,
         "the share of earlier visits that counts lies in [0, 1]. Use 0.5.",
     )
+    # Share of the running mean of the data source's success that a step keeps.
     memory: float = _memory()
 
 

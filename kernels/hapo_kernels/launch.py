@@ -13,11 +13,15 @@ import torch
 
 
 class Launch(NamedTuple):
+    """How one kernel is launched."""
+
     block: int  # elements a program takes at once
     warps: int  # of 32 threads, on AMD of 64
 
 
 class Launches(NamedTuple):
+    """How the kernels of an architecture are launched, by what they sweep over."""
+
     row: Launch  # sweeps over a row of logits: `linear_logprob`, `policy_head`
     token: Launch  # tokens of a row: `policy_loss`
     segment: Launch  # scores of a group, tokens of a row: `segment_norm`

@@ -29,6 +29,7 @@ class Chord(Objective):
     """μ is `imitation`."""
 
     name: str = "chord"
+    # mu: the share of imitation in the loss; GRPO has the rest.
     imitation: float = checked(
         0.1, lambda v: positive(v) and v < 1, "the share mu of imitation in the loss lies in (0, 1). Use 0.1."
     )

@@ -25,6 +25,7 @@ class Real(Objective):
     """τ is `temperature`."""
 
     name: str = "real"
+    # tau of the logits s/tau, s a row's mean log-probability over its old one.
     temperature: float = checked(0.5, positive, "the temperature of the logits s/tau must be positive. Use 0.5.")
     reads: ClassVar[frozenset[str]] = frozenset({"log_ratio"})
     whole_groups: ClassVar[bool] = True

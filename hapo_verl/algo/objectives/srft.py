@@ -28,8 +28,11 @@ class Srft(Objective):
     """Factors of the entropy weights, and the weight of failures."""
 
     name: str = "srft"
+    # Of the demonstrations' cross-entropy, times exp(-H).
     demonstration_weight: float = checked(0.5, positive, f"{_WEIGHT} Use 0.5.")
+    # Of the log-likelihood of rollouts that succeeded, times exp(H).
     success_weight: float = checked(0.1, positive, f"{_WEIGHT} Use 0.1.")
+    # By which the log-likelihood of rollouts that failed is pushed down.
     failure_weight: float = checked(1.0, positive, f"{_WEIGHT} Use 1.0.")
     reads: ClassVar[frozenset[str]] = frozenset({"entropy"})
     binary_scores: ClassVar[bool] = True

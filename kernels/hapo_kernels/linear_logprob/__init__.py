@@ -33,6 +33,8 @@ IGNORED = -100
 
 
 class LinearLogprob(NamedTuple):
+    """What the head returns, a value a token."""
+
     logp_N: Tensor  # nats, fp32 (fp64 for fp64 input); exactly 0 on rows that are not kept
     entropy_N: Tensor  # nats; exactly 0 on rows that are not kept, and everywhere without with_entropy
 
@@ -125,6 +127,7 @@ def check_head(
     temperature: float | Tensor,
     keep_N: Tensor | None,
 ) -> None:
+    """Refuse inputs of a head that do not fit each other, one line each."""
     if hidden_NH.ndim != 2 or weight_VH.ndim != 2 or hidden_NH.shape[1] != weight_VH.shape[1]:
         raise ValueError(
             f"hidden_NH {tuple(hidden_NH.shape)} and weight_VH {tuple(weight_VH.shape)}: (N, H) and (V, H) with one H. "

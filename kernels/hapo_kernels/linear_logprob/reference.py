@@ -37,6 +37,7 @@ def from_logits(
 
 
 def logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    """(N, V) logits in fp32, in fp64 for fp64 input."""
     dtype = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
     logits_NV = hidden_NH.to(dtype) @ weight_VH.to(dtype).T
     return logits_NV if bias_V is None else logits_NV + bias_V.to(dtype)

@@ -30,6 +30,8 @@ __all__ = ["PolicyHead", "policy_head", "policy_loss_from_logits"]
 
 
 class PolicyHead(NamedTuple):
+    """What the head returns."""
+
     loss: Tensor  # 0-d, differentiable with respect to hidden, weight and bias, or to the logits
     metrics: PolicyLossMetrics
     logp_BT: Tensor  # nats, no gradient; 0 where mask_BT is 0

@@ -108,6 +108,7 @@ def check_tokens(
     kl: KLPenalty | None,
     entropy: EntropyBonus | None,
 ) -> None:
+    """Refuse inputs of `policy_loss` that do not fit each other, one line each."""
     if policy_logp_BT.ndim != 2 or not policy_logp_BT.is_floating_point():
         raise ValueError(
             f"policy_logp_BT: {policy_logp_BT.dtype} of shape {tuple(policy_logp_BT.shape)}: "

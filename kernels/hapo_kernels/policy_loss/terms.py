@@ -162,5 +162,7 @@ class PolicyLossMetrics(NamedTuple):
 
 
 class PolicyLoss(NamedTuple):
+    """What the policy loss returns."""
+
     loss: Tensor  # 0-d, differentiable with respect to policy_logp_BT and entropy_BT
     metrics: PolicyLossMetrics

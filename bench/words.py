@@ -1,0 +1,128 @@
+"""The quickstart's runs on word problems as one table and one picture, from the `result.json` of each.
+
+    make quickstart PRESET=plus SEED=1     # a run; its result.json goes to bench/results/quickstart_words/plus-seed1.json
+    python bench/words.py                  # table and picture of all that lie there
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "quickstart_words"
+HELD_OUT, NEW = "held-out success", "held-out success, new templates"
+# Order and labels of the presets.
+LABELS = {
+    "plus": "`plus`",
+    "paper": "`paper`",
+    "grpo": "`grpo`, verl's own",
+    "hapo_grpo": "`hapo_grpo`, without idle rows",
+}
+COLOURS = {"plus": "#00897b", "paper": "#fb8c00", "grpo": "#546e7a", "hapo_grpo": "#90a4ae"}
+
+
+def runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Results by preset, in the order of the table, seeds ascending."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*-seed*.json")):
+        result = json.loads(path.read_text())
+        found.setdefault(result["preset"], []).append(result)
+    order = [*LABELS, *sorted(set(found) - set(LABELS))]
+    return {preset: found[preset] for preset in order if preset in found}
+
+
+def table(found: Mapping[str, Iterable[Mapping[str, Any]]]) -> str:
+    """A row a preset: first and last held-out success of each seed, new templates, steps, minutes, memory, commits."""
+    lines = [
+        "| preset | seeds | steps | held-out success, first | last | new templates, last | minutes | peak GiB | commits |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for preset, results in found.items():
+        held = [run["curves"][HELD_OUT] for run in results]
+        new = [run["curves"][NEW][-1][1] for run in results]
+        cells = [
+            LABELS.get(preset, f"`{preset}`"),
+            _all(str(run["seed"]) for run in results),
+            _all(sorted({str(run["steps"]) for run in results})),
+            _all(f"{curve[0][1]:.2f}" for curve in held),
+            f"**{_all(f'{curve[-1][1]:.2f}' for curve in held)}**",
+            _all(f"{value:.2f}" for value in new),
+            _all(f"{run['seconds'] / 60:.0f}" for run in results),
+            _all(f"{run['peak_memory_gib']:.1f}" for run in results),
+            _all(dict.fromkeys(run["commit"] for run in results)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _all(values: Iterable[str]) -> str:
+    return ", ".join(values)
+
+
+def draw(found: Mapping[str, Iterable[Mapping[str, Any]]], path: Path) -> None:
+    """Held-out success over steps, a line a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.4), layout="constrained")
+    for preset, results in found.items():
+        for number, run in enumerate(results):
+            steps, success = zip(*run["curves"][HELD_OUT], strict=True)
+            label = preset if number == 0 else None
+            axes.plot(steps, success, color=COLOURS.get(preset), label=label, linewidth=2, marker="o", markersize=3)
+    axes.set(xlabel="step of 8 x 8 rollouts", ylabel="held-out success", ylim=(-0.03, 1.0))
+    axes.set_title("SmolLM2-135M-Instruct learns word problems in verl's trainer", fontsize=11)
+    axes.legend(loc="upper left", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def transcript(run: Mapping[str, Any]) -> str:
+    """A run's held-out problems, answered before and after."""
+    parts = [
+        f"{question}  [{right}]\n--- before\n{before.strip()}\n--- after\n{after.strip()}\n"
+        for question, right, before, after in run.get("answers", [])
+    ]
+    return "\n".join(parts)
+
+
+def main() -> int:
+    """Write `README.md` and `curves.png` beside the results."""
+    found = runs(RESULTS)
+    if not found:
+        print(f"{RESULTS}: no result of a run. make quickstart makes one.", file=sys.stderr)
+        return 2
+    draw(found, RESULTS / "curves.png")
+    machines = dict.fromkeys(run["machine"] for results in found.values() for run in results)
+    first = next(iter(found.values()))[0]
+    (RESULTS / "README.md").write_text(
+        f"""# Word problems in verl's trainer
+
+Made by `python bench/words.py` from the JSON files here, each with its command, commit and machine: {_all(machines)}.
+
+{table(found)}
+
+Values in a cell are the seeds', in order. 50 held-out problems of the trained templates with other numbers, 48 or 50 of
+templates that are never trained on; greedy. Minutes are the trainer's, start-up included, beside other work on the
+machine. A commit with a `+` had changes that were not committed.
+
+## The same problems before and after
+
+Preset `{first["preset"]}`, seed {first["seed"]}.
+
+```text
+{transcript(first)}```
+"""
+    )
+    print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,198 @@
+"""What the pages take from the code: tables of keys, metrics, errors and row fields, the picture, included files.
+
+A page asks with a line `<!-- make: NAME -->`, or `<!-- include: path/in/the/repository.md -->`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import html
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+PACKAGE = ROOT / "hapo_verl"
+# Where each room's code runs: the picture's boxes.
+ROOMS = {
+    "launch": "before the start, and at its begin on the driver",
+    "driver": "trainer's driver",
+    "rollout": "agent loop workers",
+    "actor": "actor ranks",
+}
+
+
+def keys() -> str:
+    """Every key of the `hapo:` block, read from `config.py`: default, meaning, rule."""
+    from hapo_verl.algo.objectives import objectives
+    from hapo_verl.config import GATES, HapoConfig
+
+    lines = ["| key | default | meaning | rule and fix |", "|---|---|---|---|"]
+    for field in dataclasses.fields(HapoConfig):
+        path = f"hapo.{field.name}"
+        choices = {"gate": GATES, "objective": objectives()}.get(field.name)
+        if choices is not None:
+            names = ", ".join(f"`{name}`" for name in choices)
+            lines.append(_row(f"{path}.name", next(iter(choices)), f"One of {names}.", ""))
+            seen: set[str] = set()
+            for choice in choices.values():
+                for own in _keys_of(type(choice)):
+                    if own.name not in seen:
+                        having = [n for n, c in choices.items() if own.name in {f.name for f in _keys_of(type(c))}]
+                        which = f"Of {', '.join(f'`{name}`' for name in having)}. "
+                        lines.append(_key_row(f"{path}.{own.name}", own, type(choice), which))
+                        seen.add(own.name)
+        elif dataclasses.is_dataclass(field.default_factory):
+            lines += [
+                _key_row(f"{path}.{own.name}", own, field.default_factory) for own in _keys_of(field.default_factory)
+            ]
+        else:
+            lines.append(_key_row(path, field, HapoConfig))
+    return "\n".join(lines)
+
+
+def _keys_of(of: Any) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(of) if field.name != "name" and field.init]
+
+
+def _key_row(path: str, field: dataclasses.Field, owner: Any, which: str = "") -> str:
+    default = "null" if field.default is None else str(field.default).lower()
+    return _row(path, default, which + _comment(owner, field.name), field.metadata.get("rule", ""))
+
+
+def _row(key: str, default: Any, meaning: str, rule: str) -> str:
+    rule = rule[:1].upper() + rule[1:]
+    return f"| `{key}` | `{default}` | {_cell(meaning)} | {_cell(rule)} |"
+
+
+def _cell(text: str) -> str:
+    return html.escape(text, quote=False).replace("|", "\\|")
+
+
+def _comment(owner: Any, name: str) -> str:
+    """The comment above a field, or the class's docstring where it has none of its own."""
+    for kind in owner.__mro__:
+        if name not in getattr(kind, "__annotations__", {}):
+            continue
+        source = Path(sys.modules[kind.__module__].__file__ or "")
+        lines = source.read_text().splitlines()
+        body = next(n for n in ast.parse(source.read_text()).body if getattr(n, "name", "") == kind.__name__)
+        line = next(
+            node.lineno - 1
+            for node in getattr(body, "body", [])
+            if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == name
+        )
+        comment: list[str] = []
+        while (above := lines[line - 1].strip()).startswith("#"):
+            comment.insert(0, above.removeprefix("#").strip())
+            line -= 1
+        return " ".join(comment) or (kind.__doc__ or "").splitlines()[0]
+    return ""
+
+
+def row_fields() -> str:
+    """The protocol between the processes, from `hapo_verl.protocol.rows`."""
+    from hapo_verl.protocol.rows import FIELDS
+
+    lines = ["| field | of | written by | read by | type | meaning |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| `{f.key}` | {f.of} | `{f.writer}` | {', '.join(f'`{r}`' for r in f.readers)} | `{f.type}` | {f.meaning} |"
+        for f in FIELDS
+    ]
+    return "\n".join(lines)
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """Module and text of every error of ours that stands in the source; … for what a launch fills in."""
+    for path in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels" / "hapo_kernels").rglob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and node.args and _called(node).endswith("Error"):
+                text = _text(node.args[0])
+                if len(text.replace("…", "").strip()) > 20:
+                    yield str(path.relative_to(ROOT)), text
+
+
+def _called(node: ast.Call) -> str:
+    return node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+
+
+def _text(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) for part in node.values)
+    if isinstance(node, ast.BinOp):
+        return _text(node.left) + _text(node.right)
+    return "…"
+
+
+def errors() -> str:
+    """The errors, a table a module; the rules of single keys stand in the table of keys."""
+    tables: dict[str, list[str]] = {}
+    for module, text in messages():
+        tables.setdefault(module, []).append(" ".join(text.split()))
+    parts = []
+    for module, texts in tables.items():
+        parts += [f"### `{module}`", "", *(f"- {_cell(text)}" for text in dict.fromkeys(texts)), ""]
+    return "\n".join(parts)
+
+
+def picture() -> str:
+    """The processes of a run, the files of each room and what travels between them, as SVG."""
+    from hapo_verl.protocol.rows import FIELDS
+
+    box = {"launch": (10, 10), "driver": (10, 190), "rollout": (420, 10), "actor": (420, 270)}
+    parts = []
+    for room, (x, y) in box.items():
+        files = [path.name for path in sorted((PACKAGE / room).glob("*.py")) if path.name != "__init__.py"]
+        rows = ["  ".join(files[i : i + 3]) for i in range(0, len(files), 3)]
+        height = 52 + 16 * len(rows)
+        parts.append(f'<rect x="{x}" y="{y}" width="330" height="{height}" rx="8" class="box"/>')
+        parts.append(f'<text x="{x + 12}" y="{y + 22}" class="room">{room}/</text>')
+        parts.append(f'<text x="{x + 92}" y="{y + 22}" class="where">{html.escape(ROOMS[room])}</text>')
+        parts += [
+            f'<text x="{x + 12}" y="{y + 44 + 16 * i}" class="file">{html.escape(row)}</text>'
+            for i, row in enumerate(rows)
+        ]
+    ways = {
+        ("driver", "rollout"): ("M 200 190 C 200 165, 585 175, 585 145", 390, 168),
+        ("rollout", "driver"): ("M 585 145 C 585 215, 400 205, 345 215", 430, 222),
+        ("driver", "actor"): ("M 200 345 C 200 395, 300 390, 415 372", 130, 420),
+    }
+    for way, (path, x, y) in ways.items():
+        crossing = [
+            field.key.removeprefix("hapo_") for field in FIELDS if field.writer == way[0] and way[1] in field.readers
+        ]
+        parts.append(f'<path d="{path}" class="way" marker-end="url(#tip)"/>')
+        parts.append(f'<text x="{x}" y="{y}" class="crossing">{html.escape(", ".join(crossing))}</text>')
+    style = (
+        ".box{fill:none;stroke:currentColor;stroke-width:1.2}.room{font:bold 14px sans-serif;fill:currentColor}"
+        ".where{font:12px sans-serif;fill:currentColor;opacity:.75}.file{font:11px monospace;fill:currentColor}"
+        ".way{fill:none;stroke:#00897b;stroke-width:1.6}.crossing{font:11px sans-serif;fill:#00897b}"
+    )
+    return (
+        '<svg viewBox="0 0 770 440" role="img" aria-label="processes of a run" style="max-width:100%">'
+        f"<style>{style}</style>"
+        '<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="6" refY="3" orient="auto">'
+        '<path d="M0,0 L6,3 L0,6 z" fill="#00897b"/></marker></defs>' + "".join(parts) + "</svg>"
+    )
+
+
+MAKERS: dict[str, Callable[[], str]] = {"keys": keys, "row_fields": row_fields, "errors": errors, "picture": picture}
+
+
+def included(path: str) -> str:
+    """A file of the repository, without its links to other files: they would lead out of the site."""
+    text = (ROOT / path).read_text()
+    text = re.sub(r"!\[[^\]]*\]\((?!http)[^)]*\)\n?", "", text)
+    return re.sub(r"\[([^\]]+)\]\((?!http)[^)]*\)", r"\1", text)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """mkdocs's hook: fill in what the page asks for."""
+    markdown = re.sub(r"<!-- make: (\w+) -->", lambda m: MAKERS[m.group(1)](), markdown)
+    return re.sub(r"<!-- include: (\S+) -->", lambda m: included(m.group(1)), markdown)
