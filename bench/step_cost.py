@@ -3,7 +3,7 @@
     python bench/step_cost.py [--smoke] [--out DIR]
 
 Real: the agent loop worker with its agent loop, tokenizer and reward worker, TransferQueue with its Ray actors, and the
-trainer's methods. Stood in for: vLLM (random tokens) and the actor's forward pass (random log-probs), neither counted.
+trainer's methods. Replaced by random numbers: vLLM's tokens and the actor's log-probs, neither counted.
 Every rollout fails and every demonstration holds, so that every group is injected; `append` writes a row more a group,
 and the gate `posterior` knows a million prompts: nothing that HAPO offers costs more.
 """
@@ -330,7 +330,7 @@ class Bench:
         return keeper
 
     def trainer(self, side: str, P: int) -> Any:
-        """verl's trainer or HAPO's, with the model's part stood in for."""
+        """verl's trainer or HAPO's, with random numbers in the place of the model."""
         trainer: Any = (HapoTrainerSync if side == "hapo" else PPOTrainerSync)(self.config(side, P))
         trainer.global_steps, trainer.tokenizer, trainer.gatekeeper = 1, self.tokenizer, self.gatekeeper
         # The way of the prompts to the workers: Ray serialises them once.

@@ -1,7 +1,7 @@
 """The quickstart's runs on word problems as one table and one picture, from the `result.json` of each.
 
-    make quickstart PRESET=plus SEED=1     # a run; its result.json goes to bench/results/quickstart_words/plus-seed1.json
-    python bench/words.py                  # table and picture of all that lie there
+make quickstart PRESET=plus SEED=1     # a run; its result.json goes to bench/results/quickstart_words/plus-seed1.json
+python bench/words.py                  # table and picture of all that lie there
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def table(found: Mapping[str, Iterable[Mapping[str, Any]]]) -> str:
     """A row a preset: first and last held-out success of each seed, new templates, steps, minutes, memory, commits."""
     lines = [
-        "| preset | seeds | steps | held-out success, first | last | new templates, last | minutes | peak GiB | commits |",
+        "| preset | seeds | steps | held-out success, first | last | new templates, last | minutes | peak GiB | commit |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for preset, results in found.items():

@@ -1,0 +1,44 @@
+"""The table of the quickstart's runs says what their results say, and the committed one is of the committed results."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+import words
+
+RESULTS = Path(words.__file__).parent / "results" / "quickstart_words"
+
+
+def result(preset, seed, last, **more):
+    curves = {words.HELD_OUT: [[0, 0.0], [6, last]], words.NEW: [[0, 0.0], [6, last / 2]]}
+    known = {"steps": 6, "seconds": 600, "peak_memory_gib": 9.96, "commit": "abc", "machine": "m"}
+    return {"preset": preset, "seed": seed, "curves": curves} | known | more
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for preset, seed, last in (("grpo", 1, 0.0), ("plus", 2, 0.5), ("plus", 1, 0.75)):
+        (tmp_path / f"{preset}-seed{seed}.json").write_text(json.dumps(result(preset, seed, last)))
+    return tmp_path
+
+
+def test_a_row_a_preset_with_a_value_a_seed(folder):
+    header, _, *rows = words.table(words.runs(folder)).splitlines()
+    assert header.startswith("| preset | seeds |")
+    assert rows == [
+        "| `plus` | 1, 2 | 6 | 0.00, 0.00 | **0.75, 0.50** | 0.38, 0.25 | 10, 10 | 10.0, 10.0 | abc |",
+        "| `grpo`, verl's own | 1 | 6 | 0.00 | **0.00** | 0.00 | 10 | 10.0 | abc |",
+    ]
+
+
+def test_a_transcript_has_every_problem_before_and_after():
+    text = words.transcript({"answers": [["Q?", "4", "2 + 2 = 5", "2 + 2 = 4\n#### 4"]]})
+    assert text == "Q?  [4]\n--- before\n2 + 2 = 5\n--- after\n2 + 2 = 4\n#### 4\n"
+
+
+def test_the_committed_table_is_that_of_the_committed_results():
+    assert words.table(words.runs(RESULTS)) in (RESULTS / "README.md").read_text()
+    assert (RESULTS / "curves.png").exists()
