@@ -37,7 +37,7 @@ def runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def table(found: Mapping[str, Iterable[Mapping[str, Any]]]) -> str:
     """A row a preset: first and last held-out success of each seed, new templates, steps, minutes, memory, commits."""
     lines = [
-        "| preset | seeds | steps | held-out success, first | last | new templates, last | minutes | peak GiB | commit |",
+        "| preset | seeds | steps | held-out success, first | last | new templates | minutes | peak GiB | commit |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for preset, results in found.items():
