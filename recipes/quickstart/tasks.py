@@ -18,7 +18,11 @@ import word_problems
 HERE = Path(__file__).parent
 PROMPTS = 8  # a step of the language model
 # Its matrix products are worth a thread a core; the tiny model's are not.
-LANGUAGE_ENVIRONMENT = {"OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1))}
+LANGUAGE_ENVIRONMENT = {
+    "OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1)),
+    # Each of the run's dozen processes has many threads, and glibc keeps memory for each of them.
+    "MALLOC_ARENA_MAX": "2",
+}
 
 
 class Prepared(NamedTuple):
