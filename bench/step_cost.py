@@ -308,9 +308,13 @@ class Bench:
                 "trainer.v1.trainer_mode=hapo_sync",
             ],
         }
+        # Prompts are made by `a_row`: the file is named, since a launch without one is refused, and never read.
+        (self._folder / "prompts.json").touch()
         return composed(
             [
                 *own[side],
+                f"data.train_files={self._folder}/prompts.json",
+                f"data.val_files={self._folder}/prompts.json",
                 f"actor_rollout_ref.model.path={self._folder}",
                 "actor_rollout_ref.rollout.name=vllm",
                 f"actor_rollout_ref.rollout.n={N}",
