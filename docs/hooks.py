@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 PACKAGE = ROOT / "hapo_verl"
 # Where each room's code runs: the picture's boxes.
 ROOMS = {
-    "launch": "before the start, and at its begin on the driver",
+    "launch": "before the start, and on the driver",
     "driver": "trainer's driver",
     "rollout": "agent loop workers",
     "actor": "actor ranks",
@@ -145,37 +145,41 @@ def picture() -> str:
     """The processes of a run, the files of each room and what travels between them, as SVG."""
     from hapo_verl.protocol.rows import FIELDS
 
-    box = {"launch": (10, 10), "driver": (10, 190), "rollout": (420, 10), "actor": (420, 270)}
-    parts = []
-    for room, (x, y) in box.items():
+    width, parts, bottom = 330, [], {}
+    corner = {"launch": (10, 10), "driver": (10, 200), "rollout": (430, 10), "actor": (430, 290)}
+    for room, (x, y) in corner.items():
         files = [path.name for path in sorted((PACKAGE / room).glob("*.py")) if path.name != "__init__.py"]
         rows = ["  ".join(files[i : i + 3]) for i in range(0, len(files), 3)]
-        height = 52 + 16 * len(rows)
-        parts.append(f'<rect x="{x}" y="{y}" width="330" height="{height}" rx="8" class="box"/>')
-        parts.append(f'<text x="{x + 12}" y="{y + 22}" class="room">{room}/</text>')
-        parts.append(f'<text x="{x + 92}" y="{y + 22}" class="where">{html.escape(ROOMS[room])}</text>')
+        bottom[room] = y + 52 + 16 * len(rows)
         parts += [
-            f'<text x="{x + 12}" y="{y + 44 + 16 * i}" class="file">{html.escape(row)}</text>'
-            for i, row in enumerate(rows)
+            f'<rect x="{x}" y="{y}" width="{width}" height="{bottom[room] - y}" rx="8" class="box"/>',
+            f'<text x="{x + 12}" y="{y + 22}" class="room">{room}/</text>',
+            f'<text x="{x + 92}" y="{y + 22}" class="where">{html.escape(ROOMS[room])}</text>',
+            *(f'<text x="{x + 12}" y="{y + 44 + 16 * i}" class="file">{row}</text>' for i, row in enumerate(rows)),
         ]
+    # The way's path, and where its label begins.
+    top, under, ranks = corner["driver"][1], bottom["rollout"], corner["actor"][1]
+    middle = (top + under) / 2
     ways = {
-        ("driver", "rollout"): ("M 200 190 C 200 165, 585 175, 585 145", 390, 168),
-        ("rollout", "driver"): ("M 585 145 C 585 215, 400 205, 345 215", 430, 222),
-        ("driver", "actor"): ("M 200 345 C 200 395, 300 390, 415 372", 130, 420),
+        ("driver", "rollout"): (f"M 280 {top} C 280 {middle}, 450 {middle}, 450 {under}", (250, middle + 4)),
+        ("rollout", "driver"): (f"M 490 {under} C 490 {middle}, 320 {middle}, 320 {top}", (440, middle + 24)),
+        ("rollout", "actor"): (f"M 680 {under} L 680 {ranks}", (690, middle + 60)),
+        ("driver", "actor"): (f"M 280 {bottom['driver']} Q 280 {ranks + 42} 430 {ranks + 42}", (100, ranks + 70)),
     }
-    for way, (path, x, y) in ways.items():
-        crossing = [
-            field.key.removeprefix("hapo_") for field in FIELDS if field.writer == way[0] and way[1] in field.readers
+    for (writer, reader), (path, (x, y)) in ways.items():
+        fields = [field for field in FIELDS if field.writer == writer and reader in field.readers]
+        label = ", ".join(field.key.removeprefix("hapo_") for field in fields)
+        parts += [
+            f'<path d="{path}" class="way" marker-end="url(#tip)"/>',
+            f'<text x="{x}" y="{y}" class="crossing">{html.escape(label)}</text>',
         ]
-        parts.append(f'<path d="{path}" class="way" marker-end="url(#tip)"/>')
-        parts.append(f'<text x="{x}" y="{y}" class="crossing">{html.escape(", ".join(crossing))}</text>')
     style = (
         ".box{fill:none;stroke:currentColor;stroke-width:1.2}.room{font:bold 14px sans-serif;fill:currentColor}"
         ".where{font:12px sans-serif;fill:currentColor;opacity:.75}.file{font:11px monospace;fill:currentColor}"
         ".way{fill:none;stroke:#00897b;stroke-width:1.6}.crossing{font:11px sans-serif;fill:#00897b}"
     )
     return (
-        '<svg viewBox="0 0 770 440" role="img" aria-label="processes of a run" style="max-width:100%">'
+        '<svg viewBox="0 0 800 420" role="img" aria-label="processes of a run" style="max-width:100%">'
         f"<style>{style}</style>"
         '<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="6" refY="3" orient="auto">'
         '<path d="M0,0 L6,3 L0,6 z" fill="#00897b"/></marker></defs>' + "".join(parts) + "</svg>"
