@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +41,20 @@ class Trace:
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / name).open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def read_groups(run: Path) -> Iterator[dict[str, Any]]:
+    """The groups that a run has traced, in the order of their steps; a line that is being written is left out.
+
+    Args:
+        run: folder of the run, with the trace in `trace`, or of the trace itself.
+    """
+    yield from _lines(sorted({*run.glob("groups*.jsonl"), *run.glob("trace/groups*.jsonl")}))
+
+
+def _lines(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    for path in files:
+        with path.open() as file:
+            for line in file:
+                if line.endswith("\n"):
+                    yield json.loads(line)

@@ -86,6 +86,18 @@ class Judge:
             reasons.add("rejected")
         return Refusal(max(reasons, key=PROGRESS.index))
 
+    def verdict(self, row: Mapping[str, Any], value: Any) -> Response | Refusal:
+        """A demonstration as the run would inject it, or why it would not; `error` where the reward function raises."""
+        response = self.respond(value, row)
+        if isinstance(response, Refusal):
+            return response
+        try:
+            succeeded = self.succeeds(row, self.decode(response.tokens), response.num_turns)
+        except Exception:
+            # As in a run, where the group is then trained without it.
+            return Refusal("error")
+        return response if succeeded else Refusal("rejected")
+
 
 def _text(value: Any) -> str:
     turns = demonstration_turns(value)
@@ -172,14 +184,21 @@ def choices(
             yield _choose(judge, number, row, column)
         return
     # Spawned: the parent has threads of its own by now, and a forked child may wait for their locks for ever.
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_enter, initargs=(make_judge,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=enter, initargs=(make_judge,)) as pool:
         yield from pool.map(_choose_here, numbered, repeat(column), chunksize=16)
 
 
 _judge: Judge | None = None
 
 
-def _enter(make_judge: Callable[[], Judge]) -> None:
+def verdict_here(row: Mapping[str, Any], value: Any) -> Response | Refusal:
+    """`Judge.verdict` in a process that `enter` has prepared."""
+    assert _judge is not None
+    return _judge.verdict(row, value)
+
+
+def enter(make_judge: Callable[[], Judge]) -> None:
+    """Prepare a process of a pool for its judge."""
     global _judge
     # A reward function may have processes of its own, as math-verify's in verl has, and this one would wait for their
     # end for ever.
