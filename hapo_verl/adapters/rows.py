@@ -8,6 +8,7 @@ hapo_likelihood_weight   of a row, from the engine to the loss: W of the objecti
 hapo_objective_loss      of a batch, from the engine to the loss: the objective's own loss in this optimizer step
 hapo_single_update       of a batch, from the trainer to the engine: the step's only update, so that π is π_old
 hapo_own_old_log_probs   of a batch, from the trainer to the loss: no row has old log-probs, they are the update's
+hapo_traced              of a batch, from the trainer to the loss: uids of the groups whose rows are traced
 hapo_mini_batch          of a row, from the trainer to the loss: (4,) int64, `MiniBatch`
 """
 
@@ -29,6 +30,7 @@ OBJECTIVE_LOSS = "hapo_objective_loss"
 SINGLE_UPDATE = "hapo_single_update"
 OWN_OLD_LOG_PROBS = "hapo_own_old_log_probs"
 MINI_BATCH = "hapo_mini_batch"
+TRACED = "hapo_traced"
 
 
 class MiniBatch(NamedTuple):

@@ -197,6 +197,22 @@ def verdict_here(row: Mapping[str, Any], value: Any) -> Response | Refusal:
     return _judge.verdict(row, value)
 
 
+def try_here(row: Mapping[str, Any]) -> None:
+    """Ask the reward function once.
+
+    Raises:
+        DataError: where it raises.
+    """
+    assert _judge is not None
+    try:
+        _judge.succeeds(row, "0", 2)
+    except Exception as error:
+        raise DataError(
+            f"row 0: judging an answer raised {type(error).__name__}: {error}. "
+            "Name the reward function of the run, which scores these rows: --reward."
+        ) from error
+
+
 def enter(make_judge: Callable[[], Judge]) -> None:
     """Prepare a process of a pool for its judge."""
     global _judge

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hapo_verl.algo.demonstration import Refusal, Response
-from hapo_verl.data.demonstrations import Judge, enter
+from hapo_verl.data.demonstrations import Judge, enter, try_here
 from hapo_verl.data.parquet import DataError
 from hapo_verl.data.teacher import Answer, Messages, Teacher, Unanswered
 
@@ -310,7 +310,27 @@ def report_lines(
     return sorted(lines, key=lambda line: line["row"])
 
 
+_failure: Exception | None = None
+
+
 def enter_quietly(make_judge: Callable[[], Judge]) -> None:
-    """`enter`, in a process that leaves it to its parent what an interrupt means."""
+    """`enter`, in a process that leaves it to its parent what an interrupt means; `ready` says what went wrong."""
+    global _failure
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    enter(make_judge)
+    try:
+        enter(make_judge)
+    except Exception as error:
+        _failure = error
+
+
+def ready(row: Mapping[str, Any] | None) -> None:
+    """Before anything is paid for, in a process of the pool: there is a judge, and it knows these rows.
+
+    Raises:
+        ConfigError: where the judge cannot be made.
+        DataError: where its reward function raises.
+    """
+    if _failure is not None:
+        raise _failure
+    if row is not None:
+        try_here(row)

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -20,7 +20,7 @@ from typing import Any
 from hapo_verl.algo.demonstration import Refusal
 from hapo_verl.config import HapoConfig
 from hapo_verl.data import teach as teach_
-from hapo_verl.data.demonstrations import Judge, judge_of, verdict_here
+from hapo_verl.data.demonstrations import judge_of, verdict_here
 from hapo_verl.data.journal import Journal
 from hapo_verl.data.parquet import DataError, read_parquet, write_parquet
 from hapo_verl.data.serve import served
@@ -129,12 +129,13 @@ def run(args: argparse.Namespace) -> None:
         args.success_threshold,
         args.multi_turn,
     )
-    _try(judge, rows)
-    journal = Journal(args.journal or args.output.with_suffix(".journal.jsonl"))
     # Spawned, as in `choices`.
     pool = ProcessPoolExecutor(args.workers, get_context("spawn"), initializer=teach_.enter_quietly, initargs=(judge,))
+    journal = None
     try:
+        pool.submit(teach_.ready, rows[0] if rows else None).result()
         wanted = _wanted(args, rows, pool)
+        journal = Journal(args.journal or args.output.with_suffix(".journal.jsonl"))
         prompts = teach_.prompts_of(
             rows, wanted, prompt_key=args.prompt_key, system=args.system, count=partial(_count, tokenizer)
         )
@@ -146,7 +147,8 @@ def run(args: argparse.Namespace) -> None:
         for process in multiprocessing.active_children():
             process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
-        journal.close()
+        if journal is not None:
+            journal.close()
     reasons = Counter(reason for prompt in prompts for of in prompt.reasons.values() for reason in of)
     verified = sum(len(taught) for prompt in prompts for taught in prompt.taught.values())
     _say("answers", verified, "verified")
@@ -170,19 +172,6 @@ def run(args: argparse.Namespace) -> None:
     taught = [row | {key: kept[i].text if i in kept else row.get(key)} for i, row in enumerate(rows)]
     write_parquet(_of_one_type(taught, key), args.output)
     _say("kept", len(rows), f"of {len(rows)}, written to {args.output}")
-
-
-def _try(make_judge: Callable[[], Judge], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Before anything is paid for: the judge can be made, and its reward function knows these rows."""
-    succeeds = make_judge().succeeds
-    try:
-        for row in rows[:1]:
-            succeeds(row, "0", 2)
-    except Exception as error:
-        raise DataError(
-            f"row 0: judging an answer raised {type(error).__name__}: {error}. "
-            "Name the reward function of the run, which scores these rows: --reward."
-        ) from error
 
 
 def _say(what: str, count: int, text: str) -> None:
