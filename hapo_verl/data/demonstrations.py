@@ -14,13 +14,15 @@ calls of tools and their answers, and then stays one.
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -214,12 +216,21 @@ def try_here(row: Mapping[str, Any]) -> None:
 
 
 def enter(make_judge: Callable[[], Judge]) -> None:
-    """Prepare a process of a pool for its judge."""
+    """Prepare a process of a pool for its judge; it ends with its parent, however that ends."""
     global _judge
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # A reward function may have processes of its own, as math-verify's in verl has, and this one would wait for their
     # end for ever.
     Finalize(None, _end_children, exitpriority=0)
     _judge = make_judge()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        _end_children()
+        os._exit(1)
 
 
 def _end_children() -> None:

@@ -116,10 +116,10 @@ def _weight(facts: dict[str, Any]) -> Callable[[Sequence[float]], list[float]]:
 
 
 def write(text: str, output: Path) -> None:
-    """In one step: a reader never sees half of it."""
+    """In one step: a reader never sees half of it. What UTF-8 cannot hold, half of a surrogate pair, is a `?`."""
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
+    unfinished.write_text(text, encoding="utf-8", errors="replace")
     unfinished.replace(output)
 
 
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         while True:
             text = report(args.runs, traces=args.trace, tokenizer=args.tokenizer, limit=args.examples)
             write(text, args.output)
-            print(f"{args.output}  {len(text.encode()) / MIB:.1f} MiB", flush=True)
+            print(f"{args.output}  {args.output.stat().st_size / MIB:.1f} MiB", flush=True)
             if args.every is None:
                 return 0
             time.sleep(args.every)

@@ -144,7 +144,12 @@ def _row(
 def _bytes(example: Mapping[str, Any]) -> int:
     rows = [row for visit in example["visits"] for row in visit["rows"]]
     texts = [example["question"], *(row["text"] for row in rows)]
-    return sum(len(text.encode()) for text in texts) + sum(len(row["text"]) for row in rows) + 200 * len(rows) + 400
+    return (
+        sum(len(text.encode(errors="replace")) for text in texts)
+        + sum(len(row["text"]) for row in rows)
+        + 200 * len(rows)
+        + 400
+    )
 
 
 def pieces_of(tokenizer_path: Path | None) -> Pieces:

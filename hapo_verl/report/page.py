@@ -88,8 +88,6 @@ def _json(name: str, value: object) -> str:
     written = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for char in "<>&\u2028\u2029":
         written = written.replace(char, f"\\u{ord(char):04x}")
-    # What no page can hold: half of a surrogate pair.
-    written = written.encode("utf-8", "replace").decode()
     return f'<script type="application/json" id="{name}">{written}</script>'
 
 
@@ -204,7 +202,8 @@ body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var
 h1 { font-size: 1.3rem; overflow-wrap: anywhere; } h2 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 figure { margin: 0; min-width: 0; } figure h2 { margin: .4rem 0; }
-svg { width: 100%; height: auto; stroke-linejoin: round; display: block; font-family: system-ui, sans-serif; touch-action: pan-y; }
+svg { width: 100%; height: auto; stroke-linejoin: round;
+  display: block; font-family: system-ui, sans-serif; touch-action: pan-y; }
 .reading { min-height: 1.4em; margin: 0; font-size: .8rem; color: var(--faint); }
 figcaption, .note, i { color: var(--faint); font-style: normal; font-size: .85rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
