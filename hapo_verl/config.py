@@ -313,7 +313,7 @@ class HapoConfig:
         None, lambda v: v is None or _whole(v), "a number of groups is a positive integer. Use null for all."
     )
     # MiB that each of a trace's files may take, its beginning and its end; null has no limit.
-    trace_mib: float | None = checked(
+    trace_limit: float | None = checked(
         None, lambda v: v is None or positive(v), "a size in MiB is positive. Use null for no limit."
     )
 

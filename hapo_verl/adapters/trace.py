@@ -7,7 +7,7 @@
                                 (the actors write)
 
 Rows are those of `hapo.trace_groups` groups a step: the ones whose prompts come first in an order that no step changes,
-so that a prompt that comes again is seen again. A file that reaches a fourth of `hapo.trace_mib` is closed as
+so that a prompt that comes again is seen again. A file that reaches a fourth of `hapo.trace_limit` is closed as
 `<name>.first.jsonl`; from then on the file and the one before it, `<name>.before.jsonl`, hold the latest lines. So the
 beginning is kept, and the end.
 """
@@ -48,7 +48,7 @@ class Trace:
     @classmethod
     def of(cls, hapo: HapoConfig) -> Trace:
         """That of a launch."""
-        return cls(hapo.trace_dir, groups=hapo.trace_groups, mib=hapo.trace_mib)
+        return cls(hapo.trace_dir, groups=hapo.trace_groups, mib=hapo.trace_limit)
 
     @property
     def is_on(self) -> bool:

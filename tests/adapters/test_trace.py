@@ -97,7 +97,7 @@ def test_what_a_reader_has_to_know_of_the_launch_is_written_once(tmp_path):
     [
         ({"trace_groups": 0}, "hapo.trace_groups=0: a number of groups is a positive integer. Use null for all."),
         ({"trace_groups": True}, "hapo.trace_groups=True: a number of groups is a positive integer. Use null for all."),
-        ({"trace_mib": -1}, "hapo.trace_mib=-1: a size in MiB is positive. Use null for no limit."),
+        ({"trace_limit": -1}, "hapo.trace_limit=-1: a size in MiB is positive. Use null for no limit."),
     ],
 )
 def test_a_bound_is_a_positive_number(block, text):

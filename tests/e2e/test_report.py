@@ -27,7 +27,7 @@ def run(trainer):
         "hapo.poll_interval=0.05",
         "hapo.trace_dir={folder}/trace",
         f"hapo.trace_groups={GROUPS}",
-        "hapo.trace_mib=8",
+        "hapo.trace_limit=8",
         steps=STEPS,
         whole=False,
     )
