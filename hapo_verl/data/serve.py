@@ -28,10 +28,10 @@ def served(
 
     Args:
         model: a folder, or a name of the Hugging Face hub.
-        arguments: more of `vllm serve`.
+        arguments: more of vLLM's.
         log: receives what it prints.
         limit: seconds until it has to be ready.
-        command: in place of `vllm serve`; it gets the same arguments.
+        command: in place of vLLM's server; it gets the same arguments.
 
     Raises:
         DataError: where it ends, or is not ready in time.
@@ -39,8 +39,9 @@ def served(
     port = _free_port()
     log.parent.mkdir(parents=True, exist_ok=True)
     call = [
-        *(command or (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")),
-        *(model, "--host", "127.0.0.1", "--port", str(port), *arguments),
+        # Not `vllm serve`: in the CPU build, which is another distribution, it does not start.
+        *(command or (sys.executable, "-m", "vllm.entrypoints.openai.api_server")),
+        *("--model", model, "--host", "127.0.0.1", "--port", str(port), *arguments),
     ]
     with log.open("wb") as output:
         # In a session of its own: an interrupt from the terminal is for the parent alone.

@@ -41,7 +41,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     teacher.add_argument("--endpoint", help="address of an OpenAI-compatible API, as http://host:8000/v1")
     teacher.add_argument("--model", help="its name there; default: that of --serve")
     teacher.add_argument("--serve", metavar="MODEL", help="start vLLM with this model here, and stop it at the end")
-    teacher.add_argument("--serve-args", default="", help="more arguments of vllm serve, in one string")
+    teacher.add_argument("--serve-args", default="", help="more arguments of its server, in one string")
     teacher.add_argument("--serve-limit", type=float, default=1800.0, help="seconds until vLLM has to be ready")
     teacher.add_argument(
         "--key-variable", default="OPENAI_API_KEY", help="environment variable with the key; there is no other way"
@@ -252,10 +252,11 @@ async def _teach(
         body.setdefault("max_tokens", max_tokens)
     secret = os.environ.get(args.key_variable, "")
     log = args.output.with_suffix(".vllm.log")
+    name = ["--served-model-name", args.model] if args.model else []
     server = (
         nullcontext(args.endpoint)
         if args.endpoint
-        else served(args.serve, shlex.split(args.serve_args), log, limit=args.serve_limit)
+        else served(args.serve, [*name, *shlex.split(args.serve_args)], log, limit=args.serve_limit)
     )
     with server as endpoint:
         async with AsyncOpenAI(

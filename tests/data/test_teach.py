@@ -239,12 +239,13 @@ def test_a_server_that_asks_to_wait_is_not_asked_by_anyone_before(tmp_path):
 
     def script(question, number):
         times.append(time.monotonic())
-        return ("status", 429, {"retry-after": "0.6"}, "slower") if len(times) == 1 else "= 4"
+        return ("status", 429, {"retry-after": "0.8"}, "slower") if len(times) == 1 else "= 4"
 
     with serving(script) as server:
-        taught(server.endpoint, rows_of("abcd"), tmp_path / "j", concurrency=1, first_wait=0.01)
-    assert times[1] - times[0] >= 0.6
-    assert len(times) == 5
+        taught(server.endpoint, rows_of("abcdefghijkl"), tmp_path / "j", concurrency=2, first_wait=0.01)
+    assert len(times) == 13
+    # The other worker may have asked once or twice before the answer was there.
+    assert sum(at - times[0] >= 0.8 for at in times) >= 10
 
 
 def test_waits_between_tries_grow(tmp_path):
