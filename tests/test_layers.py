@@ -19,7 +19,8 @@ ROOMS = {
     "cpu": {"algo", "protocol"},
     "launch": {"algo", "protocol", "rollout", "actor"},
     "driver": {"algo", "protocol", "rollout", "actor", "launch"},
-    "data": {"algo", "protocol", "rollout"},
+    "data": {"algo", "protocol", "rollout", "launch"},
+    "report": {"algo", "protocol", "data"},
 }
 # Above the rooms: entry points. `config` is below all of them.
 ENTRY_POINTS = {"plugin", "doctor"}

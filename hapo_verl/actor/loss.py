@@ -16,7 +16,6 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.config import ActorConfig
 from verl.workers.utils.padding import no_padding_2_padding
 
-from hapo_verl.actor.shape import demonstration_shape, untaught_below
 from hapo_verl.algo import teachability
 from hapo_verl.algo.policy_loss import (
     UNCLIPPED,
@@ -34,9 +33,11 @@ from hapo_verl.protocol.rows import (
     LIKELIHOOD_WEIGHT,
     OBJECTIVE_LOSS,
     OWN_OLD_LOG_PROBS,
+    TRACED,
     demonstration_flags,
     mini_batch,
 )
+from hapo_verl.protocol.shape import demonstration_shape, untaught_below
 from hapo_verl.protocol.trace import Trace
 
 # Prefix of token sums on their way to the trainer, which turns them into means once all micro-batches are added up.
@@ -89,7 +90,10 @@ def hapo_loss(
             loss = loss + term
             likelihood = _likelihood_metrics(term, hapo, data)
     names = ("uid", "responses", DEMONSTRATION, "advantages", "response_mask", LIKELIHOOD_WEIGHT)
-    Trace(hapo.trace_dir).loss_rows(data, names=[name for name in names if name in data])
+    if (trace := Trace.of(hapo)).is_on:
+        sampled: Any = tu.get_non_tensor_data(data=data, key=TRACED, default=None)
+        sampled = None if sampled is None else sampled.split(",")
+        trace.loss_rows(data, [name for name in names if name in data], policy_logp_BT, sampled=sampled)
     reported = _metrics(metrics._asdict(), config, has_entropy=entropy_BT is not None) | likelihood
     whole = mini_batch(data)
     if whole is not None:

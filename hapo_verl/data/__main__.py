@@ -14,6 +14,7 @@ from hapo_verl.config import ConfigError, HapoConfig
 from hapo_verl.data import demonstrations as demonstrations_
 from hapo_verl.data import gsm8k as gsm8k_
 from hapo_verl.data import gym as gym_
+from hapo_verl.data import teach_command
 from hapo_verl.data.parquet import DataError, read_parquet, write_parquet
 
 
@@ -71,6 +72,11 @@ def reasoning_gym(args: argparse.Namespace) -> None:
     write_parquet(rows, args.output)
     _print_kept(len(rows), len(rows), args.output)
     print(f"{'reward':<{_WIDTH}}reward.custom_reward_function.path={gym_.__file__}")
+
+
+def teach(args: argparse.Namespace) -> None:
+    """Demonstrations from a teacher behind an OpenAI-compatible server."""
+    teach_command.run(args)
 
 
 _WIDTH = 13
@@ -132,6 +138,9 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--output", type=Path, required=True, help="parquet file")
     sub.add_argument("--seed", type=int, default=0, help="of the generator; another one for held-out rows")
     sub.add_argument("--split", default="train", help="kept in extra_info")
+
+    sub = subcommand(teach, "ask a model behind an OpenAI-compatible server where a prompt has no demonstration")
+    teach_command.add_arguments(sub)
     args = parser.parse_args(argv)
 
     try:

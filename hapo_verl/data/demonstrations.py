@@ -14,13 +14,15 @@ calls of tools and their answers, and then stays one.
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,18 @@ class Judge:
                 return value if response.turns > 1 else _text(value)
             reasons.add("rejected")
         return Refusal(max(reasons, key=PROGRESS.index))
+
+    def verdict(self, row: Mapping[str, Any], value: Any) -> Response | Refusal:
+        """A demonstration as the run would inject it, or why it would not; `error` where the reward function raises."""
+        response = self.respond(value, row)
+        if isinstance(response, Refusal):
+            return response
+        try:
+            succeeded = self.succeeds(row, self.decode(response.tokens), response.num_turns)
+        except Exception:
+            # As in a run, where the group is then trained without it.
+            return Refusal("error")
+        return response if succeeded else Refusal("rejected")
 
 
 def _text(value: Any) -> str:
@@ -172,19 +186,51 @@ def choices(
             yield _choose(judge, number, row, column)
         return
     # Spawned: the parent has threads of its own by now, and a forked child may wait for their locks for ever.
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_enter, initargs=(make_judge,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=enter, initargs=(make_judge,)) as pool:
         yield from pool.map(_choose_here, numbered, repeat(column), chunksize=16)
 
 
 _judge: Judge | None = None
 
 
-def _enter(make_judge: Callable[[], Judge]) -> None:
+def verdict_here(row: Mapping[str, Any], value: Any) -> Response | Refusal:
+    """`Judge.verdict` in a process that `enter` has prepared."""
+    assert _judge is not None
+    return _judge.verdict(row, value)
+
+
+def try_here(row: Mapping[str, Any]) -> None:
+    """Ask the reward function once.
+
+    Raises:
+        DataError: where it raises.
+    """
+    assert _judge is not None
+    try:
+        _judge.succeeds(row, "0", 2)
+    except Exception as error:
+        raise DataError(
+            f"row 0: judging an answer raised {type(error).__name__}: {error}. "
+            "Name the reward function of the run, which scores these rows: --reward."
+        ) from error
+
+
+def enter(make_judge: Callable[[], Judge]) -> None:
+    """Prepare a process of a pool for its judge; it ends with its parent, however that ends."""
     global _judge
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # A reward function may have processes of its own, as math-verify's in verl has, and this one would wait for their
     # end for ever.
     Finalize(None, _end_children, exitpriority=0)
     _judge = make_judge()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        _end_children()
+        os._exit(1)
 
 
 def _end_children() -> None:

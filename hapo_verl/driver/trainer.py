@@ -58,6 +58,7 @@ from hapo_verl.protocol.rows import (
     OWN_OLD_LOG_PROBS,
     SINGLE_UPDATE,
     SITUATION,
+    TRACED,
     demonstration_flags,
     plain_values,
 )
@@ -84,7 +85,7 @@ class HapoTrainer(PPOTrainer):
         self._leaves_out = savings(config, self.hapo)
         for line in self._leaves_out.lines():
             logger.warning("hapo: %s", line)
-        self.trace = Trace(self.hapo.trace_dir)
+        self.trace = Trace.of(self.hapo)
         # Of the batch in training: rows, appended ones among them, and what mini-batches they make.
         self._rows, self._appended, self._prompts_per_mini_batch = 0, 0, None
         # Rows of each group, where no mini-batch may cut one.
@@ -341,9 +342,31 @@ class HapoTrainer(PPOTrainer):
             if (advice := silence(groups)) is not None:
                 logger.warning("hapo: step %d: %s", self.global_steps, advice)
         self.gatekeeper.observe(groups.values())
-        self.trace.groups(self.global_steps, groups)
+        self._write_trace(batch, prompt_of, real_B, groups)
         return tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(output, batch_size=len(batch))
+        )
+
+    def _write_trace(self, batch: Any, prompt_of: list[str], real_B: Tensor, groups: Any) -> None:
+        """The groups, and of some their rows: the actors see only those that train."""
+        if not self.trace.is_on:
+            return
+        self.trace.launch(self.config, self.hapo)
+        self.trace.groups(self.global_steps, groups)
+        chosen = self.trace.sample(groups)
+        rows = [i for i, uid in enumerate(prompt_of) if uid in chosen and real_B[i]]
+        if not rows:
+            return
+        fields = ["prompts", "responses", "rm_scores", DEMONSTRATION]
+        data = tq.kv_batch_get(
+            keys=[batch.keys[i] for i in rows], partition_id=batch.partition_id, select_fields=fields
+        )
+        data["score"] = jagged.row_sums(data["rm_scores"])
+        self.trace.rows(
+            self.global_steps,
+            [prompt_of[i] for i in rows],
+            data,
+            ["prompts", "responses", "score", DEMONSTRATION],
         )
 
     def _mini_batches_are_known(self, batch: Any) -> bool:
@@ -451,6 +474,8 @@ class HapoTrainer(PPOTrainer):
         rows = self._rows_to_compute(batch, self._reduced and self._reduced.micro_batch)
         rows.extra_info[SINGLE_UPDATE] = self._is_single_update(batch)
         rows.extra_info[OWN_OLD_LOG_PROBS] = self._brings_old_log_probs(batch)
+        if self.trace.sampled is not None:
+            rows.extra_info[TRACED] = ",".join(self.trace.sampled)
         # verl multiplies the two.
         if self._reduced is not None and rows is not batch:
             actor.ppo_mini_batch_size, rollout.n = self._reduced.rows, 1

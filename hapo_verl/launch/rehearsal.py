@@ -15,7 +15,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hapo_verl.actor.shape import judged_shape, untaught_below
 from hapo_verl.algo.demonstration import Refusal, Response
 from hapo_verl.config import ConfigError, HapoConfig
 from hapo_verl.launch.checks import check_demonstrations, check_launch
@@ -30,6 +29,7 @@ from hapo_verl.launch.teachable import (
     untaught,
 )
 from hapo_verl.launch.weight_bucket import check_bucket
+from hapo_verl.protocol.shape import judged_shape, untaught_below
 from hapo_verl.rollout.reward import success_of
 from hapo_verl.rollout.tokens import ChatFormat
 

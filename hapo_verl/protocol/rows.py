@@ -37,6 +37,7 @@ APPENDED = "hapo_appended"
 MINI_BATCH = "hapo_mini_batch"
 SINGLE_UPDATE = "hapo_single_update"
 OWN_OLD_LOG_PROBS = "hapo_own_old_log_probs"
+TRACED = "hapo_traced"
 LIKELIHOOD_WEIGHT = "hapo_likelihood_weight"
 OBJECTIVE_LOSS = "hapo_objective_loss"
 
@@ -50,6 +51,7 @@ FIELDS = (
     Field(
         OWN_OLD_LOG_PROBS, "batch", "driver", ("actor",), "bool", "No row has old log-probs: they are the update's own."
     ),
+    Field(TRACED, "batch", "driver", ("actor",), "list of str", "Uids of the groups whose rows are traced."),
     Field(
         LIKELIHOOD_WEIGHT, "row", "actor", ("actor",), "() float", "The objective's weight W of the row in this update."
     ),

@@ -190,7 +190,12 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
         extra: _Session | None = None,
     ) -> list[_Row]:
         """The group's rows, with a demonstration in one session's place or as an extra one."""
-        description = {"index": _plain(next(iter(group.sessions.values())).fields["index"]), **description}
+        fields = next(iter(group.sessions.values())).fields
+        description = {
+            "index": _plain(fields["index"]),
+            "data_source": _plain(fields.get("data_source")),
+            **description,
+        }
 
         def rows_of(session: _Session, outputs: list[AgentLoopOutput], *, demonstration: bool) -> Iterator[_Row]:
             return self._rows(session, outputs, {DEMONSTRATION: torch.tensor(demonstration), GROUP: description})

@@ -7,7 +7,8 @@
     make quickstart-digits               a random tiny model learns to write digits backwards
 
 Prints where it stands, ends with the same held-out problems answered before and after, a table and a picture of the
-curves, and leaves everything in one folder: `train.log`, `metrics.jsonl`, `curves.png`, `answers.txt`, `result.json`.
+curves, and leaves everything in one folder: `train.log`, `metrics.jsonl`, `curves.png`, `answers.txt`, `result.json`,
+and the page `report.html`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -27,6 +29,8 @@ import yaml
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from hapo_verl.data.parquet import DataError, read_parquet  # noqa: E402
+from hapo_verl.report.__main__ import report as report_page  # noqa: E402
+from hapo_verl.report.__main__ import write  # noqa: E402
 from launch import GIB, Launch, TrainingError, cpu_environment  # noqa: E402
 from tasks import TASKS, Prepared  # noqa: E402
 
@@ -44,6 +48,8 @@ PRESETS = {
 # The baselines; grpo above is verl's own, hapo_grpo the same algorithm without the rows that have no gradient.
 PRESETS |= {name: [f"+hapo={name}", *HAPO] for name in ("dapo", "luffy", "srft", "real", "real_ssi")}
 PRESETS["hapo_grpo"] = ["+hapo=grpo", *HAPO]
+
+TRACE = ["hapo.trace_groups=4", "hapo.trace_limit=16"]
 
 # Curves: label and the metric's name in verl's logger; {} is the data source. verl's own `critic/score` is the
 # on-policy success only where nothing is injected.
@@ -73,7 +79,9 @@ def overrides(
     if lr is not None:
         run["actor_rollout_ref.actor.optim.lr"] = f"{lr:g}"
     settings = yaml.safe_load((HERE / "config.yaml").read_text()) | task.settings | run
-    return ["+hapo_platform=cpu", *(f"{key}={value}" for key, value in settings.items()), *PRESETS[preset]]
+    # For the report; verl's own grpo has no groups to trace.
+    trace = [f"hapo.trace_dir={folder / 'trace'}", *TRACE] if preset != "grpo" else []
+    return ["+hapo_platform=cpu", *(f"{key}={value}" for key, value in settings.items()), *PRESETS[preset], *trace]
 
 
 def answers(folder: Path, number: int = 3) -> list[tuple[str, str, str, str]]:
@@ -240,6 +248,9 @@ def report(launch: Launch, points: dict[str, list[tuple[int, float]]], title: st
     print(f"\n{title}\n\n{table(points)}\n")
     print(f"{launch.seconds:.0f} s, peak memory {launch.peak_bytes / GIB:.1f} GiB, commit {commit()}, {machine()}")
     print(f"picture {launch.folder / 'curves.png'}\nmetrics {launch.metrics}\nlog     {launch.log}")
+    page = launch.folder / "report.html"
+    write(report_page([launch.folder]), page)
+    print(f"report  {page}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -266,6 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"quickstart: {error}", file=sys.stderr)
         return 2
     title = f"{prepared.title}, {args.preset}, seed {args.seed}"
+    # A trace is added to, and this run is another one.
+    shutil.rmtree(folder / "trace", ignore_errors=True)
     launch = Launch(
         overrides=overrides(args.preset, folder, prepared, steps=steps, seed=args.seed, lr=args.lr),
         folder=folder,

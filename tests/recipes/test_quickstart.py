@@ -198,7 +198,8 @@ def test_both_presets_differ_only_in_what_the_preset_names(tmp_path):
     paper, grpo = (quickstart.overrides(preset, tmp_path, task, steps=5, seed=1) for preset in ("paper", "grpo"))
     only_paper = set(paper) - set(grpo) - {"trainer.experiment_name=paper"}
     only_grpo = set(grpo) - set(paper) - {"trainer.experiment_name=grpo"}
-    assert only_paper == set(quickstart.PRESETS["paper"])
+    trace = {f"hapo.trace_dir={tmp_path / 'trace'}", *quickstart.TRACE}
+    assert only_paper == set(quickstart.PRESETS["paper"]) | trace
     assert only_grpo == set(quickstart.PRESETS["grpo"])
 
 

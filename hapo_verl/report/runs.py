@@ -1,0 +1,120 @@
+"""What a run has left: the file of verl's `file` logger, whole or still growing, and the folder of its trace."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Points = list[tuple[int, float]]
+
+
+class ReportError(ValueError):
+    """What cannot be shown; the message is one line: what, the rule, the fix."""
+
+
+@dataclass
+class Run:
+    """A run as the report shows it.
+
+    Attributes:
+        name: of the run, in legends.
+        metrics: verl's file.
+        series: metric → (step, value), in the order of the steps; a value that is no finite number is left out.
+        trace: folder of its trace, None where there is none.
+        unreadable: lines of the file that are no record; the last one of a run that goes on is not counted.
+    """
+
+    name: str
+    metrics: Path
+    series: dict[str, Points]
+    trace: Path | None = None
+    unreadable: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def last_step(self) -> int:
+        """The last step with a record."""
+        return max((points[-1][0] for points in self.series.values()), default=0)
+
+
+def read_run(path: Path, trace: Path | None = None) -> Run:
+    """A run by its folder or by verl's file.
+
+    Args:
+        path: a file of verl's `file` logger, or a folder with `metrics.jsonl` or a single such file in it.
+        trace: `hapo.trace_dir`; default: the folder `trace` beside the file, where there is one.
+
+    Raises:
+        ReportError: where there is no such file, or no record in it.
+    """
+    metrics = _metrics_file(path)
+    series, unreadable = _series(metrics)
+    if not series:
+        raise ReportError(
+            f"{metrics}: no record of verl's file logger in it. Launch with trainer.logger=[console,file]."
+        )
+    if trace is None:
+        trace = metrics.parent / "trace"
+    elif not trace.is_dir():
+        raise ReportError(f"--trace {trace}: no such folder. Name the folder of hapo.trace_dir.")
+    facts = trace / "run.json"
+    return Run(
+        name=path.name if path.is_dir() else path.stem,
+        metrics=metrics,
+        series=series,
+        trace=trace if trace.is_dir() else None,
+        unreadable=unreadable,
+        facts=json.loads(facts.read_text()) if facts.is_file() else {},
+    )
+
+
+def _metrics_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if (path / "metrics.jsonl").is_file():
+        return path / "metrics.jsonl"
+    found = [file for file in sorted(path.glob("*.jsonl")) if next(_records(file), None)] if path.is_dir() else []
+    if len(found) != 1:
+        what = f"several files of records ({', '.join(f.name for f in found)})" if found else "no metrics.jsonl there"
+        raise ReportError(f"{path}: {what}. Name the file of verl's file logger.")
+    return found[0]
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]] | None]:
+    """Step and data of each line; None for a line that is none."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+                yield int(record["step"]), dict(record["data"])
+            except (ValueError, KeyError, TypeError):
+                if line.endswith(b"\n"):
+                    yield None
+
+
+def _series(path: Path) -> tuple[dict[str, Points], int]:
+    steps: dict[str, dict[int, float]] = {}
+    unreadable = 0
+    for record in _records(path):
+        if record is None:
+            unreadable += 1
+            continue
+        step, data = record
+        for name, value in data.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                # A step that was done again after a resumption is shown as it was done last.
+                steps.setdefault(name, {})[step] = float(value)
+    return {name: sorted(values.items()) for name, values in steps.items()}, unreadable
+
+
+def told_apart(runs: list[Run]) -> None:
+    """Give runs of one name the name of their folder's folder in front, and a number where that is the same, too."""
+    for name in {run.name for run in runs}:
+        same = [run for run in runs if run.name == name]
+        if len(same) > 1:
+            for number, run in enumerate(same, start=1):
+                run.name = f"{run.metrics.parent.parent.name}/{run.name} ({number})"

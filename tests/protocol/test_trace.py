@@ -1,0 +1,106 @@
+"""The trace: a sample that stays with its prompts, files that stay small and keep their beginning and their end."""
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+
+from hapo_verl.config import ConfigError, HapoConfig
+from hapo_verl.protocol.rows import DEMONSTRATION
+from hapo_verl.protocol.trace import MIB, Trace, read_groups, read_lines
+
+
+def groups(step, prompts):
+    return {
+        f"{step}/{index}": {"index": index, "data_source": "s", "successes": [False], "outcome": "not_fired"}
+        for index in prompts
+    }
+
+
+def jagged(rows):
+    return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+
+
+def test_the_same_prompts_are_sampled_wherever_they_come_again(tmp_path):
+    trace = Trace(str(tmp_path), groups=3)
+    first = {int(uid.partition("/")[2]) for uid in trace.sample(groups(1, range(40)))}
+    again = {int(uid.partition("/")[2]) for uid in trace.sample(groups(2, reversed(range(40))))}
+    assert first == again
+    assert len(first) == 3
+    # Among others, too: the order of the prompts is one for all.
+    assert first <= {int(uid.partition("/")[2]) for uid in Trace(str(tmp_path), groups=9).sample(groups(3, range(40)))}
+    assert set(trace.sampled) == {f"2/{index}" for index in first}
+    whole = Trace(str(tmp_path))
+    assert whole.sample(groups(1, range(4))) == {f"1/{index}" for index in range(4)}
+    assert whole.sampled is None
+
+
+def test_a_bounded_file_keeps_its_beginning_and_its_end_in_the_order_of_the_steps(tmp_path):
+    trace, limit = Trace(str(tmp_path), mib=0.02), 0.02 * MIB
+    for step in range(1, 1001):
+        trace.groups(step, groups(step, [0]))
+    steps = [group["step"] for group in read_groups(tmp_path)]
+    files = sorted(tmp_path.glob("groups*.jsonl"))
+    line = max(len(text) for file in files for text in file.read_text().splitlines())
+    assert sum(file.stat().st_size for file in files) <= 0.75 * limit + 3 * line
+    assert steps == sorted(set(steps))
+    quarter = limit / 4 / line
+    assert steps[: int(quarter)] == list(range(1, int(quarter) + 1))
+    assert steps[-int(quarter) :] == list(range(1001 - int(quarter), 1001))
+    # Without a limit everything is there.
+    whole = Trace(str(tmp_path / "whole"))
+    for step in range(1, 101):
+        whole.groups(step, groups(step, [0]))
+    assert [group["step"] for group in read_groups(tmp_path / "whole")] == list(range(1, 101))
+
+
+def test_rows_of_the_loss_have_the_log_probabilities_of_their_own_tokens(tmp_path):
+    data = TensorDict({"responses": jagged([[1, 2, 3], [4], [5, 6]]), DEMONSTRATION: torch.tensor([0, 1, 0]).bool()}, 3)
+    data["uid"] = ["a", "b", "c"]
+    logp_BT = torch.tensor([[-1.0, -2.0, -3.00049], [-4.0, 0.0, 0.0], [-5.0, -6.0, 0.0]], requires_grad=True)
+    Trace(str(tmp_path), groups=1).loss_rows(
+        data, ["uid", "responses", DEMONSTRATION], logp_BT, sampled=["c", "a", "z"]
+    )
+    assert list(read_lines(tmp_path, "loss-*")) == [
+        {"uid": "a", "responses": [1, 2, 3], DEMONSTRATION: False, "logp": [-1.0, -2.0, -3.0]},
+        {"uid": "c", "responses": [5, 6], DEMONSTRATION: False, "logp": [-5.0, -6.0]},
+    ]
+    Trace(str(tmp_path / "all")).loss_rows(data, ["uid", "responses"], logp_BT)
+    assert [row["uid"] for row in read_lines(tmp_path / "all", "loss-*")] == ["a", "b", "c"]
+    Trace(None).loss_rows(data, ["uid"], logp_BT)
+
+
+def test_a_line_that_is_being_written_is_left_out_and_the_trace_is_found_in_its_run(tmp_path):
+    folder = tmp_path / "trace"
+    Trace(str(folder)).groups(1, groups(1, [0, 1]))
+    with (folder / "groups.jsonl").open("a") as file:
+        file.write('{"step": 2, "ui')
+    assert [group["index"] for group in read_groups(tmp_path)] == [0, 1]
+    assert [group["index"] for group in read_groups(folder)] == [0, 1]
+
+
+def test_what_a_reader_has_to_know_of_the_launch_is_written_once(tmp_path):
+    hapo = HapoConfig.parse({"trace_dir": str(tmp_path), "loss": {"shaping": "inf", "exponent": 0.0}})
+    config = OmegaConf.create({"actor_rollout_ref": {"model": {"path": "m"}, "rollout": {"temperature": 0.5}}})
+    trace = Trace.of(hapo)
+    trace.launch(config, hapo)
+    trace.launch(OmegaConf.create({}), hapo)
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["loss"] == {"shape": "power", "shaping": "inf", "exponent": 0.0}
+    assert (found["model"], found["temperature"], found["gate"], found["mode"]) == ("m", 0.5, "paper", "replace")
+
+
+@pytest.mark.parametrize(
+    ("block", "text"),
+    [
+        ({"trace_groups": 0}, "hapo.trace_groups=0: a number of groups is a positive integer. Use null for all."),
+        ({"trace_groups": True}, "hapo.trace_groups=True: a number of groups is a positive integer. Use null for all."),
+        ({"trace_limit": -1}, "hapo.trace_limit=-1: a size in MiB is positive. Use null for no limit."),
+    ],
+)
+def test_a_bound_is_a_positive_number(block, text):
+    with pytest.raises(ConfigError) as error:
+        HapoConfig.parse(block)
+    assert str(error.value) == text
