@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FOLDERS = ("hapo_verl", "kernels", "recipes", "tests", "bench", "docs")
 PAGES = [
-    path
-    for path in sorted(ROOT.rglob("*.md"))
-    if not {".venv", "outputs", "node_modules"} & set(path.relative_to(ROOT).parts)
-    and not path.is_relative_to(ROOT / "bench" / "results" / "study")
+    page
+    for page in sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
+    if not page.is_relative_to(ROOT / "bench" / "results" / "study")
 ]
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)#\s]*)(?:#[^)]*)?\)")
 PUBLIC = [ROOT / "hapo_verl" / "algo", ROOT / "hapo_verl" / "protocol", ROOT / "kernels" / "hapo_kernels"]
@@ -107,6 +107,13 @@ def test_every_file_of_a_process_and_every_field_stand_in_the_picture(hooks):
     for field in FIELDS:
         if field.writer not in field.readers:
             assert field.key.removeprefix("hapo_") in picture
+
+
+def test_every_reason_of_a_refusal_is_explained():
+    from hapo_verl.algo.demonstration import REASONS
+
+    page = (ROOT / "docs" / "demonstrations.md").read_text()
+    assert not [reason for reason in REASONS if f"| `{reason}` |" not in page]
 
 
 def test_every_module_of_the_algorithm_has_its_reference():
