@@ -133,7 +133,7 @@ def prepared(tmp_path_factory, model):
             ],
             folder=folder,
             time_limit=900,
-            environment=cpu_environment() | {"PYTHONPATH": str(ROOT)} | (environment or {}),
+            environment=cpu_environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"} | (environment or {}),
         )
         launch.overrides = [item.replace("{folder}", str(folder)) for item in launch.overrides]
         return launch, Run(folder, train)
