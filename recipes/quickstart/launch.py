@@ -78,6 +78,14 @@ class Launch:
         """What is executed."""
         return [sys.executable, "-m", self.module, *self.overrides]
 
+    def largest(self, number: int = 6) -> list[tuple[str, int]]:
+        """Name and bytes of its own of the largest processes, each when it was largest."""
+        most: dict[str, int] = {}
+        for _, own in self.memory:
+            for name, size in own.items():
+                most[name] = max(size, most.get(name, 0))
+        return sorted(most.items(), key=lambda item: -item[1])[:number]
+
     def run(self) -> Iterator[tuple[str, Any]]:
         """Start the trainer and yield `("phase", text)` and `("step", record)` until it has ended.
 

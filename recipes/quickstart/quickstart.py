@@ -45,8 +45,9 @@ PRESETS = {
         "trainer.v1.sampler.custom_sampler.name=EagerReplayBuffer",
     ],
 }
-# The baselines; grpo above is verl's own.
+# The baselines; grpo above is verl's own, hapo_grpo the same algorithm without the rows that have no gradient.
 PRESETS |= {name: [f"+hapo={name}", *HAPO] for name in ("dapo", "luffy", "srft", "real", "real_ssi")}
+PRESETS["hapo_grpo"] = ["+hapo=grpo", *HAPO]
 
 TRACE = ["hapo.trace_groups=4", "hapo.trace_limit=16"]
 
@@ -234,6 +235,7 @@ def report(launch: Launch, points: dict[str, list[tuple[int, float]]], title: st
         "curves": points,
         "seconds": round(launch.seconds),
         "peak_memory_gib": round(launch.peak_bytes / GIB, 2),
+        "largest_processes_gib": {name: round(number / GIB, 2) for name, number in launch.largest()},
         "machine": machine(),
         "commit": commit(),
     }
