@@ -177,6 +177,10 @@ def test_the_shortest_the_first_or_the_likeliest_verified_answer_is_kept(tmp_pat
         def least(asked):
             return [{"so = 4": -3.0, "= 4": -9.0, "~ 4": -2.0, "is 4": -2.0}[of.text] for _, of in asked]
 
+        assert (
+            teach_.chosen(prompts, "likeliest", lambda asked: [-len(of.text) == -4 for _, of in asked])[0].text
+            == "is 4"
+        )
         # Of equally likely ones the shorter.
         assert teach_.chosen(prompts, "likeliest", least)[0].text == "~ 4"
         server.asked.clear()
