@@ -51,7 +51,7 @@ FIELDS = (
     Field(
         OWN_OLD_LOG_PROBS, "batch", "driver", ("actor",), "bool", "No row has old log-probs: they are the update's own."
     ),
-    Field(TRACED, "batch", "driver", ("actor",), "list of str", "Uids of the groups whose rows are traced."),
+    Field(TRACED, "batch", "driver", ("actor",), "str", "Uids of the groups whose rows are traced, with commas."),
     Field(
         LIKELIHOOD_WEIGHT, "row", "actor", ("actor",), "() float", "The objective's weight W of the row in this update."
     ),

@@ -30,7 +30,6 @@ def run(tmp_path_factory) -> Run:
     overrides = [
         *quickstart.overrides("plus", folder, task, steps=STEPS, seed=1),
         *WHOLE,
-        f"hapo.trace_dir={folder / 'trace'}",
         f"data.train_batch_size={PROMPTS}",
         f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS}",
         f"actor_rollout_ref.rollout.n={ROLLOUTS}",
