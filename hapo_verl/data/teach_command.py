@@ -143,6 +143,7 @@ def run(args: argparse.Namespace) -> None:
         if journal.cut:
             _say("journal", journal.cut, "lines that were cut off and count as never written")
         teacher, seconds = asyncio.run(_teach(args, prompts, rows, journal, pool))
+        paid = journal.tokens
     finally:
         for process in multiprocessing.active_children():
             process.terminate()
@@ -156,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
         _say("answers", count, reason)
     for what, count in teacher.counts.most_common():
         _say("requests", count, what)
-    _say("tokens", journal.tokens, f"by the journal; {seconds:.0f} s this time")
+    _say("tokens", paid, f"by the journal; {seconds:.0f} s this time")
     if teacher.stopped.is_set():
         raise DataError(f"{args.output}: stopped before the end, nothing is written. The same command goes on.")
 

@@ -243,7 +243,9 @@ def _split(body: Mapping[str, Any]) -> dict[str, Any]:
 def _answer(completion: Any) -> Answer | None:
     """None where the server's JSON is no answer: the client library does not check its form."""
     choices = getattr(completion, "choices", None)
-    message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
+    if not isinstance(choices, list) or not choices:
+        return None
+    message = getattr(choices[0], "message", None)
     if message is None:
         return None
     content = getattr(message, "content", None)
