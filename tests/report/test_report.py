@@ -129,7 +129,7 @@ def test_prompts_are_told_by_what_became_of_them():
     assert story.rates == (0.0, 0.5, 0.5)
     assert [visit.uid for visit in story.traced] == ["1/1", "2/1"]
     assert groups.successes == Counter(
-        {(1, 0): 3, (1, 2): 1, (1, 1): 1, (2, 0): 2, (2, 1): 2, (2, 2): 1, (3, 0): 1, (4, 2): 1}
+        {(1, 0): 3, (1, 2): 2, (1, 1): 1, (2, 0): 2, (2, 1): 3, (2, 2): 1, (3, 0): 1, (4, 2): 1}
     )
     assert groups.fired[1, 0] == 2
     assert groups.fired[2, 0] == 1
