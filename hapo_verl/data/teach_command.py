@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
     )
     # Spawned, as in `choices`.
     pool = ProcessPoolExecutor(args.workers, get_context("spawn"), initializer=teach_.enter_quietly, initargs=(judge,))
-    journal = None
+    journal: Journal | None = None
     try:
         pool.submit(teach_.ready, rows[0] if rows else None).result()
         wanted = _wanted(args, rows, pool)
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
         if journal.cut:
             _say("journal", journal.cut, "lines that were cut off and count as never written")
         teacher, seconds = asyncio.run(_teach(args, prompts, rows, journal, pool))
-        paid = journal.tokens
+        spent = journal.tokens
     finally:
         for process in multiprocessing.active_children():
             process.terminate()
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
         _say("answers", count, reason)
     for what, count in teacher.counts.most_common():
         _say("requests", count, what)
-    _say("tokens", paid, f"by the journal; {seconds:.0f} s this time")
+    _say("tokens", spent, f"by the journal; {seconds:.0f} s this time")
     if teacher.stopped.is_set():
         raise DataError(f"{args.output}: stopped before the end, nothing is written. The same command goes on.")
 

@@ -243,11 +243,9 @@ def _split(body: Mapping[str, Any]) -> dict[str, Any]:
 def _answer(completion: Any) -> Answer | None:
     """None where the server's JSON is no answer: the client library does not check its form."""
     choices = getattr(completion, "choices", None)
-    if not isinstance(choices, list) or not choices:
+    if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
         return None
-    message = getattr(choices[0], "message", None)
-    if message is None:
-        return None
+    message = choices[0].message
     content = getattr(message, "content", None)
     # vLLM and SGLang have written a parsed thought under either name.
     thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)

@@ -43,7 +43,7 @@ def rows(run):
 
 def test_all_groups_and_the_rows_of_some_are_traced(run, rows):
     assert len(run.groups) == STEPS * PROMPTS
-    assert all(group["data_source"] == "digits" for group in run.groups)
+    assert all(group["data_source"] == "reverse_digits" for group in run.groups)
     traced = [group for group in run.groups if group["uid"] in rows]
     assert [sum(group["step"] == step for group in traced) for step in range(1, STEPS + 1)] == [GROUPS] * STEPS
     for group in traced:

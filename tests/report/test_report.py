@@ -110,11 +110,12 @@ def test_prompts_are_told_by_what_became_of_them():
         line(1, 4, [], "not_gated"),
         line(1, 5, [False, False]), line(2, 5, [True, False]), line(3, 5, [False, False], "injected"),
         line(4, 5, [True, True]),
+        line(1, 6, [True, True]), line(2, 6, [True, False]),
     ]  # fmt: skip
     groups = of_groups(sorted(lines, key=lambda of: of["step"]), {"1/1", "2/1"})
-    kinds = {index: groups.stories["s", index].kind for index in (0, 1, 2, 3, 5)}
+    kinds = {index: groups.stories["s", index].kind for index in (0, 1, 2, 3, 5, 6)}
     # An injection behind the first success, as in 3 and 5, has not helped it.
-    assert kinds == {0: "never solved", 1: "helped, then solved", 2: "fell back", 3: "other", 5: "other"}
+    assert kinds == {0: "never solved", 1: "helped, then solved", 2: "fell back", 3: "other", 5: "other", 6: "other"}
     assert ("s", 4) not in groups.stories
     story = groups.stories["s", 1]
     assert (story.visits, story.first, story.last, story.injected, story.helped_at, story.solved_at) == (
@@ -128,7 +129,7 @@ def test_prompts_are_told_by_what_became_of_them():
     assert story.rates == (0.0, 0.5, 0.5)
     assert [visit.uid for visit in story.traced] == ["1/1", "2/1"]
     assert groups.successes == Counter(
-        {(1, 0): 3, (1, 2): 1, (1, 1): 1, (2, 0): 2, (2, 1): 2, (2, 2): 1, (3, 0): 1, (4, 2): 1}
+        {(1, 0): 3, (1, 2): 2, (1, 1): 1, (2, 0): 2, (2, 1): 3, (2, 2): 1, (3, 0): 1, (4, 2): 1}
     )
     assert groups.fired[1, 0] == 2
     assert groups.fired[2, 0] == 1
