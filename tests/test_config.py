@@ -146,11 +146,11 @@ def test_a_key_replaces_its_default_and_no_other():
         ),
         (
             {"loss": {"exponent": 1.5}},
-            "hapo.loss.exponent=1.5: kappa lies in [0, 1]. Use 1.0, the value of the paper, or 0.0.",
+            "hapo.loss.exponent=1.5: kappa is 0, or lies in [1e-6, 1]. Use 1.0, the value of the paper, or 0.0.",
         ),
         (
             {"loss": {"exponent": True}},
-            "hapo.loss.exponent=True: kappa lies in [0, 1]. Use 1.0, the value of the paper, or 0.0.",
+            "hapo.loss.exponent=True: kappa is 0, or lies in [1e-6, 1]. Use 1.0, the value of the paper, or 0.0.",
         ),
         ({"loss": {"shape": "sft"}}, "hapo.loss.shape='sft': no such shape. Use one of: power, trsft, chord."),
         (
