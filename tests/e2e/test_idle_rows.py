@@ -1,7 +1,9 @@
 """Whole runs of verl's trainer with rows without a gradient left out, and with all of them: the same parameters.
 
 Scripted sessions, so that both see the same rollouts, and plain SGD, as in `test_limits.py`. Each method comes with
-another way to cut a step: mini-batches, epochs, micro-batches, the head. Beside verl's own GRPO: `test_limits.py`.
+another way to cut a step: epochs, micro-batches, the head. Prompts come back in an order of their own in every run, and
+verl cuts mini-batches in that order: those are compared at the engine, in `tests/driver/test_idle_rows.py`. Beside verl's
+own GRPO: `test_limits.py`.
 """
 
 import pytest
@@ -18,19 +20,14 @@ DYNAMIC = [
     "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=256",
 ]
 CASES = {
-    # Two mini-batches, two epochs: old log-probs are needed, and the second epoch clips ratios.
-    "plus": [
-        "+hapo=plus",
-        "actor_rollout_ref.actor.ppo_mini_batch_size=4",
-        "actor_rollout_ref.actor.ppo_epochs=2",
-        *DYNAMIC,
-    ],
+    # Two epochs: old log-probs are needed, and the second epoch clips ratios.
+    "plus": ["+hapo=plus", "actor_rollout_ref.actor.ppo_epochs=2", *DYNAMIC],
     # One update, micro-batches of a fixed size, a mean of rows; half of the failed groups are injected at most.
     "paper": ["+hapo=paper", "hapo.budget.share=0.5", "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"],
     # Its own aggregation and an entropy bonus: every row has a gradient, and nothing is left out.
     "luffy": ["+hapo=luffy", *DYNAMIC],
     # Its clip and its mean over tokens; groups without a signal stay, so that there is something to leave out.
-    "dapo": ["+hapo=dapo", "algorithm.filter_groups.enable=false", "actor_rollout_ref.actor.ppo_mini_batch_size=4"],
+    "dapo": ["+hapo=dapo", "algorithm.filter_groups.enable=false"],
     # The loss inside the head.
     "policy_head": [
         "+hapo=plus",

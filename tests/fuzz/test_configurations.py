@@ -83,7 +83,7 @@ def assert_meaningful(hapo):
     assert policy.grad.isfinite().all()
     if hapo.objective.weighs_likelihood:
         one = torch.tensor([1.0, 0.0], dtype=torch.float64)
-        rows = Rows(one, torch.zeros(2, dtype=torch.int64), one > 2, one.long() + 3, -one, one, 2)
+        rows = Rows(one, torch.zeros(2, dtype=torch.int64), one > 2, one.long() + 3, -one, one, batch_size=2, groups=1)
         assert hapo.objective.likelihood_weight(rows).isfinite().all()
     for seconds in (hapo.poll_interval, hapo.watch_interval, hapo.stall_report, hapo.stall_limit, hapo.reward_timeout):
         assert seconds is None or (seconds > 0 and math.isfinite(float(seconds)))
