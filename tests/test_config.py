@@ -119,7 +119,7 @@ def test_a_key_replaces_its_default_and_no_other():
         ),
         (
             {"objective": {"name": "real", "temperature": 0}},
-            "hapo.objective.temperature=0: the temperature of the logits s/tau must be positive. Use 0.5.",
+            "hapo.objective.temperature=0: the temperature of the logits s/tau lies in [1e-6, 1e6]. Use 0.5.",
         ),
         (
             {"advantage": {"statistics": "group"}},
@@ -195,6 +195,14 @@ def test_a_key_replaces_its_default_and_no_other():
             "hapo.loss.shaping=inf: with hapo.loss.shape=trsft no token would have a weight. Use 0.1, the value of TRAPO.",
         ),
         # Found by tests/fuzz.
+        (
+            {"objective": {"name": "srft", "success_weight": 1e308}},
+            "hapo.objective.success_weight=1e+308: a weight must be positive and at most 1e6. Use 0.1.",
+        ),
+        (
+            {"objective": {"name": "real", "temperature": 1e-308}},
+            "hapo.objective.temperature=1e-308: the temperature of the logits s/tau lies in [1e-6, 1e6]. Use 0.5.",
+        ),
         (
             {"loss": {"exponent": 1e-60}},
             "hapo.loss.exponent=1e-60: kappa is 0, or lies in [1e-6, 1]. Use 1.0, the value of the paper, or 0.0.",

@@ -26,7 +26,12 @@ class Real(Objective):
 
     name: str = "real"
     # tau of the logits s/tau, s a row's mean log-probability over its old one.
-    temperature: float = checked(0.5, positive, "the temperature of the logits s/tau must be positive. Use 0.5.")
+    temperature: float = checked(
+        0.5,
+        # A weight of 1/tau has to fit fp32.
+        lambda v: positive(v) and 1e-6 <= v <= 1e6,
+        "the temperature of the logits s/tau lies in [1e-6, 1e6]. Use 0.5.",
+    )
     reads: ClassVar[frozenset[str]] = frozenset({"log_ratio"})
     whole_groups: ClassVar[bool] = True
     binary_scores: ClassVar[bool] = True

@@ -12,7 +12,7 @@ are those of the only public implementation, inside HPT's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,12 @@ from torch import Tensor
 from hapo_verl.algo.objectives import Objective, Rows
 from hapo_verl.config import checked, positive
 
-_WEIGHT = "a weight must be positive."
+_WEIGHT = "a weight must be positive and at most 1e6."
+
+
+def _is_weight(value: Any) -> bool:
+    # Beyond that an entropy of a few nats makes fp32 overflow.
+    return positive(value) and value <= 1e6
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,11 @@ class Srft(Objective):
 
     name: str = "srft"
     # Of the demonstrations' cross-entropy, times exp(-H).
-    demonstration_weight: float = checked(0.5, positive, f"{_WEIGHT} Use 0.5.")
+    demonstration_weight: float = checked(0.5, _is_weight, f"{_WEIGHT} Use 0.5.")
     # Of the log-likelihood of rollouts that succeeded, times exp(H).
-    success_weight: float = checked(0.1, positive, f"{_WEIGHT} Use 0.1.")
+    success_weight: float = checked(0.1, _is_weight, f"{_WEIGHT} Use 0.1.")
     # By which the log-likelihood of rollouts that failed is pushed down.
-    failure_weight: float = checked(1.0, positive, f"{_WEIGHT} Use 1.0.")
+    failure_weight: float = checked(1.0, _is_weight, f"{_WEIGHT} Use 1.0.")
     reads: ClassVar[frozenset[str]] = frozenset({"entropy"})
     binary_scores: ClassVar[bool] = True
     # No weight is 0.
