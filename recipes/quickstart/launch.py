@@ -136,9 +136,10 @@ class Launch:
                 if self.seconds > self.time_limit:
                     raise TrainingError(f"stopped after {self.time_limit:.0f} s without an end; the log is {self.log}")
                 if self.seconds >= next_look:
-                    # Looking at a family of twenty processes takes a while on two cores.
-                    next_look = self.seconds + 5
+                    looked = time.monotonic()
                     shared_bytes, own = family.look()
+                    # Looking at a family of twenty processes takes a while on two cores: a twentieth of the time.
+                    next_look = self.seconds + max(5, 20 * (time.monotonic() - looked))
                     self.peak_bytes = max(self.peak_bytes, shared_bytes)
                     self.memory.append((self.seconds, own))
                 time.sleep(0.5)
