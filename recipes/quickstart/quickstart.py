@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--lr", type=float, help="learning rate; default: the task's")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--time-limit", type=float, default=1800, help="seconds for the trainer")
+    parser.add_argument("--time-limit", type=float, default=3600, help="seconds for the trainer")
     args = parser.parse_args(argv)
 
     folder = (args.output / f"{args.task}-{args.preset}-seed{args.seed}").resolve()

@@ -116,7 +116,7 @@ def real_word_problems(folder: Path, steps: int, seed: int, args: Any) -> Prepar
 
 
 TASKS = {
-    "words": Task({"": 24}, words),
+    "words": Task({"": 32}, words),
     # Enough for each to learn the digits, with room; luffy and grpo get as many as paper, the others as many as plus.
     "digits": Task({"": 120, "paper": 180, "luffy": 180, "grpo": 180}, reversed_digits),
     "gsm8k": Task({"": 3}, real_word_problems),
