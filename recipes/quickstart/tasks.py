@@ -20,6 +20,8 @@ PROMPTS = 8  # a step of the language model
 # Its matrix products are worth a thread a core; the tiny model's are not.
 LANGUAGE_ENVIRONMENT = {
     "OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1)),
+    # A thread that waits for the others sleeps: on a busy machine one that spins keeps them from their core.
+    "OMP_WAIT_POLICY": "PASSIVE",
     # Each of the run's dozen processes has many threads, and glibc keeps memory for each of them.
     "MALLOC_ARENA_MAX": "2",
 }
