@@ -31,8 +31,9 @@ def reward(completions, answer, **_):
 def success(model, tokenizer, problems):
     """Share of right greedy answers."""
     chats = [[{"role": "user", "content": problem.question}] for problem in problems]
+    tokenizer.padding_side = "left"
     prompts = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True, padding_side="left"
+        chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
     )
     ids = model.eval().generate(**prompts, do_sample=False, max_new_tokens=word_problems.RESPONSE_TOKENS)
     texts = tokenizer.batch_decode(ids[:, prompts["input_ids"].size(1) :], skip_special_tokens=True)
