@@ -209,6 +209,22 @@ def test_the_weights_gradient_is_added_to_a_tensor_of_the_callers(impl):
         linear_logprob(hidden, weight, label, impl=impl, main_grad_VH=torch.zeros(37, device=DEVICE))
 
 
+def test_a_number_of_rows_that_is_known_changes_nothing_but_who_waits():
+    hidden, weight, label = head(11, 37)
+    label[3] = -100
+    keep = torch.arange(11, device=DEVICE) % 4 != 1
+    slope = torch.linspace(-1, 2, 11, device=DEVICE).round()
+    assert (slope[keep] == 0).any()
+    expected, found = (
+        run(ours, hidden, weight, label, slope, 0 * slope, keep_N=keep, kept_rows=count) for count in (None, 7)
+    )
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    if DEVICE == "cpu":  # on a GPU the assertion ends the process
+        with pytest.raises(RuntimeError, match="8 rows were announced, and the mask keeps another number of them"):
+            ours(hidden, weight, label, keep_N=keep, kept_rows=8)
+
+
 def test_keep_masks():
     hidden, weight, label = head(9, 997)
     for keep in ([False] * 9, [True] * 9, [False] * 4 + [True] + [False] * 4, [True, False, True] * 3):
@@ -299,6 +315,7 @@ def test_the_op_is_registered_so_that_compile_and_fake_tensors_work():
         True,
         "",
         [CHUNK, 2 * CHUNK],
+        None,
         None,
     )
     torch.library.opcheck(kernel.linear_logprob_op, arguments)

@@ -332,6 +332,34 @@ def test_however_many_chunks_are_collected_the_gradient_is_the_same(collect_rows
             assert torch.equal(found[name], plain[name]), name
 
 
+@pytest.mark.parametrize("given", [{}, {"kl": None, "entropy_coefficient": 0.0}], ids=["all train", "some idle"])
+@pytest.mark.parametrize("known", ["active", "both"])
+def test_counts_that_are_known_change_nothing_but_who_waits(given, known):
+    fields = batch()
+    fields["advantage"][2] = 0.0
+    active = int(fields["mask"].sum())
+    counts = {"active_tokens": active}
+    if known == "both":
+        counts["training_tokens"] = active - int(fields["mask"][2].sum())
+    expected, leaves = ours(fields, **given), leaves_of(fields)
+    tokens = [fields[name] for name in ("label", "behaviour", "advantage", "mask")]
+
+    def told(**counts):
+        settings = {"bias_V": leaves[2], "chunk_rows": 4, "collect_rows": 8, "impl": "triton"}
+        result = policy_head(*leaves[:2], *tokens, **settings, **counts, **settings_of(fields, **given))
+        return named(result.loss, result.metrics, leaves)
+
+    found = told(**counts)
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    if DEVICE == "cpu":  # on a GPU the assertion ends the process
+        for wrong in (active - 1, active + 1):
+            with pytest.raises(RuntimeError, match="rows were announced, and the mask keeps another number"):
+                told(**counts | {"active_tokens": wrong})
+    with pytest.raises(ValueError, match="training_tokens=3: without active_tokens it says nothing"):
+        told(training_tokens=3)
+
+
 def into_main_grad(fields, impl, main_grad, upstream=1.0, multiplies=None, **given):
     """Gradients of hidden, weight (None) and bias; the weight's is added to main_grad."""
     hidden, weight, bias = leaves_of(fields)
@@ -429,7 +457,16 @@ def test_the_op_is_registered_so_that_compile_and_fake_tensors_work():
     )  # fmt: skip
     torch.library.opcheck(
         policy_head_kernel.policy_head_op,
-        (hidden.detach().flatten(0, 1).requires_grad_(), weight, bias, "", [4, 8], [True, True, True], *loss_arguments),
+        (
+            hidden.detach().flatten(0, 1).requires_grad_(),
+            weight,
+            bias,
+            "",
+            [4, 8],
+            [],
+            [True, True, True],
+            *loss_arguments,
+        ),
     )
     logits = (hidden.detach().flatten(0, 1) @ weight.detach().T).requires_grad_()
     torch.library.opcheck(policy_head_kernel.from_logits_op, (logits, True, *loss_arguments))

@@ -52,6 +52,7 @@ def linear_logprob(
     vocabulary_group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
     collect_rows: int | None = None,
+    kept_rows: int | None = None,
     main_grad_VH: Tensor | None = None,
     impl: Impl = "auto",
 ) -> LinearLogprob:
@@ -72,6 +73,10 @@ def linear_logprob(
             not depend on how many rows there are. The default holds at most 1 GiB.
         collect_rows: rows whose ∂logits, in the storage dtype, are collected for one GEMM of the weight's gradient,
             rounded down to whole chunks. The default is 4,096, or what 2 GiB of 16 bits hold.
+        kept_rows: how many rows are kept (keep_N, and no label of -100), where the caller knows. Without it the host
+            waits for the device once in each pass; with it, nothing here waits, and the backward pass takes every kept
+            row, also one whose upstream gradient is 0. A wrong number is an error; on a GPU it is an assertion on the
+            device, which waits for nothing.
         main_grad_VH: fp32, the caller's own. The backward pass adds the weight's gradient there, and the weight itself
             gets none from autograd.
 
@@ -88,7 +93,8 @@ def linear_logprob(
         from hapo_kernels.linear_logprob import kernel  # not before it is needed: Triton may be absent on a CPU
 
         rows = rows_of(weight_VH.shape[0], chunk_rows, collect_rows)
-        return LinearLogprob(*kernel.linear_logprob(*arguments, with_entropy, vocabulary_group, rows, main_grad_VH))
+        settings = (with_entropy, vocabulary_group, rows, main_grad_VH, kept_rows)
+        return LinearLogprob(*kernel.linear_logprob(*arguments, *settings))
     if main_grad_VH is not None:
         arguments = (hidden_NH, reference.adds_to(main_grad_VH, weight_VH), *arguments[2:])
     if vocabulary_group is not None:

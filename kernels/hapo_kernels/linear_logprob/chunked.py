@@ -7,7 +7,8 @@
 for one. The first one writes: ∂W is not filled with zeros.
 
 Every GEMM over a chunk has one shape, whatever the batch, so that the bits of a row's results do not depend on the
-number of rows. The last chunk is padded with rows of zeros.
+number of rows. The last chunk is padded with rows of zeros. On a GPU a row kernel runs beside the next chunk's first
+GEMM (`streams`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hapo_kernels.linear_logprob.streams import One, Two, streams_of
 from hapo_kernels.memory import Rows
 
 # Takes a chunk's rows, its place among all rows, its logits, and where their gradient goes (None: nowhere).
@@ -91,28 +93,59 @@ class Head:
     def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, rows: Rows):
         self.hidden_NH, self.weight_VH, self.bias_V, self.rows = hidden_NH, weight_VH, bias_V, rows
 
-    def run(self, row: Tensor, row_kernel: RowKernel, gradients: Gradients | None = None) -> None:
-        """Take the rows `row` through the head and `row_kernel`; their dlogits go to `gradients`."""
+    def run(
+        self, row: Tensor, row_kernel: RowKernel, gradients: Gradients | None = None, *, overlap: bool = True
+    ) -> None:
+        """Take the rows `row` through the head and `row_kernel`; their dlogits go to `gradients`.
+
+        `row_kernel` allocates nothing that it hands to the GPU, unless `overlap` is off.
+        """
         if not len(row):
             return
-        V, size = self.weight_VH.shape[0], self.rows.chunk
+        size = self.rows.chunk
         chunks = -(-len(row) // size)
         slots = min(chunks, self.rows.collected // size) if gradients is not None and gradients.collects else 1
-        logits = self.hidden_NH.new_empty(size, V, dtype=torch.float32)
-        dlogits = None if gradients is None else self.hidden_NH.new_empty(slots * size, V)
-        hidden, last = self.hidden_NH, None
+        streams = streams_of(row.device, overlap and chunks > 1)
+        buffers = self._buffers(slots, streams.buffers, gradients is not None)
+        try:
+            self._run(row, row_kernel, gradients, streams, *buffers)
+        finally:
+            streams.join()
+
+    def _buffers(self, slots: int, logits: int, gradient: bool) -> tuple[list[Tensor], Tensor | None]:
+        """Chunks of logits, and dlogits of `slots` chunks."""
+        size, V = self.rows.chunk, self.weight_VH.shape[0]
+        chunks = [self.hidden_NH.new_empty(size, V, dtype=torch.float32) for _ in range(logits)]
+        return chunks, self.hidden_NH.new_empty(slots * size, V) if gradient else None
+
+    def _run(
+        self,
+        row: Tensor,
+        row_kernel: RowKernel,
+        gradients: Gradients | None,
+        streams: One | Two,
+        logits: list[Tensor],
+        dlogits: Tensor | None,
+    ) -> None:
+        size, hidden, last = self.rows.chunk, self.hidden_NH, None
+        collected = size if dlogits is None else len(dlogits)
         for number, piece in enumerate(row.split(size)):
-            start = number % slots * size
+            done = number * size
+            start = done % collected
             if start == 0:
-                hidden = self._gather(row[number * size :][: slots * size])
-            here = slice(start, start + size)
-            logits_into(logits, hidden[here], self.weight_VH, self.bias_V)
+                hidden = self._gather(row[done : done + collected])
+            here, x = slice(start, start + size), logits[number % len(logits)]
+            logits_into(x, hidden[here], self.weight_VH, self.bias_V)
+            streams.join()  # with the last chunk's row kernel, which has run beside this chunk's logits
             if gradients is not None and last is not None:
                 _finish(last, gradients)
-            row_kernel(piece, number * size, logits, None if dlogits is None else _padded(dlogits[here], len(piece)))
+            into = None if dlogits is None else _padded(dlogits[here], len(piece))
+            with streams.rows():
+                row_kernel(piece, done, x, into)
             if dlogits is not None:
                 whole = start + size == len(hidden)
                 last = _Chunk(piece, dlogits[here], (hidden, dlogits[: len(hidden)]) if whole else None)
+        streams.join()
         if gradients is not None and last is not None:
             _finish(last, gradients)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 # A custom op takes the name of a process group.
 from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
 
+from hapo_kernels.counted import rows_where
 from hapo_kernels.dispatch import refuse_double_backward
 from hapo_kernels.launch import launches
 from hapo_kernels.linear_logprob import reference
@@ -161,6 +162,7 @@ def linear_logprob_op(
     group: str,
     rows: list[int],
     main_grad_VH: Tensor | None,
+    kept_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp_N, entropy_N, max_N, log_sum_N; the last two are what the backward pass needs of the softmax.
 
@@ -169,7 +171,7 @@ def linear_logprob_op(
     N, V = hidden_NH.shape[0], weight_VH.shape[0]
     process_group = group_of(group)
     first, size = slice_of(process_group, V)
-    row = keep_N.nonzero()[:, 0]
+    row = rows_where(keep_N, kept_rows)
     stats = torch.empty(4, len(row), dtype=torch.float32, device=hidden_NH.device)
 
     def row_kernel(piece: Tensor, done: int, logits: Tensor, _: Tensor | None) -> None:
@@ -215,16 +217,20 @@ def linear_logprob_backward_op(
     main_grad_VH: Tensor | None,
     group: str,
     rows: list[int],
+    kept_rows: int | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∂hidden, ∂weight and ∂bias; empty where not wanted. Rows without an upstream gradient enter no GEMM."""
+    """∂hidden, ∂weight and ∂bias; empty where not wanted. Rows without an upstream gradient enter no GEMM, unless
+    `kept_rows` spares the host to ask for their number."""
     V = weight_VH.shape[0]
     process_group = group_of(group)
     first, _ = slice_of(process_group, V)
-    active_N = slope_N != 0
-    if entropy_slope_N is not None:
-        active_N = active_N | (entropy_slope_N != 0)
-    row = (keep_N & active_N).nonzero()[:, 0]
+    if kept_rows is None:
+        active_N = slope_N != 0
+        if entropy_slope_N is not None:
+            active_N = active_N | (entropy_slope_N != 0)
+        keep_N = keep_N & active_N
+    row = rows_where(keep_N, kept_rows)
     settings = row_settings(hidden_NH.device)
 
     def row_kernel(piece: Tensor, _: int, logits: Tensor, dlogits: Tensor | None) -> None:
@@ -257,7 +263,7 @@ def linear_logprob_backward_op(
 
 @linear_logprob_backward_op.register_fake
 def _(slope_N, entropy_slope_N, hidden_NH, weight_VH, label_N, temperature_N, bias_V, *args):
-    *_, main_grad_VH, _, _, wanted = args
+    *_, main_grad_VH, _, _, _, wanted = args
     wanted = [wanted[0], wanted[1] and main_grad_VH is None, wanted[2]]
     like = (hidden_NH, weight_VH, weight_VH if bias_V is None else bias_V)
     return tuple(
@@ -267,17 +273,17 @@ def _(slope_N, entropy_slope_N, hidden_NH, weight_VH, label_N, temperature_N, bi
 
 
 def _save(ctx, inputs, output):
-    hidden_NH, weight_VH, label_N, temperature_N, bias_V, keep_N, ctx.with_entropy, ctx.group, ctx.rows, main = inputs
+    hidden_NH, weight_VH, label_N, temperature_N, bias_V, keep_N, ctx.with_entropy, *settings = inputs
+    ctx.group, ctx.rows, ctx.main_grad_VH, ctx.kept_rows = settings
     ctx.save_for_backward(hidden_NH, weight_VH, label_N, temperature_N, bias_V, keep_N, *output[1:])
-    # Not saved for the backward pass, since whoever owns it adds to it meanwhile.
-    ctx.main_grad_VH = main
+    # main_grad_VH is not saved as a tensor of the forward pass: whoever owns it adds to it meanwhile.
     ctx.set_materialize_grads(False)  # an entropy that no loss uses costs nothing
 
 
 def _backward(ctx, slope_N, entropy_slope_N, _max, _log_sum):
     refuse_double_backward("linear_logprob")
     if slope_N is None and entropy_slope_N is None:
-        return (None,) * 10
+        return (None,) * 11
     need = ctx.needs_input_grad
     wanted = [need[0], need[1], need[4]]
     gradients = torch.ops.hapo_kernels.linear_logprob_backward(
@@ -287,11 +293,12 @@ def _backward(ctx, slope_N, entropy_slope_N, _max, _log_sum):
         ctx.main_grad_VH,
         ctx.group,
         ctx.rows,
+        ctx.kept_rows,
         wanted,
     )
     returned = [wanted[0], wanted[1] and ctx.main_grad_VH is None, wanted[2]]
     hidden, weight, bias = (gradient if want else None for gradient, want in zip(gradients, returned, strict=True))
-    return hidden, weight, None, None, bias, *[None] * 5
+    return hidden, weight, None, None, bias, *[None] * 6
 
 
 linear_logprob_op.register_autograd(_backward, setup_context=_save)
@@ -308,6 +315,7 @@ def linear_logprob(
     group: dist.ProcessGroup | None,
     rows: Rows,
     main_grad_VH: Tensor | None,
+    kept_rows: int | None,
 ) -> tuple[Tensor, Tensor]:
     """See `hapo_kernels.linear_logprob.linear_logprob`."""
     logp_N, entropy_N, _, _ = torch.ops.hapo_kernels.linear_logprob(
@@ -321,5 +329,6 @@ def linear_logprob(
         name_of(group),
         list(rows),
         main_grad_VH,
+        kept_rows,
     )
     return logp_N, entropy_N

@@ -59,6 +59,8 @@ def policy_head(
     vocabulary_group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
     collect_rows: int | None = None,
+    active_tokens: int | None = None,
+    training_tokens: int | None = None,
     main_grad_VH: Tensor | None = None,
     upstream: float = 1.0,
     impl: Impl = "auto",
@@ -73,6 +75,11 @@ def policy_head(
         behaviour_logp_BT ... kl: as for `policy_loss`.
         entropy_coefficient: c_H of - c_H · agg(H); with 0.0 the entropy is only measured.
         bias_V, chunk_rows, collect_rows: as for `linear_logprob`.
+        active_tokens: how many the mask keeps, where the caller knows. Without it the host waits for the device once,
+            or twice where tokens of advantage 0 need no gradient; with it, nothing here waits. A wrong number is an
+            error; on a GPU it is an assertion on the device, which waits for nothing.
+        training_tokens: how many of those have an advantage other than 0. With active_tokens alone, all of them enter
+            every GEMM: a token of advantage 0 has a gradient of 0 that is computed.
         main_grad_VH: fp32, the caller's own. `upstream` times the weight's gradient is added there by the forward pass,
             since that is where it is computed, and the weight itself gets none from autograd. So each forward pass that
             tracks gradients needs its backward pass, and none may run twice (activation checkpointing).
@@ -91,11 +98,14 @@ def policy_head(
     V = vocabulary_size(weight_VH, vocabulary_group)
     check_labels("label_BT", label_BT, active_BT, V, "Switch the token off in mask_BT.")
     check_main_grad(main_grad_VH, weight_VH)
+    if training_tokens is not None and active_tokens is None:
+        raise ValueError(f"training_tokens={training_tokens}: without active_tokens it says nothing. Pass both.")
     if use_triton(impl, hidden_BTH, weight_VH, advantage):
         from hapo_kernels.policy_head import kernel  # not before it is needed: Triton may be absent on a CPU
 
         rows = rows_of(weight_VH.shape[0], chunk_rows, collect_rows)
-        run = functools.partial(kernel.policy_head, rows=rows, upstream=upstream)
+        counts = [count for count in (active_tokens, training_tokens) if count is not None]
+        run = functools.partial(kernel.policy_head, rows=rows, counts=counts, upstream=upstream)
     else:
         run = reference.policy_head
     return PolicyHead(

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hapo_kernels.counted import rows_where
 from hapo_kernels.dispatch import refuse_double_backward
 from hapo_kernels.linear_logprob.chunked import Gradients, Head, RowKernel, scaled
 from hapo_kernels.linear_logprob.kernel import (
@@ -154,14 +155,22 @@ class RowLoss(NamedTuple):
     kl_coefficient: float
     entropy_coefficient: float
 
-    def rows(self, with_gradient: bool) -> tuple[Tensor, Tensor]:
-        """Tokens with a gradient, and active tokens without one."""
-        trains_N = self.active_N
-        if not self.kl_kind and self.entropy_coefficient == 0:
-            trains_N = self.active_N & (self.advantage_N != 0)
+    def rows(self, with_gradient: bool, counts: list[int]) -> tuple[Tensor, Tensor]:
+        """Tokens with a gradient, and active tokens without one.
+
+        `counts` are how many tokens are active, and how many of those have an advantage, as far as they are known.
+        """
+        active, training = [*counts, None, None][:2]
         if not with_gradient:
-            trains_N = torch.zeros_like(self.active_N)
-        return trains_N.nonzero()[:, 0], (self.active_N & ~trains_N).nonzero()[:, 0]
+            row = rows_where(self.active_N, active)
+            return row[:0], row
+        if self.kl_kind or self.entropy_coefficient != 0 or (active is not None and training is None):
+            row = rows_where(self.active_N, active)
+            return row, row[:0]
+        trains_N, idle = self.active_N & (self.advantage_N != 0), None
+        if active is not None and training is not None:
+            idle = active - training
+        return rows_where(trains_N, training), rows_where(self.active_N & ~trains_N, idle)
 
     def slice_stats(self, row: Tensor, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
         """(4, rows): statistics of the whole vocabulary from the logits of this rank's slice."""
@@ -233,10 +242,10 @@ class RowLoss(NamedTuple):
 
 
 def run_policy_head(
-    head: Head, loss: RowLoss, gradients: Gradients | None, group: dist.ProcessGroup | None
+    head: Head, loss: RowLoss, gradients: Gradients | None, group: dist.ProcessGroup | None, counts: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss, sums in the order of PolicyLossMetrics, logp_N, entropy_N; `gradients` are filled."""
-    trains, rest = loss.rows(gradients is not None)
+    trains, rest = loss.rows(gradients is not None, counts)
     into = Values.of(loss.temperature_N, len(trains) + len(rest))
 
     def after(first: int) -> RowKernel:
@@ -245,8 +254,9 @@ def run_policy_head(
 
         return row_kernel
 
-    head.run(trains, after(0), gradients)
-    head.run(rest, after(len(trains)))
+    # Ranks that share a vocabulary meet between the two sweeps of a row kernel, in memory of their own.
+    head.run(trains, after(0), gradients, overlap=group is None)
+    head.run(rest, after(len(trains)), overlap=group is None)
     sums = into.sums()
     return loss.total(sums).float(), sums.float(), into.logp_N, into.entropy_N
 
@@ -258,6 +268,7 @@ def policy_head_op(
     bias_V: Tensor | None,
     group: str,
     rows: list[int],
+    counts: list[int],
     wanted: list[bool],
     label_N: Tensor,
     temperature_N: Tensor,
@@ -287,7 +298,8 @@ def policy_head_op(
     )  # fmt: skip
     process_group = group_of(group)
     gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted) if any(wanted) else None
-    values = run_policy_head(Head(hidden_NH, weight_VH, bias_V, Rows(*rows)), loss, gradients, process_group)
+    head = Head(hidden_NH, weight_VH, bias_V, Rows(*rows))
+    values = run_policy_head(head, loss, gradients, process_group, counts)
     dhidden_NH, dweight_VH, dbias_V = (None,) * 3 if gradients is None else gradients.result(process_group)
     return (
         *values,
@@ -304,7 +316,7 @@ def fake_values(temperature_N: Tensor) -> tuple[Tensor, ...]:
 
 
 @policy_head_op.register_fake
-def _(hidden_NH, weight_VH, bias_V, group, rows, wanted, label_N, temperature_N, *args):
+def _(hidden_NH, weight_VH, bias_V, group, rows, counts, wanted, label_N, temperature_N, *args):
     dense, fp32 = {"memory_format": torch.contiguous_format}, {"dtype": torch.float32}
     return (
         *fake_values(temperature_N),
@@ -345,13 +357,13 @@ def from_logits_op(
         kl_kind, kl_coefficient, entropy_coefficient,
     )  # fmt: skip
     logits_NV = logits_NV.contiguous()
-    trains, rest = loss.rows(with_gradient)
+    trains, rest = loss.rows(with_gradient, [])
     into = Values.of(temperature_N, len(trains) + len(rest))
     dlogits_NV = logits_NV.new_empty(logits_NV.shape if with_gradient else 0)
     if with_gradient:
         loss.launch(trains, logits_NV, dlogits_NV, into, 0, whole=True)
         flat_N = torch.ones_like(active_N).index_fill_(0, trains, False)
-        dlogits_NV.index_fill_(0, flat_N.nonzero()[:, 0], 0.0)
+        dlogits_NV.index_fill_(0, rows_where(flat_N, len(flat_N) - len(trains)), 0.0)
     loss.launch(rest, logits_NV, None, into, len(trains), whole=True)
     sums = into.sums()
     return loss.total(sums).float(), sums.float(), into.logp_N, into.entropy_N, dlogits_NV
@@ -392,9 +404,9 @@ class _IntoMainGrad(torch.autograd.Function):
     """`policy_head_op` that adds `upstream · ∂weight` to a tensor of the caller's, which no functional op may do."""
 
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, bias_V, main_grad_VH, upstream, group, rows, wanted, loss):
+    def forward(ctx, hidden_NH, weight_VH, bias_V, main_grad_VH, upstream, group, rows, counts, wanted, loss):
         gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted, main_grad_VH, upstream)
-        values = run_policy_head(Head(hidden_NH, weight_VH, bias_V, rows), loss, gradients, group)
+        values = run_policy_head(Head(hidden_NH, weight_VH, bias_V, rows), loss, gradients, group, counts)
         dhidden_NH, _, dbias_V = gradients.result(group)
         ctx.upstream, ctx.dtypes = (
             upstream,
@@ -415,7 +427,7 @@ class _IntoMainGrad(torch.autograd.Function):
             None if gradient is None else scaled(gradient, upstream, dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return hidden, None, bias, *[None] * 6
+        return hidden, None, bias, *[None] * 7
 
 
 policy_head_op.register_autograd(_backward, setup_context=_save)
@@ -477,6 +489,7 @@ def policy_head(
     bias_V: Tensor | None,
     vocabulary_group: dist.ProcessGroup | None,
     rows: Rows,
+    counts: list[int],
     main_grad_VH: Tensor | None,
     upstream: float,
     **terms,
@@ -485,9 +498,9 @@ def policy_head(
     loss, head = row_loss(*tokens, **terms), (hidden_BTH.flatten(0, -2), weight_VH, bias_V)
     wanted = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in head]
     if main_grad_VH is not None and wanted[1]:
-        values = _into_main_grad(*head, main_grad_VH, upstream, vocabulary_group, rows, wanted, loss)
+        values = _into_main_grad(*head, main_grad_VH, upstream, vocabulary_group, rows, counts, wanted, loss)
     else:
-        values = torch.ops.hapo_kernels.policy_head(*head, name_of(vocabulary_group), list(rows), wanted, *loss)
+        values = torch.ops.hapo_kernels.policy_head(*head, name_of(vocabulary_group), list(rows), counts, wanted, *loss)
     return result_of(*values[:4], hidden_BTH.shape[:-1])
 
 
