@@ -182,7 +182,7 @@ class Rehearsal:
         """See `head_memory`; wrong where the head alone would not fit the GPU that is visible here."""
         import torch
 
-        from hapo_kernels.launch import rows_a_chunk
+        from hapo_kernels.memory import rows_a_chunk
 
         tokens, text = tokens_at_a_time(self.config), self._hf_config.get_text_config()
         sizes = (tokens, text.hidden_size, text.vocab_size)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hapo_kernels.launch import rows_a_chunk
+from hapo_kernels.memory import rows_a_chunk
 from hapo_verl.launch.head_memory import linear_logprob_bytes, policy_head_bytes, verl_head_bytes
 
 QWEN_7B = {"tokens": 16384, "hidden": 3584, "vocabulary": 152064}
