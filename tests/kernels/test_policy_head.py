@@ -7,6 +7,8 @@ import torch
 
 from exactness import DEVICE, STORAGE, assert_no_less_exact
 from hapo_kernels.linear_logprob import chunked, linear_logprob
+from hapo_kernels.linear_logprob.streams import One
+from hapo_kernels.memory import Rows, rows_within
 from hapo_kernels.policy_head import kernel as policy_head_kernel
 from hapo_kernels.policy_head import policy_head, policy_loss_from_logits
 from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, Teacher, policy_loss
@@ -67,7 +69,7 @@ def named(loss, metrics, leaves):
     return {"loss": loss.detach(), **gradients, **metrics._asdict()}
 
 
-def ours(fields, impl="triton", dtype=None, chunk_rows=4, collect_rows=8, **given):
+def ours(fields, impl="triton", dtype=None, chunk_rows=4, collect_rows=8, memory_gib=None, **given):
     if dtype:
         fields = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in fields.items()}
     hidden, weight, bias = leaves = leaves_of(fields)
@@ -81,6 +83,7 @@ def ours(fields, impl="triton", dtype=None, chunk_rows=4, collect_rows=8, **give
         bias_V=bias,
         chunk_rows=chunk_rows,
         collect_rows=collect_rows,
+        memory_gib=memory_gib,
         impl=impl,
         **settings_of(fields, **given),
     )
@@ -358,6 +361,24 @@ def test_counts_that_are_known_change_nothing_but_who_waits(given, known):
                 told(**counts | {"active_tokens": wrong})
     with pytest.raises(ValueError, match="training_tokens=3: without active_tokens it says nothing"):
         told(training_tokens=3)
+
+
+def test_a_budget_picks_the_pieces_and_changes_nothing_else(monkeypatch):
+    fields, seen = batch(), []
+    monkeypatch.setattr(chunked, "streams_of", lambda *_: One())
+    init = chunked.Head.__init__
+    monkeypatch.setattr(chunked.Head, "__init__", lambda self, *head: (seen.append(head[3]), init(self, *head))[1])
+    plain = ours(fields, chunk_rows=32, collect_rows=64)
+    found = ours(fields, chunk_rows=None, collect_rows=None, memory_gib=2e-5)
+    assert seen == [Rows(32, 64), rows_within(2e-5, 37, 24, 4)]
+    assert seen[1] != rows_within(1, 37, 24, 4)
+    for name in found:
+        torch.testing.assert_close(found[name], plain[name], rtol=1e-5, atol=1e-7)
+    for impl in ("triton", "reference"):
+        with pytest.raises(
+            ValueError, match=r"memory_gib=1e-07: a head of 37 tokens and 24 hidden units needs 0\.01 GiB"
+        ):
+            ours(fields, impl, chunk_rows=None, collect_rows=None, memory_gib=1e-7)
 
 
 def into_main_grad(fields, impl, main_grad, upstream=1.0, multiplies=None, **given):

@@ -26,7 +26,7 @@ from torch.distributed import ProcessGroup
 
 from hapo_kernels.dispatch import Impl, debug, use_triton
 from hapo_kernels.linear_logprob import reference
-from hapo_kernels.memory import rows_of
+from hapo_kernels.memory import pieces
 
 __all__ = ["LinearLogprob", "linear_logprob"]
 
@@ -52,6 +52,7 @@ def linear_logprob(
     vocabulary_group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
     collect_rows: int | None = None,
+    memory_gib: float | None = None,
     kept_rows: int | None = None,
     main_grad_VH: Tensor | None = None,
     impl: Impl = "auto",
@@ -73,6 +74,8 @@ def linear_logprob(
             not depend on how many rows there are. The default holds at most 1 GiB.
         collect_rows: rows whose ∂logits, in the storage dtype, are collected for one GEMM of the weight's gradient,
             rounded down to whole chunks. The default is 4,096, or what 2 GiB of 16 bits hold.
+        memory_gib: picks both, so that logits, ∂logits and the weight's gradient in fp32 stay within that many GiB.
+            What works is at least the gradient, in fp32 and as it is handed on (`hapo_kernels.memory`).
         kept_rows: how many rows are kept (keep_N, and no label of -100), where the caller knows. Without it the host
             waits for the device once in each pass; with it, nothing here waits, and the backward pass takes every kept
             row, also one whose upstream gradient is 0. A wrong number is an error; on a GPU it is an assertion on the
@@ -92,7 +95,7 @@ def linear_logprob(
     if use_triton(impl, hidden_NH, weight_VH):
         from hapo_kernels.linear_logprob import kernel  # not before it is needed: Triton may be absent on a CPU
 
-        rows = rows_of(weight_VH.shape[0], chunk_rows, collect_rows)
+        rows = pieces(weight_VH, chunk=chunk_rows, collected=collect_rows, memory_gib=memory_gib)
         settings = (with_entropy, vocabulary_group, rows, main_grad_VH, kept_rows)
         return LinearLogprob(*kernel.linear_logprob(*arguments, *settings))
     if main_grad_VH is not None:

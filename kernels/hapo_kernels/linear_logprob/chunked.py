@@ -177,14 +177,22 @@ def logits_into(out: Tensor, hidden: Tensor, weight_VH: Tensor, bias_V: Tensor |
         out.add_(bias_V)
 
 
+def multiplies_narrow(a: Tensor) -> bool:
+    """Whether 16-bit numbers are multiplied as they are, and summed in fp32.
+
+    The CPU, where kernels are only tested, multiplies in fp32.
+    """
+    return a.is_cuda and a.dtype != torch.float32
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with fp32 accumulation. The CPU, where kernels are only tested, multiplies in fp32."""
-    return torch.mm(a, b) if a.is_cuda else a.float() @ b.float()
+    """a @ b with fp32 accumulation."""
+    return torch.mm(a, b) if multiplies_narrow(a) else a.float() @ b.float()
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, adds: bool = False, alpha: float = 1.0) -> None:
     """out = a @ b, or out += alpha · a @ b, accumulated in fp32; `out` is fp32."""
-    narrow = a.is_cuda and a.dtype != torch.float32
+    narrow = multiplies_narrow(a)
     if adds and narrow:
         torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, alpha=alpha, out=out)
     elif adds:

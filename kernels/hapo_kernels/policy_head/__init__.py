@@ -24,7 +24,7 @@ from torch.distributed import ProcessGroup
 
 from hapo_kernels.dispatch import Impl, use_triton
 from hapo_kernels.linear_logprob import check_head, check_labels, check_main_grad, temperature_of, vocabulary_size
-from hapo_kernels.memory import rows_of
+from hapo_kernels.memory import pieces
 from hapo_kernels.policy_head import reference
 from hapo_kernels.policy_loss import Aggregation, Clip, KLPenalty, PolicyLossMetrics, Teacher, check_tokens
 
@@ -59,6 +59,7 @@ def policy_head(
     vocabulary_group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
     collect_rows: int | None = None,
+    memory_gib: float | None = None,
     active_tokens: int | None = None,
     training_tokens: int | None = None,
     main_grad_VH: Tensor | None = None,
@@ -74,7 +75,7 @@ def policy_head(
             NaN, and an error with HAPO_KERNELS_DEBUG=1.
         behaviour_logp_BT ... kl: as for `policy_loss`.
         entropy_coefficient: c_H of - c_H · agg(H); with 0.0 the entropy is only measured.
-        bias_V, chunk_rows, collect_rows: as for `linear_logprob`.
+        bias_V, chunk_rows, collect_rows, memory_gib: as for `linear_logprob`.
         active_tokens: how many the mask keeps, where the caller knows. Without it the host waits for the device once,
             or twice where tokens of advantage 0 need no gradient; with it, nothing here waits. A wrong number is an
             error; on a GPU it is an assertion on the device, which waits for nothing.
@@ -103,7 +104,7 @@ def policy_head(
     if use_triton(impl, hidden_BTH, weight_VH, advantage):
         from hapo_kernels.policy_head import kernel  # not before it is needed: Triton may be absent on a CPU
 
-        rows = rows_of(weight_VH.shape[0], chunk_rows, collect_rows)
+        rows = pieces(weight_VH, chunk=chunk_rows, collected=collect_rows, memory_gib=memory_gib)
         counts = [count for count in (active_tokens, training_tokens) if count is not None]
         run = functools.partial(kernel.policy_head, rows=rows, counts=counts, upstream=upstream)
     else:
