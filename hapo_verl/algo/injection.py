@@ -7,12 +7,9 @@ result. (Synthetic Success Injection, arXiv 2603.11321v1, section 4; the order a
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-from hapo_verl.algo.gate import Situation, fires, firing_probabilities
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -50,43 +47,3 @@ def worst_rollout(rollouts: Sequence[Rollout], rng: random.Random) -> int:
 def is_success(score: float, accuracy: float | bool | None, threshold: float) -> bool:
     """Binary success: `acc` where the reward function returns one, else the score, is at least `threshold`."""
     return float(score if accuracy is None else accuracy) >= threshold
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What the gate says of a group.
-
-    Attributes:
-        gated: every rollout has a score, so that there was something to judge.
-        successes: S.
-        fired: the gate wants a demonstration.
-        admitted: the budget has room for it.
-        worst: position of the rollout that the demonstration replaces; None where it is to replace none.
-    """
-
-    gated: bool
-    successes: int = 0
-    fired: bool = False
-    admitted: bool = True
-    worst: int | None = None
-
-    def moved(self, by: int) -> Judgement:
-        """Of a group that begins at this row of a batch."""
-        return self if self.worst is None else replace(self, worst=self.worst + by)
-
-
-def judge(rollouts: Sequence[Rollout], situation: Situation, *, gate: str, rng: random.Random) -> Judgement:
-    """The gate's decision on a group, and whom it would replace.
-
-    Args:
-        rollouts: the group, at least two of them; a score that is NaN leaves it unjudged.
-        situation: what the gate knows of the prompt.
-        gate: a name of `hapo_verl.config.GATES`.
-        rng: the group's generator.
-    """
-    if any(math.isnan(rollout.score) for rollout in rollouts):
-        return Judgement(gated=False)
-    successes = sum(rollout.success for rollout in rollouts)
-    fired = fires(firing_probabilities(gate, len(rollouts), situation), successes, rng)
-    worst = worst_rollout(rollouts, rng) if fired and situation.admitted else None
-    return Judgement(True, successes, fired, situation.admitted, worst)

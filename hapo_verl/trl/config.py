@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig  # pyright: ignore[reportAttributeAccessIssue]  takes this folder for it
 
 from hapo_verl.config import ConfigError, HapoConfig
@@ -109,3 +110,34 @@ def _check_grpo(args: GRPOConfig) -> None:
     for key, wrong, advice in _RULES:
         if wrong(getattr(args, key)):
             raise ConfigError(f"{key}={getattr(args, key)}: {advice}")
+
+
+def check_trainer(trainer: Any, hapo: HapoConfig) -> None:
+    """Raise `ConfigError` where a trainer was given what no demonstration goes with."""
+    for name, used in (
+        ("processing_class", not isinstance(trainer.processing_class, PreTrainedTokenizerBase)),
+        ("tools", bool(trainer._standalone_tools)),
+        ("environment_factory", trainer.environment_factories is not None),
+        ("rollout_func", trainer.rollout_func is not None),
+    ):
+        if used:
+            raise ConfigError(
+                f"{name}: a demonstration is one turn of text here, without tools, environments or images. "
+                "Use a tokenizer and TRL's own generation, or verl's trainer."
+            )
+    if any(getattr(trainer._tokenizer, name, None) is not None for name in ("response_template", "response_schema")):
+        raise ConfigError(
+            "processing_class.response_template: a demonstration is scored as text, not as a parsed message. "
+            "Set response_template and response_schema of the tokenizer to None."
+        )
+    columns, key = getattr(trainer.train_dataset, "column_names", None), hapo.demonstration_key
+    if columns is not None and key not in columns and hapo.gate.name != "never":
+        raise ConfigError(
+            f"hapo.demonstration_key={key}: no such column in train_dataset ({', '.join(columns)}). "
+            "Name the column with the worked solutions."
+        )
+    if columns is None and hapo.gate.name in ("posterior", "thompson"):
+        raise ConfigError(
+            f"hapo.gate.name={hapo.gate.name}: a stream has no list of its prompts to remember. "
+            "Use hapo.gate.name=annealed, or a data set that is not a stream."
+        )

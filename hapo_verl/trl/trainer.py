@@ -13,9 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,24 +21,22 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer, is_conversational  # pyright: ignore[reportAttributeAccessIssue]  takes this folder for it
 
-from hapo_verl.algo.advantage import appended_advantage, group_advantage
+from hapo_verl.algo.advantage import scored_advantage
 from hapo_verl.algo.chat import TurnFormat
-from hapo_verl.algo.demonstration import REASONS, Refusal, Response
+from hapo_verl.algo.demonstration import Refusal, Response
 from hapo_verl.algo.gate_state import GateState
-from hapo_verl.algo.injection import Judgement, Rollout, judge
-from hapo_verl.algo.policy_loss import UNCLIPPED, Aggregation, DemonstrationShape, hapo_policy_loss
+from hapo_verl.algo.injection import Rollout
+from hapo_verl.algo.judgement import Judgement, described, judged
 from hapo_verl.algo.posterior import prompt_key
 from hapo_verl.config import ConfigError
-from hapo_verl.trl.config import HapoGRPOConfig
+from hapo_verl.trl.config import HapoGRPOConfig, check_trainer
 from hapo_verl.trl.contract import check_contract
+from hapo_verl.trl.loss import aggregation, demonstration_loss, without
 
 # Field of a batch beside TRL's own: (B,) bool, which rows are demonstrations.
 DEMONSTRATION = "hapo_demonstration"
-# In the place of a reference's log-probability where it is not read: far below any, so that no exponential overflows.
-_UNREAD = -1e4
 
 
 @dataclass
@@ -68,7 +64,7 @@ class HapoGRPOTrainer(GRPOTrainer):
             raise ConfigError(f"args={type(args).__name__}: no keys of HAPO. Use hapo_verl.trl.HapoGRPOConfig.")
         self._hapo, self._batch = args.parsed_hapo(), None
         super().__init__(model, reward_funcs, args, *more, **kwargs)
-        self._check_trainer()
+        check_trainer(self, self._hapo)
         if not self._hapo.loss.clip:
             self.epsilon_low = self.epsilon_high = math.inf
         self._gate_state = GateState(
@@ -78,35 +74,6 @@ class HapoGRPOTrainer(GRPOTrainer):
             rows: Any = self.train_dataset
             self._gate_state.know([_key(row) for row in rows], [_source(row) for row in rows])
         self._formats: dict[bool, TurnFormat] = {}
-
-    def _check_trainer(self) -> None:
-        for name, used in (
-            ("processing_class", not isinstance(self.processing_class, PreTrainedTokenizerBase)),
-            ("tools", bool(self._standalone_tools)),
-            ("environment_factory", self.environment_factories is not None),
-            ("rollout_func", self.rollout_func is not None),
-        ):
-            if used:
-                raise ConfigError(
-                    f"{name}: a demonstration is one turn of text here, without tools, environments or images. "
-                    "Use a tokenizer and TRL's own generation, or verl's trainer."
-                )
-        if any(getattr(self._tokenizer, name, None) is not None for name in ("response_template", "response_schema")):
-            raise ConfigError(
-                "processing_class.response_template: a demonstration is scored as text, not as a parsed message. "
-                "Set response_template and response_schema of the tokenizer to None."
-            )
-        columns, key = getattr(self.train_dataset, "column_names", None), self._hapo.demonstration_key
-        if columns is not None and key not in columns and self._hapo.gate.name != "never":
-            raise ConfigError(
-                f"hapo.demonstration_key={key}: no such column in train_dataset ({', '.join(columns)}). "
-                "Name the column with the worked solutions."
-            )
-        if columns is None and self._hapo.gate.name in ("posterior", "thompson"):
-            raise ConfigError(
-                f"hapo.gate.name={self._hapo.gate.name}: a stream has no list of its prompts to remember. "
-                "Use hapo.gate.name=annealed, or a data set that is not a stream."
-            )
 
     # --- rows ---
 
@@ -143,7 +110,8 @@ class HapoGRPOTrainer(GRPOTrainer):
         batch.reward_BF = super()._calculate_rewards(batch.inputs, prompts, completions, ids)
         batch.demonstration_B = torch.zeros(len(batch.reward_BF), dtype=torch.bool, device=batch.reward_BF.device)
         keys = gather_object([_key(row) for row in batch.inputs]) if self._gate_state.remembers_prompts else None
-        judgements, score_B = self._judge(batch.reward_BF, ids, keys), self._scores(batch.reward_BF)
+        judgements = self._judge(batch.reward_BF, ids, keys)
+        on_policy_reward = self._scores(batch.reward_BF).nanmean().item()
         first, worst = self._my_rows(len(prompts)).start, [judgement.worst for judgement in judgements]
         mine = [row - first for row in worst if row is not None and 0 <= row - first < len(prompts)]
         found = {row: self._demonstration(batch.inputs[row]) for row in mine}
@@ -158,7 +126,12 @@ class HapoGRPOTrainer(GRPOTrainer):
                     logprobs[row] = [math.nan] * len(response.tokens)
         injected = int(batch.demonstration_B.sum())
         reasons += ["rejected"] * (sum(row is not None for row in worst) - injected - len(reasons))
-        self._log_groups(judgements, score_B, injected, Counter(reasons))
+        metrics = described(judgements, self.num_generations, injected=injected, reasons=reasons) | {
+            "hapo/gate/threshold": self._gate_state.threshold(self.state.global_step + 1),
+            "hapo/on_policy_reward": on_policy_reward,
+        }
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(value)
 
     def _judge(self, reward_BF: Tensor, ids: list[list[int]], keys: list[int] | None) -> list[Judgement]:
         """The gate's word on each group of all processes; `worst` is a row of all processes' rows."""
@@ -171,19 +144,15 @@ class HapoGRPOTrainer(GRPOTrainer):
             Rollout(score, score >= self._hapo.success_threshold, *fact)
             for score, fact in zip(scores, facts, strict=True)
         ]
-        starts = range(0, len(rollouts), per_group)
-        of_groups = [None if keys is None else keys[start] for start in starts]
-        situations = self._gate_state.situations(of_groups, step)
-        judgements = [
-            judge(
-                rollouts[start : start + per_group],
-                situation,
-                gate=self._hapo.gate.name,
-                # The trainer's count of passes, too: a step may generate more than once.
-                rng=random.Random(f"{self._hapo.seed}/{step}/{self._step}/{start}"),
-            ).moved(start)
-            for start, situation in zip(starts, situations, strict=True)
-        ]
+        of_groups = keys[::per_group] if keys else [None] * (len(rollouts) // per_group)
+        judgements = judged(
+            rollouts,
+            per_group,
+            self._gate_state.situations(of_groups, step),
+            gate=self._hapo.gate.name,
+            # The trainer's count of passes, too: a step may generate more than once.
+            seed=f"{self._hapo.seed}/{step}/{self._step}",
+        )
         gated = [(j.successes, per_group, key) for j, key in zip(judgements, of_groups, strict=True) if j.gated]
         self._gate_state.observe(*(list(column) for column in zip(*gated, strict=True)) if gated else ([], [], []))
         return judgements
@@ -248,38 +217,19 @@ class HapoGRPOTrainer(GRPOTrainer):
         return score_B.masked_fill(reward_BF.isnan().all(dim=1), math.nan)
 
     def _advantages(self, batch: _Batch) -> Tensor:
-        """(B,) of all processes' rows; 0 for a completion without a reward, with which none is compared."""
-        score_B, scale = self._scores(batch.reward_BF), self.scale_rewards == "group"
-        group_B = torch.arange(len(score_B), device=score_B.device) // self.num_generations
-        known_B, advantage_B = ~score_B.isnan(), torch.zeros_like(score_B)
-        score, group, demonstration = score_B[known_B], group_B[known_B], batch.demonstration_B[known_B]
-        if self._hapo.advantage.statistics == "on_policy":
-            advantage_B[known_B] = appended_advantage(score, group, demonstration, scale_by_std=scale)
-        else:
-            advantage_B[known_B] = group_advantage(score, group, scale_by_std=scale)
-        return advantage_B
+        """(B,) of all processes' rows."""
+        score_B = self._scores(batch.reward_BF)
+        return scored_advantage(
+            score_B,
+            torch.arange(len(score_B), device=score_B.device) // self.num_generations,
+            batch.demonstration_B,
+            apart=self._hapo.advantage.statistics == "on_policy",
+            scale_by_std=self.scale_rewards == "group",
+        )
 
     def _my_rows(self, count: int) -> slice:
         start = self.accelerator.process_index * count
         return slice(start, start + count)
-
-    def _log_groups(
-        self, judgements: Sequence[Judgement], score_B: Tensor, injected: int, reasons: Counter[str]
-    ) -> None:
-        gated = [judgement for judgement in judgements if judgement.gated]
-        groups, rollouts = len(judgements), max(1, len(gated) * self.num_generations)
-        values = {
-            "gate/firing_rate": sum(judgement.fired for judgement in gated) / max(1, len(gated)),
-            "gate/threshold": self._gate_state.threshold(self.state.global_step + 1),
-            "gate/not_admitted": sum(j.fired and not j.admitted for j in gated) / groups,
-            "gate/not_gated": 1 - len(gated) / groups,
-            "injected/group_share": injected / groups,
-            "on_policy_success": sum(judgement.successes for judgement in gated) / rollouts,
-            "on_policy_reward": score_B.nanmean().item(),
-            **{f"refused/{reason}": reasons[reason] / groups for reason in REASONS},
-        }
-        for name, value in values.items():
-            self._metrics["train"][f"hapo/{name}"].append(value)
 
     # --- loss ---
 
@@ -292,47 +242,15 @@ class HapoGRPOTrainer(GRPOTrainer):
         demonstration_B = inputs.get(DEMONSTRATION)
         if demonstration_B is None or not demonstration_B.any():
             return super()._compute_loss(model, inputs)
-        mask_BT = inputs["completion_mask"]
-        # TRL's mask of tokens that are context and not trained on: its loss is then that of the policy's own rows, and
-        # so are its metrics. What it multiplies by 0 has to be finite.
-        own = dict(inputs, tool_mask=(~demonstration_B).unsqueeze(1).expand_as(mask_BT).to(mask_BT.dtype))
-        for name, value in (("old_per_token_logps", 0.0), ("ref_per_token_logps", _UNREAD)):
-            if name in own:
-                own[name] = own[name].masked_fill(demonstration_B.unsqueeze(1), value)
-        loss = super()._compute_loss(model, own)
-        policy_logp_BT: Any = self._policy_logp_BT
-        self._policy_logp_BT = None
-        part = hapo_policy_loss(
-            policy_logp_BT,
-            None,
-            inputs["advantages"],
-            mask_BT * demonstration_B.unsqueeze(1),
-            demonstration_B,
-            shape=DemonstrationShape(self._hapo.loss.shape, float(self._hapo.loss.shaping), self._hapo.loss.exponent),
-            clip=UNCLIPPED,
-            aggregation=self._aggregation(inputs),
-            impl=self._hapo.kernels.policy_loss,  # pyright: ignore[reportArgumentType]
-        )
+        loss = super()._compute_loss(model, without(inputs, demonstration_B))
+        policy_logp_BT, self._policy_logp_BT = self._policy_logp_BT, None
+        part = demonstration_loss(policy_logp_BT, inputs, demonstration_B, self._hapo, aggregation(self, inputs))
         tokens = part.metrics.teacher_tokens.clamp(min=1)
         self._metrics["train"]["hapo/loss/demonstration"].append(part.metrics.teacher_loss.item())
         self._metrics["train"]["hapo/demonstration/probability"].append(
             (part.metrics.teacher_probability_sum / tokens).item()
         )
         return loss + part.loss
-
-    def _aggregation(self, inputs: dict[str, Any]) -> Aggregation:
-        """TRL's aggregation of `loss_type`, gradient accumulation included."""
-        rows, passes = len(inputs["advantages"]), self.current_gradient_accumulation_steps
-        if self.loss_type in ("grpo", "sapo"):
-            return Aggregation("seq-mean-token-mean", global_batch_size=rows * passes)
-        if self.loss_type == "dr_grpo":
-            return Aggregation(
-                "seq-mean-token-sum-norm",
-                global_batch_size=rows * passes,
-                loss_scale_factor=self.max_completion_length,
-            )
-        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        return Aggregation("token-mean", batch_num_tokens=tokens * passes / self.args.steps_per_generation)
 
     # --- checkpoints ---
 
