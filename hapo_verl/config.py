@@ -243,10 +243,22 @@ class KernelsConfig:
         lambda v: v in HEADS or v is False,  # YAML reads a bare `off` as false
         "no such head. Use one of: off, linear_logprob, policy_head.",
     )
+    # GiB for the head's logits, their gradients and the head's own gradient in fp32, on each rank; picks how many rows
+    # are taken at once. null: up to 1,024 rows of logits, twice, and 4,096 of their gradient, at 150,000 tokens.
+    memory_gib: float | None = checked(
+        None,
+        lambda v: v is None or positive(v),
+        "a size in GiB is positive. Use null for the default, or what the doctor names as the least.",
+    )
 
     def __post_init__(self) -> None:
         if self.head is False:
             object.__setattr__(self, "head", "off")
+        if self.head == "off" and self.memory_gib is not None:
+            raise ConfigError(
+                f"hapo.kernels.memory_gib={self.memory_gib}: hapo.kernels.head=off takes all rows at once. "
+                "Use hapo.kernels.head=policy_head or linear_logprob, or hapo.kernels.memory_gib=null."
+            )
 
 
 HEADS = ("off", "linear_logprob", "policy_head")

@@ -26,7 +26,7 @@ def test_an_empty_block_is_the_paper():
     assert hapo.injection.mode == "replace"
     assert hapo.budget.share == 1.0
     assert hapo.loss == LossConfig(shape="power", shaping=0.1, exponent=1.0, clip=True)
-    assert hapo.kernels == KernelsConfig(policy_loss="auto", head="off")
+    assert hapo.kernels == KernelsConfig(policy_loss="auto", head="off", memory_gib=None)
 
 
 def test_the_defaults_pass_their_own_checks():
@@ -165,6 +165,16 @@ def test_a_key_replaces_its_default_and_no_other():
         (
             {"kernels": {"head": "fused"}},
             "hapo.kernels.head='fused': no such head. Use one of: off, linear_logprob, policy_head.",
+        ),
+        (
+            {"kernels": {"head": "policy_head", "memory_gib": 0}},
+            "hapo.kernels.memory_gib=0: a size in GiB is positive. Use null for the default, or what the doctor names "
+            "as the least.",
+        ),
+        (
+            {"kernels": {"memory_gib": 3}},
+            "hapo.kernels.memory_gib=3: hapo.kernels.head=off takes all rows at once. "
+            "Use hapo.kernels.head=policy_head or linear_logprob, or hapo.kernels.memory_gib=null.",
         ),
         (
             {"poll_interval": 0},

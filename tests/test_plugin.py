@@ -70,15 +70,35 @@ def test_both_ends_of_the_socket_for_weights_are_named_for_the_cluster_and_the_j
     assert python(code, VERL_PLATFORM="cpu") == "True True True"
 
 
-def test_vllms_linear_layers_are_left_alone_without_the_cpu_platform(monkeypatch):
+def test_vllm_is_left_alone_without_the_cpu_platform(monkeypatch):
     from hapo_verl.cpu import vllm as vllm_cpu
 
     monkeypatch.delenv("VERL_PLATFORM", raising=False)
     monkeypatch.setitem(sys.modules, "vllm.platforms", None)  # importing it would raise
-    vllm_cpu.keep_plain_linear_weights()
+    vllm_cpu.register()
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
     with pytest.raises(ImportError):
-        vllm_cpu.keep_plain_linear_weights()
+        vllm_cpu.register()
+
+
+@pytest.mark.parametrize(("registered", "seconds"), [(True, (0.0, 0.05)), (False, (0.05, 1.0))])
+def test_vllms_processes_wait_for_each_other_without_a_core(registered, seconds):
+    code = (
+        "import threading, time\n"
+        + "from hapo_verl.cpu import vllm\nvllm.register()\n" * registered
+        + "from vllm.distributed.device_communicators.shm_broadcast import MessageQueue\n"
+        "writer = MessageQueue(n_reader=1, n_local_reader=1)\n"
+        "reader = MessageQueue.create_from_handle(writer.export_handle(), 0)\n"
+        "ready = threading.Thread(target=writer.wait_until_ready)\n"
+        "ready.start(); reader.wait_until_ready(); ready.join()\n"
+        "writer.enqueue('first'); reader.dequeue()\n"
+        "threading.Timer(0.9, writer.enqueue, args=['later']).start()\n"
+        "started = time.process_time()\n"
+        "print(reader.dequeue(), time.process_time() - started)"
+    )
+    message, used = python(code, VERL_PLATFORM="cpu").split()
+    assert message == "later"
+    assert seconds[0] <= float(used) <= seconds[1]
 
 
 def test_plus_is_the_papers_launch_with_a_gate_that_lets_go_rows_of_its_own_and_the_logarithm(launch):

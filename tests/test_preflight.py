@@ -121,6 +121,24 @@ def test_whatever_the_configuration_and_its_files_show_is_said_before_anything_s
     assert lines[0].startswith(sentence.format(folder=tmp_path))
 
 
+def test_a_budget_that_the_models_head_does_not_fit_is_said_before_anything_starts(
+    composed, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "model" / "config.json").write_text('{"hidden_size": 1024, "vocab_size": 100000}')
+    head = ("hapo.kernels.head=policy_head", "actor_rollout_ref.actor.strategy=fsdp2")
+    code, lines = started(composed(*head, "hapo.kernels.memory_gib=0.1"), capsys)
+    assert (code, lines) == (
+        2,
+        [
+            "hapo.kernels.memory_gib=0.1: a head of 100000 tokens and 1024 hidden units needs 0.58 GiB at the least. "
+            "Use hapo.kernels.memory_gib=0.58 or more, or null."
+        ],
+    )
+    assert started(composed(*head, "hapo.kernels.memory_gib=0.58"), capsys) == (None, [])
+
+
 def test_a_file_that_another_machine_may_have_does_not_end_a_launch_on_a_cluster(
     composed, capsys, tmp_path, monkeypatch
 ):

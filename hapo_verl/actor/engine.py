@@ -5,7 +5,9 @@ and is verl's own, unless the model's `fused_kernel_options.impl_backend` names 
 trainer's with another `hapo.objective` than the surrogate. A HAPO trainer writes the head's name before the actors are
 started (`choose_head`), so it reaches actor and reference model with verl's own configuration.
 
-Our heads score only tokens that train. What verl reads from the others, it masks.
+Our heads score only tokens that train. What verl reads from the others, it masks. How many they are is counted while
+the micro-batch is on the CPU, so that no head waits for the GPU to say. What is left in a step waits before the model
+runs, for the lengths of the micro-batch's rows, and behind it, where verl itself logs each micro-batch's loss.
 """
 
 # verl's decorator hides its engine's type.
@@ -14,7 +16,7 @@ Our heads score only tokens that train. What verl reads from the others, it mask
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -24,7 +26,7 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from hapo_kernels.linear_logprob import IGNORED
-from hapo_verl.actor.head import Head, Scores, chosen_head, install, logprob_score, policy_score
+from hapo_verl.actor.head import Head, Scores, chosen_head, chosen_memory, install, logprob_score, policy_score
 from hapo_verl.actor.likelihood import weigh_likelihoods
 from hapo_verl.actor.loss import POLICY_HEAD, loss_terms
 from hapo_verl.algo.policy_loss import PolicyHead
@@ -40,6 +42,8 @@ class HapoFSDPEngine(FSDPEngineWithLMHead):
     hapo_head: Head | None = None
     # The loss of the micro-batch at hand, where the head is to compute it.
     _hapo_loss: Any = None
+    # How many tokens of it train.
+    _hapo_counts: Counts | None = None
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         # Adapters are in place, and parameters not sharded yet.
@@ -47,6 +51,7 @@ class HapoFSDPEngine(FSDPEngineWithLMHead):
         if name is not None:
             self.hapo_head = install(module)
             self._loss_in_head = name == "policy_head"
+            self._hapo_memory_gib = chosen_memory(self.model_config.fused_kernel_options)
             logger.warning("hapo: the head of %s is %s", type(module).__name__, name)
         return super()._build_fsdp_module(module)
 
@@ -61,10 +66,12 @@ class HapoFSDPEngine(FSDPEngineWithLMHead):
         """verl's; and remembers the loss, which verl shows to what comes after the model only."""
         if self.hapo_head is not None and self._loss_in_head and not forward_only:
             self._hapo_loss = loss_function
+        if self.hapo_head is not None:
+            self._hapo_counts = count_tokens(micro_batch, with_gradient=self._hapo_loss is not None)
         try:
             return super().forward_step(micro_batch, loss_function, forward_only)
         finally:
-            self._hapo_loss = None
+            self._hapo_loss = self._hapo_counts = None
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
         """verl's inputs; and tells the head which tokens to score at which temperature, or the whole loss."""
@@ -74,14 +81,22 @@ class HapoFSDPEngine(FSDPEngineWithLMHead):
                 if _setting(micro_batch, name):
                     raise RuntimeError(f"{name}: needs whole logits. Use hapo.kernels.head=off.")
             label_N, temperature_N = self._labels_and_temperatures(micro_batch, output_args)
+            counts = self._hapo_counts
             if self._hapo_loss is None:
                 self.hapo_head.score = logprob_score(
-                    label_N, temperature_N, with_entropy=_setting(micro_batch, "calculate_entropy")
+                    label_N,
+                    temperature_N,
+                    with_entropy=_setting(micro_batch, "calculate_entropy"),
+                    # Ranks that share the rows' tokens count their own.
+                    kept_rows=None if counts is None or self.ulysses_sequence_parallel_size > 1 else counts.active,
+                    memory_gib=self._hapo_memory_gib,
                 )
             else:
                 config, hapo = (self._hapo_loss.keywords[name] for name in ("config", "hapo"))
                 terms = loss_terms(config, hapo, micro_batch, label_N.device)
-                terms["entropy_coefficient"] = config.entropy_coeff
+                terms |= {"entropy_coefficient": config.entropy_coeff, "memory_gib": self._hapo_memory_gib}
+                if counts is not None:
+                    terms |= {"active_tokens": counts.active, "training_tokens": counts.training}
                 position_BT = _predicting_positions(micro_batch)
                 self.hapo_head.score = policy_score(label_N, temperature_N, position_BT, terms)
         return model_inputs, output_args
@@ -129,6 +144,26 @@ class HapoFSDPEngine(FSDPEngineWithLMHead):
             temperature = output_args["temperature"].unsqueeze(1).expand(label.shape)
         # verl's floor, where the logits are divided.
         return label.flatten(), temperature.flatten().clamp(min=1e-8)
+
+
+class Counts(NamedTuple):
+    """Tokens of a micro-batch."""
+
+    active: int  # that train
+    training: int | None  # of these, with an advantage other than 0; None where nobody asks
+
+
+def count_tokens(micro_batch: TensorDict, *, with_gradient: bool) -> Counts | None:
+    """Counted on the CPU; None where the micro-batch is on a device already, and the count would wait for it."""
+    name = "response_mask" if with_gradient else "loss_mask"
+    names = [name, "advantages"] if with_gradient else [name]
+    values: list[Any] = [micro_batch[name] for name in names]
+    if any(value.device.type != "cpu" for value in values):
+        return None
+    rows = micro_batch.select(*names).to_padded_tensor()
+    active_BT = rows[name].bool()
+    training = int((active_BT & (rows["advantages"] != 0)).sum()) if with_gradient else None
+    return Counts(int(active_BT.sum()), training)
 
 
 def _setting(micro_batch: TensorDict, name: str, default: bool = False) -> bool:

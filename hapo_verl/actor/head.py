@@ -24,19 +24,26 @@ _AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "
 
 # Marks our heads among the values of verl's key, which knows torch, triton and liger.
 _PREFIX = "hapo_"
+_MEMORY = "hapo_memory_gib"
 
 
 def choose_head(config: DictConfig, hapo: HapoConfig) -> None:
-    """Write `hapo.kernels.head` where the engines of actor and reference model find it."""
+    """Write `hapo.kernels.head` and `.memory_gib` where the engines of actor and reference model find them."""
     if hapo.kernels.head != "off":
-        key = "actor_rollout_ref.model.fused_kernel_options.impl_backend"
-        OmegaConf.update(config, key, _PREFIX + hapo.kernels.head, force_add=True)
+        block = "actor_rollout_ref.model.fused_kernel_options"
+        OmegaConf.update(config, f"{block}.impl_backend", _PREFIX + hapo.kernels.head, force_add=True)
+        OmegaConf.update(config, f"{block}.{_MEMORY}", hapo.kernels.memory_gib, force_add=True)
 
 
 def chosen_head(fused_kernel_options: Mapping[str, Any] | None) -> str | None:
     """The head that `choose_head` wrote; None where verl's own is to run."""
     backend = str((fused_kernel_options or {}).get("impl_backend"))
     return backend.removeprefix(_PREFIX) if backend.startswith(_PREFIX) else None
+
+
+def chosen_memory(fused_kernel_options: Mapping[str, Any] | None) -> float | None:
+    """The budget that `choose_head` wrote, in GiB."""
+    return (fused_kernel_options or {}).get(_MEMORY)
 
 
 class Scores(NamedTuple):
@@ -106,13 +113,22 @@ def install(model: nn.Module) -> Head:
     return head
 
 
-def logprob_score(label_N: Tensor, temperature_N: Tensor, *, with_entropy: bool) -> Score:
+def logprob_score(
+    label_N: Tensor,
+    temperature_N: Tensor,
+    *,
+    with_entropy: bool,
+    kept_rows: int | None = None,
+    memory_gib: float | None = None,
+) -> Score:
     """Log-probability of each label, and entropy, straight from hidden states.
 
     Args:
         label_N: int64, one for each position of the hidden states, flattened; -100 is not scored.
         temperature_N: > 0, likewise.
         with_entropy: also the entropy.
+        kept_rows: how many labels are scored, where that is known without asking the device.
+        memory_gib: `hapo.kernels.memory_gib`.
     """
 
     def score(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Scores:
@@ -124,6 +140,8 @@ def logprob_score(label_N: Tensor, temperature_N: Tensor, *, with_entropy: bool)
                 bias_V=bias_V,
                 temperature=temperature_N,
                 with_entropy=with_entropy,
+                kept_rows=kept_rows,
+                memory_gib=memory_gib,
             )
         )
 

@@ -1,4 +1,5 @@
-"""HAPO as pure functions of tensors and numbers: no verl, no configuration object, no global random state.
+"""HAPO as pure functions of tensors and numbers: no verl, no global random state, and but for `gate_state`, which
+remembers a run, no configuration object.
 
 Read in this order: `gate` (when to help), `demonstration` (with what), `injection` (whom it replaces), `advantage`
 and `policy_loss` (what is learned from it).

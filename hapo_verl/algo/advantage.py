@@ -63,6 +63,27 @@ def appended_advantage(score_B: Tensor, group_B: Tensor, demonstration_B: Tensor
     return advantage_B
 
 
+def scored_advantage(
+    score_B: Tensor, group_B: Tensor, demonstration_B: Tensor, *, apart: bool, scale_by_std: bool
+) -> Tensor:
+    """Advantages where a row may have no score: it gets exactly 0, and no row is compared with it.
+
+    Args:
+        score_B: (B,) rewards, NaN where there is none.
+        group_B: (B,) int64 id of each row's prompt.
+        demonstration_B: (B,) bool, True on demonstrations.
+        apart: whether the policy's own rows are compared with each other only, as in `appended_advantage`.
+        scale_by_std: whether to divide by the deviation.
+    """
+    known_B, advantage_B = ~score_B.isnan(), torch.zeros_like(score_B)
+    score, group, demonstration = score_B[known_B], group_B[known_B], demonstration_B[known_B]
+    if apart:
+        advantage_B[known_B] = appended_advantage(score, group, demonstration, scale_by_std=scale_by_std)
+    else:
+        advantage_B[known_B] = group_advantage(score, group, scale_by_std=scale_by_std)
+    return advantage_B
+
+
 def session_advantage(
     score_B: Tensor,
     group_B: Tensor,

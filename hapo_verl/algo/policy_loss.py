@@ -142,6 +142,9 @@ def hapo_policy_head(
     importance_weight_BT: Tensor | None = None,
     kl: KLPenalty | None = None,
     entropy_coefficient: float = 0.0,
+    memory_gib: float | None = None,
+    active_tokens: int | None = None,
+    training_tokens: int | None = None,
     impl: Impl = "auto",
 ) -> PolicyHead:
     """`hapo_policy_loss` straight from hidden states, its gradient computed in the forward pass.
@@ -151,7 +154,9 @@ def hapo_policy_head(
         weight_VH, bias_V: the language-model head.
         label_BT: ids of the rows' tokens.
         temperature: (B, T), > 0.
-        old_logp_BT ... impl: as for `hapo_policy_loss`.
+        old_logp_BT ... kl: as for `hapo_policy_loss`.
+        entropy_coefficient ... training_tokens: as for `hapo_kernels.policy_head.policy_head`.
+        impl: `hapo.kernels.policy_loss`.
     """
     return policy_head(
         hidden_BTH,
@@ -168,6 +173,9 @@ def hapo_policy_head(
         entropy_coefficient=entropy_coefficient,
         bias_V=bias_V,
         temperature=temperature,
+        memory_gib=memory_gib,
+        active_tokens=active_tokens,
+        training_tokens=training_tokens,
         impl=impl,
     )
 

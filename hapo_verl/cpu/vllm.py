@@ -1,22 +1,28 @@
-"""vLLM on a laptop's CPU, under verl (entry point group `vllm.general_plugins`; runs in vLLM's own processes).
-
-vLLM's CPU build packs each Linear weight into a oneDNN handle and leaves `layer.weight` empty. verl writes new weights
-into `layer.weight` after every step: the worker would die at the first one and the trainer would wait for it forever.
-"""
+"""vLLM on a laptop's CPU, under verl (entry point group `vllm.general_plugins`; runs in vLLM's own processes)."""
 
 from __future__ import annotations
 
 import os
 
 
-def keep_plain_linear_weights() -> None:
-    """Keep the plain Linear where VERL_PLATFORM=cpu; do nothing elsewhere."""
+def register() -> None:
+    """Adapt vLLM's CPU build where VERL_PLATFORM=cpu; do nothing elsewhere."""
     if os.environ.get("VERL_PLATFORM", "").strip().lower() != "cpu":
         return
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return
+    if current_platform.is_cpu():
+        keep_plain_linear_weights()
+        wait_without_spinning()
+
+
+def keep_plain_linear_weights() -> None:
+    """Keep the plain Linear, whose weights verl can replace.
+
+    vLLM's CPU build packs each Linear weight into a oneDNN handle and leaves `layer.weight` empty. verl writes new
+    weights into `layer.weight` after every step: the worker would die at the first one and the trainer would wait for
+    it forever.
+    """
     import torch
     import vllm.model_executor.layers.utils as layers
 
@@ -24,3 +30,19 @@ def keep_plain_linear_weights() -> None:
         layer.cpu_linear = torch.nn.functional.linear  # pyright: ignore[reportArgumentType]
 
     layers.dispatch_cpu_unquantized_gemm = plain_linear
+
+
+def wait_without_spinning() -> None:
+    """Let vLLM's processes sleep until they are notified.
+
+    By default the process that schedules asks for the worker's answer in a loop for a second before it sleeps. A step
+    of decoding is shorter than that, so on two cores the loop takes one of them from the worker.
+    """
+    import vllm.distributed.device_communicators.shm_broadcast as broadcast
+
+    class SleepingCondition(broadcast.SpinCondition):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            self.busy_loop_s = 0.0
+
+    broadcast.SpinCondition = SleepingCondition

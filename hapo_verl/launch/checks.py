@@ -20,6 +20,7 @@ from hapo_verl.algo.demonstration import Refusal, demonstration_turns
 from hapo_verl.config import ConfigError, HapoConfig
 from hapo_verl.launch.contract import check_contract
 from hapo_verl.launch.files import check_files
+from hapo_verl.launch.head_memory import check_memory
 from hapo_verl.launch.sizes import check_sizes
 from hapo_verl.launch.weight_bucket import check_bucket
 from hapo_verl.rollout.tokens import ChatFormat
@@ -62,6 +63,7 @@ def check_before_ray(config: DictConfig) -> HapoConfig:
     check_sizes(config)
     check_files(config, hapo)
     check_bucket(config)
+    check_memory(config, hapo)
     return hapo
 
 

@@ -7,8 +7,10 @@ instead of failing at step 300. `REPLACED` bodies are not called any more; the t
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from dataclasses import dataclass
+from importlib import metadata
 
 from packaging.version import Version
 
@@ -99,6 +101,7 @@ def check_contract() -> None:
             f"verl=={version}: hapo-verl supports {SUPPORTED[0]} up to, not including, {SUPPORTED[1]}. "
             f"pip install 'verl>={SUPPORTED[0]},<{SUPPORTED[1]}'."
         )
+    _check_trl()
     for override in OVERRIDES:
         found = parameters_of(override)
         if found != override.parameters:
@@ -106,6 +109,24 @@ def check_contract() -> None:
                 f"verl=={version}: {override.owner}.{override.method}({', '.join(found)}) has changed since verl "
                 f"{READ_IN}, where it took ({', '.join(override.parameters)}). pip install verl=={READ_IN}."
             )
+
+
+def _check_trl() -> None:
+    """verl asks every TRL that it finds for a class of its PPO, which newer ones do not have, when it loads a model."""
+    if importlib.util.find_spec("trl") is None:
+        return
+    for module in ("trl.experimental.ppo", "trl"):
+        try:
+            if hasattr(importlib.import_module(module), "AutoModelForCausalLMWithValueHead"):
+                return
+        except ImportError:
+            continue
+    installed = next((found.version for found in metadata.distributions(name="trl")), "?")
+    raise ConfigError(
+        f"trl=={installed}: verl {READ_IN} loads no model where this TRL is installed, for it imports "
+        "trl.AutoModelForCausalLMWithValueHead, which TRL no longer has. pip uninstall trl; hapo_verl.trl takes an "
+        "environment of its own."
+    )
 
 
 def parameters_of(override: Override) -> tuple[str, ...]:

@@ -19,7 +19,13 @@ from hapo_verl.algo.demonstration import Refusal, Response
 from hapo_verl.config import ConfigError, HapoConfig
 from hapo_verl.launch.checks import check_demonstrations, check_launch
 from hapo_verl.launch.files import check_columns, check_files, local_files
-from hapo_verl.launch.head_memory import linear_logprob_bytes, policy_head_bytes, verl_head_bytes
+from hapo_verl.launch.head_memory import (
+    GIB,
+    linear_logprob_bytes,
+    policy_head_bytes,
+    rows_of_launch,
+    verl_head_bytes,
+)
 from hapo_verl.launch.sizes import check_sizes, tokens_at_a_time
 from hapo_verl.launch.teachable import (
     Asked,
@@ -33,7 +39,6 @@ from hapo_verl.protocol.shape import judged_shape, untaught_below
 from hapo_verl.rollout.reward import success_of
 from hapo_verl.rollout.tokens import ChatFormat
 
-GIB = 2**30
 LOOKED_AT, SCORED, ASKED = 256, 10, 32
 # Seconds for which the model is asked.
 ASKED_FOR = 60.0
@@ -182,15 +187,13 @@ class Rehearsal:
         """See `head_memory`; wrong where the head alone would not fit the GPU that is visible here."""
         import torch
 
-        from hapo_kernels.launch import rows_a_chunk
-
         tokens, text = tokens_at_a_time(self.config), self._hf_config.get_text_config()
         sizes = (tokens, text.hidden_size, text.vocab_size)
-        rows = rows_a_chunk(text.vocab_size)
+        rows = rows_of_launch(self.hapo, text.hidden_size, text.vocab_size)
         estimates = {
             "off": verl_head_bytes(*sizes, temperature=self.config.actor_rollout_ref.rollout.temperature),
-            "linear_logprob": linear_logprob_bytes(*sizes, chunk_rows=rows),
-            "policy_head": policy_head_bytes(*sizes, chunk_rows=rows),
+            "linear_logprob": linear_logprob_bytes(*sizes, rows=rows),
+            "policy_head": policy_head_bytes(*sizes, rows=rows),
         }
         chosen = self.hapo.kernels.head
         detail = ", ".join(f"{head} {size / GIB:.2f} GiB" for head, size in estimates.items())

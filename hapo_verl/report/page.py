@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -91,8 +92,13 @@ def _json(name: str, value: object) -> str:
     return f'<script type="application/json" id="{name}">{written}</script>'
 
 
+# A control token of a chat template, `<|im_start|>` or DeepSeek's `<｜User｜>`.
+_CONTROL = re.compile(r"<[|｜][^<>|｜\s]+[|｜]>")
+
+
 def _short(text: str, length: int = 90) -> str:
-    words = " ".join(text.split())
+    """The beginning of a question, without its line breaks and control tokens."""
+    words = " ".join(_CONTROL.sub(" ", text).split())
     return words if len(words) <= length else words[: length - 1] + "…"
 
 

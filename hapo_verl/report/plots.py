@@ -233,7 +233,8 @@ def _stacked(title: str, parts: Mapping[str, Points]) -> Picture:
             step="post",
         )
         axes.set_ylim(0, None)
-        axes.legend(fontsize=7, frameon=False)
+        # Above the areas, which fill the axes.
+        axes.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
         drawn = [Curve("", name, name, points) for name, points in parts.items()]
         return _picture(title, figure, axes, drawn)
 

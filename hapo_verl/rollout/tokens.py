@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from hapo_verl.algo.chat import TurnFormat
 from hapo_verl.algo.demonstration import (
     Refusal,
     Response,
@@ -17,30 +18,17 @@ from hapo_verl.algo.demonstration import (
     demonstration_turns,
     turn_end_token,
 )
-from hapo_verl.algo.thought import THOUGHTS
 from hapo_verl.rollout.tool_loop import Conversation, ToolLoop, texts_of
-
-_MARK, _QUESTION = "hapo-marks-the-assistant", "hapo-marks-the-question"
 
 
 @dataclass(frozen=True)
-class ChatFormat:
-    """How this run writes an assistant's turn.
+class ChatFormat(TurnFormat):
+    """How this run writes an assistant's turn, and what its tools do.
 
     Attributes:
-        encode: text → token ids, nothing added.
-        generation_prompt: what the template writes between the question and the policy's first token.
-        end_token: id that closes a turn.
-        end_tokens: ids at which generation stops.
-        control_tokens: ids that no text of an assistant's turn is made of.
         tool_loop: what demonstrations with several turns go through; None where there is none.
     """
 
-    encode: Callable[[str], list[int]]
-    generation_prompt: str
-    end_token: int
-    end_tokens: frozenset[int]
-    control_tokens: frozenset[int] = frozenset()
     tool_loop: ToolLoop | None = None
 
     @classmethod
@@ -56,54 +44,6 @@ class ChatFormat:
             generation_config=_generation_config(str(config.actor_rollout_ref.model.path)),
             template_kwargs=dict(OmegaConf.select(config, "data.apply_chat_template_kwargs") or {}),
             tool_loop=ToolLoop.of_launch(config, tokenizer),
-        )
-
-    @classmethod
-    def of(
-        cls,
-        tokenizer: Any,
-        *,
-        generation_config: Any,
-        template_kwargs: dict[str, Any],
-        tool_loop: ToolLoop | None = None,
-    ) -> ChatFormat:
-        """The format of a Hugging Face tokenizer.
-
-        Args:
-            tokenizer: with a chat template and an end-of-sequence token.
-            generation_config: the model's, whose `eos_token_id` (an id or several) vLLM stops at; or None.
-            template_kwargs: `data.apply_chat_template_kwargs`.
-            tool_loop: the run's.
-        """
-
-        def encode(text: str) -> list[int]:
-            return list(tokenizer.encode(text, add_special_tokens=False))
-
-        def render(messages: list[dict[str, str]], **kwargs: Any) -> str:
-            return tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs, **kwargs)
-
-        question = [{"role": "user", "content": _QUESTION}]
-        prompted = render(question, add_generation_prompt=True)
-
-        def around_text(**more: str) -> tuple[str, str]:
-            written, _, closing = render([*question, {"role": "assistant", "content": _MARK, **more}]).rpartition(_MARK)
-            return written[len(prompted) :] if written.startswith(prompted) else "", closing
-
-        chat = render([*question, {"role": "assistant", "content": _MARK}, *question], add_generation_prompt=True)
-        opening, closing = around_text()
-        # Some templates know thoughts by one of these names, and write them in front of the text.
-        opening_with_thought, _ = around_text(reasoning_content="?", thinking="?")
-
-        configured = getattr(generation_config, "eos_token_id", None)
-        configured = configured if isinstance(configured, list | tuple) else [configured]
-        end_tokens = frozenset(token for token in [tokenizer.eos_token_id, *configured] if token is not None)
-        return cls(
-            encode=encode,
-            generation_prompt=prompted.rpartition(_QUESTION)[2],
-            end_token=turn_end_token(encode(closing), end_tokens, tokenizer.eos_token_id),
-            end_tokens=end_tokens,
-            control_tokens=_control_tokens(tokenizer, encode(chat)) - {*encode(opening), *encode(opening_with_thought)},
-            tool_loop=tool_loop,
         )
 
     def demonstration(self, value: Any, row: Mapping[str, Any], *, max_tokens: int) -> Response | Refusal:
@@ -168,15 +108,3 @@ def _generation_config(model_path: str) -> Any:
         return get_generation_config(copy_to_local(model_path))
     except (OSError, ValueError):
         return None
-
-
-def _control_tokens(tokenizer: Any, chat: Sequence[int]) -> frozenset[int]:
-    """What a Hugging Face tokenizer calls special, and what stands around the messages of a chat.
-
-    Some name the headers of turns special, some do not. Tags of thoughts are text.
-    """
-    added = {token: str(entry) for token, entry in tokenizer.added_tokens_decoder.items()}
-    special = {*tokenizer.all_special_ids, *(t for t, entry in tokenizer.added_tokens_decoder.items() if entry.special)}
-    headers = {token for token in chat if token in added and not added[token].isalnum()}
-    thoughts = {*THOUGHTS, *THOUGHTS.values()}
-    return frozenset(token for token in special | headers if added.get(token) not in thoughts)

@@ -36,14 +36,6 @@ TABLE = {
     "gfx942": Launches(row=Launch(2048, 4), token=Launch(1024, 4), segment=Launch(1024, 4)),
 }
 
-MOST_LOGITS = 2**28  # fp32 elements held at once, 1 GiB
-MOST_ROWS = 4096  # rows after which a GEMM gains nothing from more
-
-
-def rows_a_chunk(V: int) -> int:
-    """Rows of logits made at once: the most, a power of two, within MOST_LOGITS; at least 16, at most MOST_ROWS."""
-    return min(MOST_ROWS, max(16, 1 << ((MOST_LOGITS // max(V, 1)).bit_length() - 1)))
-
 
 def launches(device: torch.device) -> Launches:
     """The settings for a device; an interpreted kernel takes those of sm_90."""

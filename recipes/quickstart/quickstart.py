@@ -79,9 +79,10 @@ def overrides(
     if lr is not None:
         run["actor_rollout_ref.actor.optim.lr"] = f"{lr:g}"
     settings = yaml.safe_load((HERE / "config.yaml").read_text()) | task.settings | run
-    # For the report; verl's own grpo has no groups to trace.
-    trace = [f"hapo.trace_dir={folder / 'trace'}", *TRACE] if preset != "grpo" else []
-    return ["+hapo_platform=cpu", *(f"{key}={value}" for key, value in settings.items()), *PRESETS[preset], *trace]
+    hapo: list[str] = []
+    if preset != "grpo":  # that is verl's own: it has no groups to trace for the report
+        hapo = [*(f"{key}={value}" for key, value in task.hapo.items()), f"hapo.trace_dir={folder / 'trace'}", *TRACE]
+    return ["+hapo_platform=cpu", *(f"{key}={value}" for key, value in settings.items()), *PRESETS[preset], *hapo]
 
 
 def answers(folder: Path, number: int = 3) -> list[tuple[str, str, str, str]]:
@@ -265,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--lr", type=float, help="learning rate; default: the task's")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--time-limit", type=float, default=1800, help="seconds for the trainer")
+    parser.add_argument("--time-limit", type=float, default=3600, help="seconds for the trainer")
     args = parser.parse_args(argv)
 
     folder = (args.output / f"{args.task}-{args.preset}-seed{args.seed}").resolve()

@@ -17,9 +17,13 @@ import word_problems
 
 HERE = Path(__file__).parent
 PROMPTS = 8  # a step of the language model
+# Logits of the trained tokens only: its head is a fifth of its parameters, and a prompt is twice as long as an answer.
+LANGUAGE_HAPO = {"hapo.kernels.head": "linear_logprob"}
 # Its matrix products are worth a thread a core; the tiny model's are not.
 LANGUAGE_ENVIRONMENT = {
     "OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1)),
+    # A thread that waits for the others sleeps: on a busy machine one that spins keeps them from their core.
+    "OMP_WAIT_POLICY": "PASSIVE",
     # Each of the run's dozen processes has many threads, and glibc keeps memory for each of them.
     "MALLOC_ARENA_MAX": "2",
 }
@@ -34,6 +38,7 @@ class Prepared(NamedTuple):
         more: label and data source of further held-out problems.
         settings: what it changes in config.yaml.
         environment: of the trainer's processes, beside `cpu_environment`.
+        hapo: what it changes where the trainer is HAPO's.
     """
 
     title: str
@@ -41,6 +46,7 @@ class Prepared(NamedTuple):
     more: dict[str, str]
     settings: dict[str, Any]
     environment: dict[str, str]
+    hapo: dict[str, Any]
 
 
 class Task(NamedTuple):
@@ -92,6 +98,7 @@ def words(folder: Path, steps: int, seed: int, args: Any) -> Prepared:
         {"held-out success, new templates": f"{word_problems.DATA_SOURCE}_new_templates"},
         language_settings() | lengths | paths,
         LANGUAGE_ENVIRONMENT,
+        LANGUAGE_HAPO,
     )
 
 
@@ -102,7 +109,7 @@ def reversed_digits(folder: Path, steps: int, seed: int, args: Any) -> Prepared:
     paths = files(folder, folder / "model", HERE / "digits.py", "heldout")
     # The answer and its end of sequence: a longer limit only slows the learning down.
     settings = {"data.max_response_length": args.digits + 1} | paths
-    return Prepared(f"reverse {args.digits} digits", digits.DATA_SOURCE, {}, settings, {})
+    return Prepared(f"reverse {args.digits} digits", digits.DATA_SOURCE, {}, settings, {}, {})
 
 
 def real_word_problems(folder: Path, steps: int, seed: int, args: Any) -> Prepared:
@@ -111,12 +118,17 @@ def real_word_problems(folder: Path, steps: int, seed: int, args: Any) -> Prepar
     settings = gsm8k.write(folder / "data", args.gsm8k, model)
     paths = files(folder, model, None, "heldout")
     return Prepared(
-        "GSM8K, SmolLM2-135M-Instruct", gsm8k.GSM8K, {}, language_settings() | settings | paths, LANGUAGE_ENVIRONMENT
+        "GSM8K, SmolLM2-135M-Instruct",
+        gsm8k.GSM8K,
+        {},
+        language_settings() | settings | paths,
+        LANGUAGE_ENVIRONMENT,
+        LANGUAGE_HAPO,
     )
 
 
 TASKS = {
-    "words": Task({"": 24}, words),
+    "words": Task({"": 28}, words),
     # Enough for each to learn the digits, with room; luffy and grpo get as many as paper, the others as many as plus.
     "digits": Task({"": 120, "paper": 180, "luffy": 180, "grpo": 180}, reversed_digits),
     "gsm8k": Task({"": 3}, real_word_problems),

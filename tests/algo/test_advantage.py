@@ -1,11 +1,13 @@
 """Group-relative advantages against a worked example and against verl's own estimator."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
-from hapo_verl.algo.advantage import appended_advantage, group_advantage, session_advantage
+from hapo_verl.algo.advantage import appended_advantage, group_advantage, scored_advantage, session_advantage
 
 
 def test_one_demonstration_among_seven_failures():
@@ -109,3 +111,14 @@ def test_row_order_does_not_matter():
 def test_a_batch_without_rows_has_no_advantages():
     empty = torch.zeros(0, dtype=torch.int64)
     assert session_advantage(torch.zeros(0), empty, empty, empty, scale_by_std=True).shape == (0,)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_row_without_a_score_gets_nothing_and_changes_nothing(apart):
+    score, group = torch.tensor([0.0, 1.0, math.nan, 1.0, 0.0, 0.0]), torch.tensor([0, 0, 0, 0, 1, 1])
+    demonstration, known = torch.tensor([False, False, False, True, False, False]), torch.tensor([0, 1, 3, 4, 5])
+    found = scored_advantage(score, group, demonstration, apart=apart, scale_by_std=True)
+    alone = scored_advantage(score[known], group[known], demonstration[known], apart=apart, scale_by_std=True)
+    assert found[2] == 0
+    assert torch.equal(found[known], alone)
+    assert found[0] != 0

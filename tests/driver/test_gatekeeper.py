@@ -100,7 +100,7 @@ def test_the_state_of_another_data_set_is_refused(tmp_path):
         a_gatekeeper("posterior", rows=ROWS[:-1]).load(tmp_path)
     assert str(error.value) == (
         f"data.train_files: {tmp_path / STATE_FILE} belongs to another data set (its prompts have other ids). "
-        "Use the files of that run, or remove that file to start anew."
+        "Use the data of that run, or remove that file to start anew."
     )
 
 

@@ -143,5 +143,5 @@ def test_the_gate_decides_as_if_nothing_had_happened(deaths):
         keeper.observe(groups[step])
     with np.load(deaths[-1].checkpoints / f"global_step_{STEPS}" / STATE_FILE) as saved:
         state = dict(saved)
-    for name, value in keeper._posterior.arrays().items():
+    for name, value in keeper.state.posterior.arrays().items():
         np.testing.assert_array_equal(state[name], value, err_msg=name)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from exactness import DEVICE, STORAGE, assert_no_less_exact
-from hapo_kernels.launch import rows_a_chunk
-from hapo_kernels.linear_logprob import kernel, linear_logprob
+from hapo_kernels.linear_logprob import chunked, kernel, linear_logprob
+from hapo_kernels.memory import rows_a_chunk
 
 CHUNK = 4
 
@@ -57,11 +57,11 @@ def run(function, hidden, weight, label, slope=None, entropy_slope=None, dtype=N
 
 
 def ours(*args, **settings):
-    return linear_logprob(*args, impl="triton", chunk_rows=CHUNK, **settings)
+    return linear_logprob(*args, impl="triton", **{"chunk_rows": CHUNK, "collect_rows": 2 * CHUNK} | settings)
 
 
-def check(hidden, weight, label, **settings):
-    found = run(ours, hidden, weight, label, **settings)
+def check(hidden, weight, label, collect_rows=2 * CHUNK, **settings):
+    found = run(functools.partial(ours, collect_rows=collect_rows), hidden, weight, label, **settings)
     same_dtype = run(eager, hidden, weight, label, **settings)
     exact = run(eager, hidden, weight, label, dtype=torch.float64, **settings)
     for name in exact:
@@ -165,13 +165,64 @@ def test_an_entropy_that_no_loss_uses_costs_no_work(monkeypatch):
 
 def test_rows_with_a_zero_upstream_gradient_enter_no_backward_gemm(monkeypatch):
     hidden, weight, label = head(9, 37)
-    rows, add = [], kernel.Gradients.add
+    rows, of_chunk = [], chunked.Gradients.of_chunk
     monkeypatch.setattr(
-        kernel.Gradients, "add", lambda self, row, *rest: (rows.extend(row.tolist()), add(self, row, *rest))
+        chunked.Gradients, "of_chunk", lambda self, row, *rest: (rows.extend(row.tolist()), of_chunk(self, row, *rest))
     )
     slope = torch.tensor([0, 1, 0, 0, 0, 2, 0, 0, 3.0], device=DEVICE)
     check(hidden, weight, label, slope=slope, entropy_slope=torch.zeros(9, device=DEVICE))
     assert rows == [1, 5, 8]
+
+
+@pytest.mark.parametrize("collect_rows", [1, CHUNK, 2 * CHUNK, 1000])
+def test_however_many_chunks_are_collected_the_gradient_is_the_same(collect_rows):
+    arguments = head(11, 997)
+    found = check(*arguments, collect_rows=collect_rows)
+    again, plain = run(ours, *arguments, collect_rows=collect_rows), run(ours, *arguments)
+    for name in found:
+        assert torch.equal(found[name], again[name]), name
+        if name != "dweight":
+            assert torch.equal(found[name], plain[name]), name
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_the_weights_gradient_is_added_to_a_tensor_of_the_callers(impl):
+    for dtype in STORAGE:
+        hidden, weight, label = head(11, 37, dtype=dtype)
+        start = torch.linspace(-1, 1, 37 * 37, device=DEVICE).view(37, 37)
+        slope = torch.linspace(-1, 2, 11, device=DEVICE)
+
+        def loss(function, dtype, hidden=hidden, weight=weight, label=label, slope=slope, **settings):
+            leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight)]
+            loss = (slope * function(*leaves, label, **settings)[0]).sum()
+            return torch.autograd.grad(loss, leaves, allow_unused=True)
+
+        main_grad = start.clone()
+        for _ in range(2):
+            settings = {"impl": impl, "chunk_rows": CHUNK, "collect_rows": 2 * CHUNK, "main_grad_VH": main_grad}
+            dhidden, dweight = loss(linear_logprob, dtype, **settings)
+            assert dweight is None
+        same_dtype, exact = loss(eager, dtype), loss(eager, torch.float64)
+        assert_no_less_exact(main_grad, start + 2 * same_dtype[1].float(), start + 2 * exact[1])
+        assert_no_less_exact(dhidden, same_dtype[0], exact[0])
+    with pytest.raises(ValueError, match=r"main_grad_VH: torch.float32 of shape \(37,\)"):
+        linear_logprob(hidden, weight, label, impl=impl, main_grad_VH=torch.zeros(37, device=DEVICE))
+
+
+def test_a_number_of_rows_that_is_known_changes_nothing_but_who_waits():
+    hidden, weight, label = head(11, 37)
+    label[3] = -100
+    keep = torch.arange(11, device=DEVICE) % 4 != 1
+    slope = torch.linspace(-1, 2, 11, device=DEVICE).round()
+    assert (slope[keep] == 0).any()
+    expected, found = (
+        run(ours, hidden, weight, label, slope, 0 * slope, keep_N=keep, kept_rows=count) for count in (None, 7)
+    )
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    if DEVICE == "cpu":  # on a GPU the assertion ends the process
+        with pytest.raises(RuntimeError, match="8 rows were announced, and the mask keeps another number of them"):
+            ours(hidden, weight, label, keep_N=keep, kept_rows=8)
 
 
 def test_keep_masks():
@@ -222,8 +273,8 @@ def test_a_frozen_tensor_gets_no_gradient_work(frozen, monkeypatch):
     expected = run(ours, hidden, weight, label, entropy_slope=torch.zeros(5, device=DEVICE))
     free = weight if frozen == "hidden" else hidden
     made = []
-    result_of = kernel.Gradients.result
-    monkeypatch.setattr(kernel.Gradients, "result", lambda *args: (made.append(result_of(*args)), made[-1])[1])
+    result_of = chunked.Gradients.result
+    monkeypatch.setattr(chunked.Gradients, "result", lambda *args: (made.append(result_of(*args)), made[-1])[1])
     free.requires_grad_()
     slope = torch.randn(2, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[0].to(DEVICE)
     (gradient,) = torch.autograd.grad((slope * ours(hidden, weight, label).logp_N).sum(), free)
@@ -263,7 +314,9 @@ def test_the_op_is_registered_so_that_compile_and_fake_tensors_work():
         torch.ones(3, device=DEVICE).bool(),
         True,
         "",
-        CHUNK,
+        [CHUNK, 2 * CHUNK],
+        None,
+        None,
     )
     torch.library.opcheck(kernel.linear_logprob_op, arguments)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from exactness import DEVICE, STORAGE, assert_no_less_exact
-from hapo_kernels.linear_logprob import kernel as head_kernel
-from hapo_kernels.linear_logprob import linear_logprob
+from hapo_kernels.linear_logprob import chunked, linear_logprob
+from hapo_kernels.linear_logprob.streams import One
+from hapo_kernels.memory import Rows, rows_within
 from hapo_kernels.policy_head import kernel as policy_head_kernel
 from hapo_kernels.policy_head import policy_head, policy_loss_from_logits
 from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, Teacher, policy_loss
@@ -68,7 +69,7 @@ def named(loss, metrics, leaves):
     return {"loss": loss.detach(), **gradients, **metrics._asdict()}
 
 
-def ours(fields, impl="triton", dtype=None, chunk_rows=4, **given):
+def ours(fields, impl="triton", dtype=None, chunk_rows=4, collect_rows=8, memory_gib=None, **given):
     if dtype:
         fields = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in fields.items()}
     hidden, weight, bias = leaves = leaves_of(fields)
@@ -81,6 +82,8 @@ def ours(fields, impl="triton", dtype=None, chunk_rows=4, **given):
         fields["mask"],
         bias_V=bias,
         chunk_rows=chunk_rows,
+        collect_rows=collect_rows,
+        memory_gib=memory_gib,
         impl=impl,
         **settings_of(fields, **given),
     )
@@ -102,9 +105,9 @@ def eager(fields, **given):
     return named(result.loss, result.metrics, leaves)
 
 
-def check(fields, **given):
+def check(fields, collect_rows=8, **given):
     found, same_dtype, exact = (
-        ours(fields, **given),
+        ours(fields, collect_rows=collect_rows, **given),
         eager(fields, **given),
         ours(fields, "reference", torch.float64, **given),
     )
@@ -218,14 +221,12 @@ def test_rows_enter_only_the_gemms_that_they_need(monkeypatch):
     fields = batch()
     fields["advantage"] = torch.tensor([1.0, 0.0, 2.0, 0.0], device=DEVICE)
     forward, backward = [], []
-    gather, add = head_kernel.Chunks.gather, head_kernel.Gradients.add
+    gather, of_chunk = chunked.Head._gather, chunked.Gradients.of_chunk
+    monkeypatch.setattr(chunked.Head, "_gather", lambda self, row: (forward.extend(row.tolist()), gather(self, row))[1])
     monkeypatch.setattr(
-        head_kernel.Chunks,
-        "gather",
-        lambda self, hidden, row: (forward.extend(row.tolist()), gather(self, hidden, row))[1],
-    )
-    monkeypatch.setattr(
-        head_kernel.Gradients, "add", lambda self, row, *rest: (backward.extend(row.tolist()), add(self, row, *rest))
+        chunked.Gradients,
+        "of_chunk",
+        lambda self, row, dlogits: (backward.extend(row.tolist()), of_chunk(self, row, dlogits)),
     )
     active = fields["mask"].flatten().nonzero()[:, 0].tolist()
     trained = [row for row in active if fields["advantage"][row // 5] != 0]
@@ -321,6 +322,146 @@ def test_two_runs_give_the_same_bits_and_chunks_change_only_the_order_of_the_wei
         torch.testing.assert_close(whole[name], first[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("collect_rows", [1, 4, 8, 12, 1000])
+def test_however_many_chunks_are_collected_the_gradient_is_the_same(collect_rows):
+    """9 active rows are 3 chunks, for three GEMMs of the weight's gradient, two or one."""
+    assert batch()["mask"].sum() == 9
+    for dtype in STORAGE:
+        found = check(batch(dtype=dtype), collect_rows=collect_rows)
+    again, plain = ours(batch(dtype=dtype), collect_rows=collect_rows), ours(batch(dtype=dtype))
+    for name in found:
+        assert torch.equal(found[name], again[name]), name
+        if name not in ("dweight", "dbias"):
+            assert torch.equal(found[name], plain[name]), name
+
+
+@pytest.mark.parametrize("given", [{}, {"kl": None, "entropy_coefficient": 0.0}], ids=["all train", "some idle"])
+@pytest.mark.parametrize("known", ["active", "both"])
+def test_counts_that_are_known_change_nothing_but_who_waits(given, known):
+    fields = batch()
+    fields["advantage"][2] = 0.0
+    active = int(fields["mask"].sum())
+    counts = {"active_tokens": active}
+    if known == "both":
+        counts["training_tokens"] = active - int(fields["mask"][2].sum())
+    expected, leaves = ours(fields, **given), leaves_of(fields)
+    tokens = [fields[name] for name in ("label", "behaviour", "advantage", "mask")]
+
+    def told(**counts):
+        settings = {"bias_V": leaves[2], "chunk_rows": 4, "collect_rows": 8, "impl": "triton"}
+        result = policy_head(*leaves[:2], *tokens, **settings, **counts, **settings_of(fields, **given))
+        return named(result.loss, result.metrics, leaves)
+
+    found = told(**counts)
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    if DEVICE == "cpu":  # on a GPU the assertion ends the process
+        for wrong in (active - 1, active + 1):
+            with pytest.raises(RuntimeError, match="rows were announced, and the mask keeps another number"):
+                told(**counts | {"active_tokens": wrong})
+    with pytest.raises(ValueError, match="training_tokens=3: without active_tokens it says nothing"):
+        told(training_tokens=3)
+
+
+def test_a_budget_picks_the_pieces_and_changes_nothing_else(monkeypatch):
+    fields, seen = batch(), []
+    monkeypatch.setattr(chunked, "streams_of", lambda *_: One())
+    init = chunked.Head.__init__
+    monkeypatch.setattr(chunked.Head, "__init__", lambda self, *head: (seen.append(head[3]), init(self, *head))[1])
+    plain = ours(fields, chunk_rows=32, collect_rows=64)
+    found = ours(fields, chunk_rows=None, collect_rows=None, memory_gib=2e-5)
+    assert seen == [Rows(32, 64), rows_within(2e-5, 37, 24, 4)]
+    assert seen[1] != rows_within(1, 37, 24, 4)
+    for name in found:
+        torch.testing.assert_close(found[name], plain[name], rtol=1e-5, atol=1e-7)
+    for impl in ("triton", "reference"):
+        with pytest.raises(
+            ValueError, match=r"memory_gib=1e-07: a head of 37 tokens and 24 hidden units needs 0\.01 GiB"
+        ):
+            ours(fields, impl, chunk_rows=None, collect_rows=None, memory_gib=1e-7)
+
+
+def into_main_grad(fields, impl, main_grad, upstream=1.0, multiplies=None, **given):
+    """Gradients of hidden, weight (None) and bias; the weight's is added to main_grad."""
+    hidden, weight, bias = leaves_of(fields)
+    result = policy_head(
+        hidden,
+        weight,
+        *(fields[name] for name in ("label", "behaviour", "advantage", "mask")),
+        bias_V=bias,
+        chunk_rows=4,
+        collect_rows=8,
+        main_grad_VH=main_grad,
+        upstream=upstream,
+        impl=impl,
+        **settings_of(fields, **given),
+    )
+    loss = (upstream if multiplies is None else multiplies) * result.loss
+    return torch.autograd.grad(loss, (hidden, weight, bias), allow_unused=True)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_the_weights_gradient_is_added_to_a_tensor_of_the_callers(impl):
+    for dtype in STORAGE:
+        fields = batch(dtype=dtype)
+        start = torch.linspace(-1, 1, 37 * 24, device=DEVICE).view(37, 24)
+        main_grad = start.clone()
+        for _ in range(2):
+            dhidden, dweight, dbias = into_main_grad(fields, impl, main_grad, upstream=0.25)
+            assert dweight is None
+        expected, exact = ours(fields, impl), ours(fields, "reference", torch.float64)
+        scale = eager(fields)["dweight"]
+        # Sums of fp32 products, rounded nowhere to the storage dtype.
+        assert_no_less_exact(main_grad, start + 0.5 * scale.float(), start + 0.5 * exact["dweight"])
+        torch.testing.assert_close(dhidden, 0.25 * expected["dhidden"])
+        torch.testing.assert_close(dbias, 0.25 * expected["dbias"])
+
+
+def test_a_main_grad_is_left_alone_by_a_frozen_weight_and_without_gradients_and_without_rows():
+    fields = batch()
+    main_grad = torch.ones(37, 24, device=DEVICE)
+    tokens = [fields[name] for name in ("label", "behaviour", "advantage", "mask")]
+    arguments = {"impl": "triton", "chunk_rows": 4, "main_grad_VH": main_grad, **settings_of(fields)}
+    hidden, weight, _ = leaves_of(fields)
+    policy_head(hidden, weight.detach(), *tokens, **arguments).loss.backward()
+    assert hidden.grad.abs().max() > 0
+    with torch.no_grad():
+        policy_head(hidden, weight, *tokens, **arguments)
+    fields["mask"][:] = False
+    into_main_grad(fields, "triton", main_grad, info={})
+    assert (main_grad == 1).all()
+
+
+def test_another_upstream_gradient_than_the_one_that_was_given_is_an_error():
+    message = r"main_grad_VH was given upstream=1.0, and the backward pass brings another one"
+    if DEVICE == "cpu":  # on a GPU the assertion ends the process
+        with pytest.raises(RuntimeError, match=message):
+            into_main_grad(batch(), "triton", torch.zeros(37, 24), multiplies=0.5)
+    hidden, weight, _ = leaves_of(fields := batch())
+    tokens = (fields[name] for name in ("label", "behaviour", "advantage", "mask"))
+    main_grad = torch.zeros(37, 24, device=DEVICE)
+    result = policy_head(
+        hidden, weight, *tokens, impl="triton", chunk_rows=4, main_grad_VH=main_grad, **settings_of(fields)
+    )
+    with pytest.raises(RuntimeError, match="policy_head: create_graph=True: the kernel has a first derivative only"):
+        torch.autograd.grad(result.loss, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.zeros(37, 24, dtype=torch.float16), r"main_grad_VH: torch.float16 of shape \(37, 24\) on cpu: one fp32 number for each of weight_VH \(37, 24\)"),
+        (torch.zeros(36, 24), r"main_grad_VH: torch.float32 of shape \(36, 24\) on cpu: one fp32 number"),
+        (torch.zeros(24, 37).T, r"on cpu: contiguous and without a gradient of its own. Use main_grad.detach\(\).contiguous\(\)"),
+        (torch.zeros(37, 24).requires_grad_(), "contiguous and without a gradient of its own"),
+    ],
+)  # fmt: skip
+def test_a_main_grad_that_nothing_can_be_added_to_is_refused(wrong, message):
+    for impl in ("reference", "triton"):
+        with pytest.raises(ValueError, match=message if DEVICE == "cpu" else "main_grad_VH"):
+            into_main_grad(batch(), impl, wrong)
+
+
 def test_the_op_is_registered_so_that_compile_and_fake_tensors_work():
     fields = batch(rows=2)
     fields["mask"][:] = True
@@ -337,7 +478,16 @@ def test_the_op_is_registered_so_that_compile_and_fake_tensors_work():
     )  # fmt: skip
     torch.library.opcheck(
         policy_head_kernel.policy_head_op,
-        (hidden.detach().flatten(0, 1).requires_grad_(), weight, bias, "", 4, [True, True, True], *loss_arguments),
+        (
+            hidden.detach().flatten(0, 1).requires_grad_(),
+            weight,
+            bias,
+            "",
+            [4, 8],
+            [],
+            [True, True, True],
+            *loss_arguments,
+        ),
     )
     logits = (hidden.detach().flatten(0, 1) @ weight.detach().T).requires_grad_()
     torch.library.opcheck(policy_head_kernel.from_logits_op, (logits, True, *loss_arguments))

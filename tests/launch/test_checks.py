@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import PPOTrainerSeparateAsync
 
-from hapo_verl.actor.head import choose_head, chosen_head
+from hapo_verl.actor.head import choose_head, chosen_head, chosen_memory
 from hapo_verl.config import ConfigError, HapoConfig
 from hapo_verl.launch.checks import check_demonstrations, check_launch
 
@@ -206,6 +206,10 @@ def test_a_head_passes_with_fsdp2_and_reaches_the_engine_with_verls_own_configur
     config = launch(*HEAD)
     choose_head(config, check_launch(config))
     assert chosen_head(config.actor_rollout_ref.model.fused_kernel_options) == "linear_logprob"
+    assert chosen_memory(config.actor_rollout_ref.model.fused_kernel_options) is None
+    config = launch(*HEAD, "hapo.kernels.memory_gib=3.5")
+    choose_head(config, check_launch(config))
+    assert chosen_memory(config.actor_rollout_ref.model.fused_kernel_options) == 3.5
     assert config.actor_rollout_ref.model.use_fused_kernels is False
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import sys
 
 import pytest
 
@@ -63,3 +64,35 @@ def test_an_unsupported_verl_is_refused(monkeypatch, version):
     monkeypatch.setattr("verl.__version__", version)
     with pytest.raises(ConfigError, match=rf"verl=={version}: hapo-verl supports 0.9.1 up to, not including, 0.10\. "):
         check_contract()
+
+
+@pytest.fixture
+def a_trl(monkeypatch, tmp_path):
+    """Installs a TRL whose package has this text."""
+
+    def install(text):
+        folder = tmp_path / "trl-1.16.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: trl\nVersion: 1.16.0\n")
+        (tmp_path / "trl.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "trl", raising=False)
+
+    yield install
+    sys.modules.pop("trl", None)
+
+
+def test_a_trl_beside_which_verl_loads_no_model_is_refused(a_trl):
+    a_trl("")
+    with pytest.raises(ConfigError) as error:
+        check_contract()
+    assert str(error.value) == (
+        "trl==1.16.0: verl 0.9.1 loads no model where this TRL is installed, for it imports "
+        "trl.AutoModelForCausalLMWithValueHead, which TRL no longer has. pip uninstall trl; hapo_verl.trl takes an "
+        "environment of its own."
+    )
+
+
+def test_a_trl_that_verl_can_use_is_left_alone(a_trl):
+    a_trl("class AutoModelForCausalLMWithValueHead: pass")
+    check_contract()

@@ -194,7 +194,7 @@ def test_the_table_shows_first_and_last():
 
 
 def test_both_presets_differ_only_in_what_the_preset_names(tmp_path):
-    task = Prepared("a task", "source", {}, {"data.train_files": "train.parquet"}, {})
+    task = Prepared("a task", "source", {}, {"data.train_files": "train.parquet"}, {}, {})
     paper, grpo = (quickstart.overrides(preset, tmp_path, task, steps=5, seed=1) for preset in ("paper", "grpo"))
     only_paper = set(paper) - set(grpo) - {"trainer.experiment_name=paper"}
     only_grpo = set(grpo) - set(paper) - {"trainer.experiment_name=grpo"}

@@ -321,6 +321,14 @@ def test_a_run_without_a_trace_says_so_and_two_of_one_name_are_told_apart(tmp_pa
     assert ("actor/grad_norm", "b/run (2)") in table(page)
 
 
+def test_a_question_is_named_without_the_templates_control_tokens(tmp_path, monkeypatch):
+    write_metrics(tmp_path / "run" / "metrics.jsonl", 2)
+    write_trace(tmp_path / "run" / "trace", 1, prompts=4)
+    pieces = ["<|im_start|>user\n1 < 2 | 3?<|im_end|>\n", "<｜User｜>More"]
+    monkeypatch.setattr("hapo_verl.report.__main__.pieces_of", lambda path: lambda tokens: pieces[: len(tokens)])
+    assert "</i> user 1 &lt; 2 | 3? More</summary>" in report([tmp_path / "run"])
+
+
 def test_what_cannot_be_shown_is_one_line(tmp_path, capsys):
     write_metrics(tmp_path / "run" / "metrics.jsonl", 3)
     (tmp_path / "empty.jsonl").write_text("")

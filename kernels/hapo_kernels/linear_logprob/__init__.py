@@ -4,7 +4,7 @@
 
 with m = max x, so that no exponential overflows and H is a sum of two non-negative terms. The (N, V) logits never exist
 as a whole: a chunk of rows at a time goes through the vendor's GEMM into fp32, one kernel sweep takes the statistics,
-and the backward pass computes the chunk again:
+and the backward pass computes the chunk again (`chunked`):
 
     ∂/∂x_v = (1/τ) [ g (1{v=y} - p_v) - g_H p_v (log p_v + H) ],    g, g_H the upstream gradients of log π and H
 
@@ -26,6 +26,7 @@ from torch.distributed import ProcessGroup
 
 from hapo_kernels.dispatch import Impl, debug, use_triton
 from hapo_kernels.linear_logprob import reference
+from hapo_kernels.memory import pieces
 
 __all__ = ["LinearLogprob", "linear_logprob"]
 
@@ -50,6 +51,10 @@ def linear_logprob(
     with_entropy: bool = False,
     vocabulary_group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
+    collect_rows: int | None = None,
+    memory_gib: float | None = None,
+    kept_rows: int | None = None,
+    main_grad_VH: Tensor | None = None,
     impl: Impl = "auto",
 ) -> LinearLogprob:
     """log π(label) and entropy of softmax((h Wᵀ + b) / τ), differentiable in hidden, weight and bias.
@@ -67,6 +72,16 @@ def linear_logprob(
             the whole result and ∂hidden.
         chunk_rows: rows of fp32 logits held at once. Every chunk is padded to this size, so that the bits of a row do
             not depend on how many rows there are. The default holds at most 1 GiB.
+        collect_rows: rows whose ∂logits, in the storage dtype, are collected for one GEMM of the weight's gradient,
+            rounded down to whole chunks. The default is 4,096, or what 2 GiB of 16 bits hold.
+        memory_gib: picks both, so that logits, ∂logits and the weight's gradient in fp32 stay within that many GiB.
+            What works is at least the gradient, in fp32 and as it is handed on (`hapo_kernels.memory`).
+        kept_rows: how many rows are kept (keep_N, and no label of -100), where the caller knows. Without it the host
+            waits for the device once in each pass; with it, nothing here waits, and the backward pass takes every kept
+            row, also one whose upstream gradient is 0. A wrong number is an error; on a GPU it is an assertion on the
+            device, which waits for nothing.
+        main_grad_VH: fp32, the caller's own. The backward pass adds the weight's gradient there, and the weight itself
+            gets none from autograd.
 
     The reference computes in fp32 (fp64 for fp64 input). The kernel multiplies in the storage dtype with fp32
     accumulation and fp32 logits, and accumulates the weight's gradient in fp32.
@@ -75,16 +90,19 @@ def linear_logprob(
     keep_N = label_N != IGNORED if keep_N is None else keep_N & (label_N != IGNORED)
     V = vocabulary_size(weight_VH, vocabulary_group)
     check_labels("label_N", label_N, keep_N, V, f"Use {IGNORED} to leave a row out.")
+    check_main_grad(main_grad_VH, weight_VH)
     arguments = (hidden_NH, weight_VH, label_N.long(), temperature_of(temperature, hidden_NH), bias_V, keep_N)
     if use_triton(impl, hidden_NH, weight_VH):
         from hapo_kernels.linear_logprob import kernel  # not before it is needed: Triton may be absent on a CPU
 
-        logp_N, entropy_N = kernel.linear_logprob(*arguments, with_entropy, vocabulary_group, chunk_rows)
-    elif vocabulary_group is not None:
-        logp_N, entropy_N = reference.vocabulary_parallel(*arguments, with_entropy, vocabulary_group)
-    else:
-        logp_N, entropy_N = reference.linear_logprob(*arguments, with_entropy)
-    return LinearLogprob(logp_N, entropy_N)
+        rows = pieces(weight_VH, chunk=chunk_rows, collected=collect_rows, memory_gib=memory_gib)
+        settings = (with_entropy, vocabulary_group, rows, main_grad_VH, kept_rows)
+        return LinearLogprob(*kernel.linear_logprob(*arguments, *settings))
+    if main_grad_VH is not None:
+        arguments = (hidden_NH, reference.adds_to(main_grad_VH, weight_VH), *arguments[2:])
+    if vocabulary_group is not None:
+        return LinearLogprob(*reference.vocabulary_parallel(*arguments, with_entropy, vocabulary_group))
+    return LinearLogprob(*reference.linear_logprob(*arguments, with_entropy))
 
 
 def temperature_of(temperature: float | Tensor, hidden_NH: Tensor) -> Tensor:
@@ -117,6 +135,21 @@ def check_labels(name: str, label: Tensor, kept: Tensor, V: int, fix: str) -> No
     if wrong.any():
         first = wrong.nonzero()[0].tolist()
         raise ValueError(f"{name}{first}={int(label[tuple(first)])}: a label lies in [0, {V}). {fix}")
+
+
+def check_main_grad(main_grad_VH: Tensor | None, weight_VH: Tensor) -> None:
+    """Refuse what the weight's gradient cannot be added to, in one line."""
+    if main_grad_VH is None:
+        return
+    found = f"main_grad_VH: {main_grad_VH.dtype} of shape {tuple(main_grad_VH.shape)} on {main_grad_VH.device}"
+    shape, device = weight_VH.shape, weight_VH.device
+    if main_grad_VH.dtype != torch.float32 or main_grad_VH.shape != shape or main_grad_VH.device != device:
+        raise ValueError(
+            f"{found}: one fp32 number for each of weight_VH {tuple(shape)}, on {device}. "
+            "Use torch.zeros_like(weight, dtype=torch.float32)."
+        )
+    if not main_grad_VH.is_contiguous() or main_grad_VH.requires_grad:
+        raise ValueError(f"{found}: contiguous and without a gradient of its own. Use main_grad.detach().contiguous().")
 
 
 def check_head(

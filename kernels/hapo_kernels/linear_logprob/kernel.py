@@ -1,4 +1,4 @@
-"""The language-model head: vendor GEMMs a chunk of rows, one Triton program a row between them.
+"""The language-model head: the vendor's GEMMs of `chunked`, and one Triton program a row between them.
 
 `sweep` is the online softmax of one row, `write_dlogits` its gradient; `policy_head` puts the loss between the two. A
 row's offset is int64 (N·V passes 2³¹ at 16k tokens), nothing length-like is a constexpr, there are no atomics.
@@ -20,9 +20,12 @@ from torch import Tensor
 # A custom op takes the name of a process group.
 from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
 
+from hapo_kernels.counted import rows_where
 from hapo_kernels.dispatch import refuse_double_backward
-from hapo_kernels.launch import launches, rows_a_chunk
+from hapo_kernels.launch import launches
 from hapo_kernels.linear_logprob import reference
+from hapo_kernels.linear_logprob.chunked import Gradients, Head
+from hapo_kernels.memory import Rows
 
 LOWEST = tl.constexpr(-3.0e38)  # finite start of the running maximum: -inf - -inf is NaN
 FLOOR = tl.constexpr(-1.0e30)  # e^FLOOR is 0, and FLOOR · 0 is 0 where -inf · 0 is NaN
@@ -74,32 +77,41 @@ def write_dlogits(
 
 
 @triton.jit
-def stats_row_kernel(logits_ptr, label_ptr, temperature_ptr, stats_ptr, V, N, BLOCK: tl.constexpr):
-    """One row's maximum, Σ e^d, Σ d e^d and label logit (0 where the label is not in this slice) into stats (4, N)."""
-    i_row = tl.program_id(0).to(tl.int64)
-    p_row = logits_ptr + i_row * V
+def stats_row_kernel(
+    row_ptr, logits_ptr, label_ptr, temperature_ptr, stats_ptr, V, first_label, N, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Of the token row_ptr[program]: maximum, Σ e^d, Σ d e^d and label logit, into the program's column of (4, N).
+
+    The label logit is 0 where the label is not in this slice, which begins with the token first_label.
+    """
+    i_program = tl.program_id(0).to(tl.int64)
+    i_row = tl.load(row_ptr + i_program)
+    p_row = logits_ptr + i_program * V
     inverse_temperature = 1.0 / tl.load(temperature_ptr + i_row)
-    label = tl.load(label_ptr + i_row)
+    label = tl.load(label_ptr + i_row) - first_label
     here = (label >= 0) & (label < V)
     label_logit = tl.load(p_row + label, mask=here, other=0.0).to(tl.float32)
     row_max, total, weighted = sweep(p_row, V, inverse_temperature, BLOCK)
-    tl.store(stats_ptr + i_row, row_max)
-    tl.store(stats_ptr + N + i_row, total)
-    tl.store(stats_ptr + 2 * N + i_row, weighted)
-    tl.store(stats_ptr + 3 * N + i_row, label_logit)
+    p_stats = stats_ptr + i_program
+    tl.store(p_stats, row_max)
+    tl.store(p_stats + N, total)
+    tl.store(p_stats + 2 * N, weighted)
+    tl.store(p_stats + 3 * N, label_logit)
 
 
 @triton.jit
 def dlogits_row_kernel(
-    logits_ptr, out_ptr, label_ptr, temperature_ptr, max_ptr, log_sum_ptr, entropy_ptr, slope_ptr, entropy_slope_ptr, V,
-    HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    row_ptr, logits_ptr, out_ptr, label_ptr, temperature_ptr, max_ptr, log_sum_ptr, entropy_ptr, slope_ptr,
+    entropy_slope_ptr, V, first_label, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i_row = tl.program_id(0).to(tl.int64)
+    """Of the token row_ptr[program], whose logits stand at the program's own place."""
+    i_program = tl.program_id(0).to(tl.int64)
+    i_row = tl.load(row_ptr + i_program)
     entropy, entropy_slope = 0.0, 0.0
     if HAS_ENTROPY:
         entropy, entropy_slope = tl.load(entropy_ptr + i_row), tl.load(entropy_slope_ptr + i_row)
     write_dlogits(
-        logits_ptr + i_row * V, out_ptr + i_row * V, tl.load(label_ptr + i_row), V,
+        logits_ptr + i_program * V, out_ptr + i_program * V, tl.load(label_ptr + i_row) - first_label, V,
         1.0 / tl.load(temperature_ptr + i_row),
         tl.load(max_ptr + i_row), tl.load(log_sum_ptr + i_row), entropy, tl.load(slope_ptr + i_row), entropy_slope,
         HAS_ENTROPY, BLOCK,
@@ -111,83 +123,13 @@ def row_settings(device: torch.device) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": warps}
 
 
-def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with fp32 accumulation and an fp32 result."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-class Chunks:
-    """The rows of `row` in pieces of one fixed, padded size: a GEMM of one shape, whatever the batch."""
-
-    def __init__(self, row: Tensor, chunk_rows: int):
-        self.row, self.size = row, chunk_rows
-
-    def __iter__(self):
-        for start in range(0, len(self.row), self.size):
-            yield self.row[start : start + self.size]
-
-    def gather(self, hidden_NH: Tensor, row: Tensor) -> Tensor:
-        padded = hidden_NH.new_zeros(self.size, hidden_NH.shape[1])
-        torch.index_select(hidden_NH, 0, row, out=padded[: len(row)])
-        return padded
-
-
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with fp32 accumulation. The CPU, where kernels are only tested, multiplies in fp32."""
-    return torch.mm(a, b) if a.is_cuda else a.float() @ b.float()
-
-
-def logits_of(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-    logits = matmul_fp32(hidden, weight_VH.T)
-    return logits if bias_V is None else logits.add_(bias_V)
-
-
-class Gradients:
-    """Where a chunk's dlogits go: ∂hidden row by row, ∂weight and ∂bias summed over the chunks in fp32."""
-
-    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wanted: list[bool]):
-        fp32 = {"dtype": torch.float32}
-        self.weight_VH = weight_VH
-        self.hidden_NH = torch.zeros_like(hidden_NH, memory_format=torch.contiguous_format) if wanted[0] else None
-        self.dweight_VH = (
-            torch.zeros_like(weight_VH, memory_format=torch.contiguous_format, **fp32) if wanted[1] else None
-        )
-        self.dbias_V = torch.zeros_like(bias_V, **fp32) if wanted[2] and bias_V is not None else None
-
-    def add(self, row: Tensor, hidden: Tensor, dlogits: Tensor) -> None:
-        """`hidden` and `dlogits` are padded; dlogits of the padding is 0."""
-        if self.hidden_NH is not None:
-            self.hidden_NH[row] = matmul(dlogits, self.weight_VH)[: len(row)].to(self.hidden_NH.dtype)
-        if self.dweight_VH is not None:
-            if hidden.is_cuda and hidden.dtype != torch.float32:
-                torch.ops.aten.addmm.dtype_out(self.dweight_VH, dlogits.T, hidden, torch.float32, out=self.dweight_VH)
-            else:
-                self.dweight_VH.addmm_(dlogits.T.float(), hidden.float())
-        if self.dbias_V is not None:
-            self.dbias_V += dlogits.sum(0, dtype=torch.float32)
-
-    def result(self, group: dist.ProcessGroup | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """∂hidden is summed over the slices of a vocabulary."""
-        if group is not None and self.hidden_NH is not None:
-            dist.all_reduce(self.hidden_NH, group=group)
-        return self.hidden_NH, self.dweight_VH, self.dbias_V
-
-
-def row_stats(logits: Tensor, label: Tensor, temperature: Tensor) -> Tensor:
-    """(4, rows): max, Σ e^d, Σ d e^d and label logit of the first rows of `logits`, one for each label."""
-    rows, V = len(label), logits.shape[1]
-    stats = logits.new_empty(4, rows)
-    stats_row_kernel[(rows,)](logits, label, temperature, stats, V, rows, **row_settings(logits.device))
-    return stats
-
-
-def dlogits_buffer(logits: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    """In place where the storage dtype allows it; the padding is zeroed."""
-    dlogits = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
-    dlogits[rows:].zero_()
-    return dlogits
+def row_stats(
+    row: Tensor, logits: Tensor, label_N: Tensor, temperature_N: Tensor, first_label: int, stats: Tensor
+) -> None:
+    """Into the first columns of stats (4, ...), one for each of `row`: max, Σ e^d, Σ d e^d and label logit."""
+    settings = row_settings(logits.device)
+    V, N = logits.shape[1], stats.stride(0)
+    stats_row_kernel[(len(row),)](row, logits, label_N, temperature_N, stats, V, first_label, N, **settings)
 
 
 def group_of(name: str) -> dist.ProcessGroup | None:
@@ -218,19 +160,24 @@ def linear_logprob_op(
     keep_N: Tensor,
     with_entropy: bool,
     group: str,
-    chunk_rows: int,
+    rows: list[int],
+    main_grad_VH: Tensor | None,
+    kept_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp_N, entropy_N, max_N, log_sum_N; the last two are what the backward pass needs of the softmax."""
+    """logp_N, entropy_N, max_N, log_sum_N; the last two are what the backward pass needs of the softmax.
+
+    `main_grad_VH` is only handed on to the backward pass.
+    """
     N, V = hidden_NH.shape[0], weight_VH.shape[0]
     process_group = group_of(group)
     first, size = slice_of(process_group, V)
-    row = keep_N.nonzero()[:, 0]
+    row = rows_where(keep_N, kept_rows)
     stats = torch.empty(4, len(row), dtype=torch.float32, device=hidden_NH.device)
-    chunks, done = Chunks(row, chunk_rows), 0
-    for piece in chunks:
-        logits = logits_of(chunks.gather(hidden_NH, piece), weight_VH, bias_V)
-        stats[:, done : done + len(piece)] = row_stats(logits, label_N[piece] - first, temperature_N[piece])
-        done += len(piece)
+
+    def row_kernel(piece: Tensor, done: int, logits: Tensor, _: Tensor | None) -> None:
+        row_stats(piece, logits, label_N, temperature_N, first, stats[:, done:])
+
+    Head(hidden_NH, weight_VH, bias_V, Rows(*rows)).run(row, row_kernel)
     row_max, total, weighted, label_logit = stats
     temperature = temperature_N[row]
     if process_group is not None:
@@ -254,7 +201,7 @@ def _(hidden_NH, *args):
     return tuple(hidden_NH.new_empty(hidden_NH.shape[0], dtype=torch.float32) for _ in range(4))
 
 
-@torch.library.custom_op("hapo_kernels::linear_logprob_backward", mutates_args=())
+@torch.library.custom_op("hapo_kernels::linear_logprob_backward", mutates_args=("main_grad_VH",))
 def linear_logprob_backward_op(
     slope_N: Tensor,
     entropy_slope_N: Tensor | None,
@@ -267,39 +214,45 @@ def linear_logprob_backward_op(
     entropy_N: Tensor,
     max_N: Tensor,
     log_sum_N: Tensor,
+    main_grad_VH: Tensor | None,
     group: str,
-    chunk_rows: int,
+    rows: list[int],
+    kept_rows: int | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∂hidden, ∂weight and ∂bias; empty where not wanted. Rows without an upstream gradient enter no GEMM."""
+    """∂hidden, ∂weight and ∂bias; empty where not wanted. Rows without an upstream gradient enter no GEMM, unless
+    `kept_rows` spares the host to ask for their number."""
     V = weight_VH.shape[0]
     process_group = group_of(group)
     first, _ = slice_of(process_group, V)
-    active_N = slope_N != 0
-    if entropy_slope_N is not None:
-        active_N = active_N | (entropy_slope_N != 0)
-    row = (keep_N & active_N).nonzero()[:, 0]
-    gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted)
-    chunks = Chunks(row, chunk_rows)
-    for piece in chunks:
-        hidden = chunks.gather(hidden_NH, piece)
-        logits = logits_of(hidden, weight_VH, bias_V)
-        dlogits = dlogits_buffer(logits, len(piece), hidden_NH.dtype)
+    if kept_rows is None:
+        active_N = slope_N != 0
+        if entropy_slope_N is not None:
+            active_N = active_N | (entropy_slope_N != 0)
+        keep_N = keep_N & active_N
+    row = rows_where(keep_N, kept_rows)
+    settings = row_settings(hidden_NH.device)
+
+    def row_kernel(piece: Tensor, _: int, logits: Tensor, dlogits: Tensor | None) -> None:
         dlogits_row_kernel[(len(piece),)](
+            piece,
             logits,
             dlogits,
-            label_N[piece] - first,
-            temperature_N[piece],
-            max_N[piece],
-            log_sum_N[piece],
-            entropy_N[piece],
-            slope_N[piece],
-            slope_N if entropy_slope_N is None else entropy_slope_N[piece],
+            label_N,
+            temperature_N,
+            max_N,
+            log_sum_N,
+            entropy_N,
+            slope_N,
+            slope_N if entropy_slope_N is None else entropy_slope_N,
             V,
+            first,
             HAS_ENTROPY=entropy_slope_N is not None,
-            **row_settings(logits.device),
+            **settings,
         )
-        gradients.add(piece, hidden, dlogits)
+
+    gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted, main_grad_VH)
+    Head(hidden_NH, weight_VH, bias_V, Rows(*rows)).run(row, row_kernel, gradients)
     dhidden_NH, dweight_VH, dbias_V = gradients.result(process_group)
     return (
         empty_or(dhidden_NH, hidden_NH),
@@ -310,7 +263,8 @@ def linear_logprob_backward_op(
 
 @linear_logprob_backward_op.register_fake
 def _(slope_N, entropy_slope_N, hidden_NH, weight_VH, label_N, temperature_N, bias_V, *args):
-    wanted = args[-1]
+    *_, main_grad_VH, _, _, _, wanted = args
+    wanted = [wanted[0], wanted[1] and main_grad_VH is None, wanted[2]]
     like = (hidden_NH, weight_VH, weight_VH if bias_V is None else bias_V)
     return tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if want else tensor.new_empty(0)
@@ -319,27 +273,32 @@ def _(slope_N, entropy_slope_N, hidden_NH, weight_VH, label_N, temperature_N, bi
 
 
 def _save(ctx, inputs, output):
-    hidden_NH, weight_VH, label_N, temperature_N, bias_V, keep_N, ctx.with_entropy, ctx.group, ctx.chunk_rows = inputs
+    hidden_NH, weight_VH, label_N, temperature_N, bias_V, keep_N, ctx.with_entropy, *settings = inputs
+    ctx.group, ctx.rows, ctx.main_grad_VH, ctx.kept_rows = settings
     ctx.save_for_backward(hidden_NH, weight_VH, label_N, temperature_N, bias_V, keep_N, *output[1:])
+    # main_grad_VH is not saved as a tensor of the forward pass: whoever owns it adds to it meanwhile.
     ctx.set_materialize_grads(False)  # an entropy that no loss uses costs nothing
 
 
 def _backward(ctx, slope_N, entropy_slope_N, _max, _log_sum):
     refuse_double_backward("linear_logprob")
     if slope_N is None and entropy_slope_N is None:
-        return (None,) * 9
+        return (None,) * 11
     need = ctx.needs_input_grad
     wanted = [need[0], need[1], need[4]]
     gradients = torch.ops.hapo_kernels.linear_logprob_backward(
         torch.zeros_like(entropy_slope_N) if slope_N is None else slope_N.contiguous(),
         entropy_slope_N.contiguous() if ctx.with_entropy and entropy_slope_N is not None else None,
         *ctx.saved_tensors,
+        ctx.main_grad_VH,
         ctx.group,
-        ctx.chunk_rows,
+        ctx.rows,
+        ctx.kept_rows,
         wanted,
     )
-    hidden, weight, bias = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
-    return hidden, weight, None, None, bias, None, None, None, None
+    returned = [wanted[0], wanted[1] and ctx.main_grad_VH is None, wanted[2]]
+    hidden, weight, bias = (gradient if want else None for gradient, want in zip(gradients, returned, strict=True))
+    return hidden, weight, None, None, bias, *[None] * 6
 
 
 linear_logprob_op.register_autograd(_backward, setup_context=_save)
@@ -354,18 +313,22 @@ def linear_logprob(
     keep_N: Tensor,
     with_entropy: bool,
     group: dist.ProcessGroup | None,
-    chunk_rows: int | None,
+    rows: Rows,
+    main_grad_VH: Tensor | None,
+    kept_rows: int | None,
 ) -> tuple[Tensor, Tensor]:
     """See `hapo_kernels.linear_logprob.linear_logprob`."""
     logp_N, entropy_N, _, _ = torch.ops.hapo_kernels.linear_logprob(
         hidden_NH,
         weight_VH,
-        label_N,
+        label_N.contiguous(),
         temperature_N,
         bias_V,
         keep_N,
         with_entropy,
         name_of(group),
-        chunk_rows or rows_a_chunk(weight_VH.shape[0]),
+        list(rows),
+        main_grad_VH,
+        kept_rows,
     )
     return logp_N, entropy_N

@@ -104,6 +104,26 @@ class _VocabularyParallel(torch.autograd.Function):
         return dhidden_NH.to(hidden_NH.dtype), dweight_VH, None, None, dbias_V, None
 
 
+class _AddsTo(torch.autograd.Function):
+    """The weight itself, whose gradient is added to a tensor of the caller's."""
+
+    @staticmethod
+    def forward(ctx, weight_VH, main_grad_VH):
+        ctx.main_grad_VH = main_grad_VH
+        return weight_VH.view_as(weight_VH)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient_VH):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.main_grad_VH.add_(gradient_VH)
+        return None, None
+
+
+def adds_to(main_grad_VH: Tensor, weight_VH: Tensor) -> Tensor:
+    """`weight_VH`, whose gradient the backward pass adds to `main_grad_VH` and hands to nobody else."""
+    return _AddsTo.apply(weight_VH, main_grad_VH)
+
+
 def vocabulary_parallel(
     hidden_NH: Tensor,
     weight_VH: Tensor,

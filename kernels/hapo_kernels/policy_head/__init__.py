@@ -16,13 +16,15 @@ A loss that is not per token, such as a ratio of whole sequences, cannot know it
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from hapo_kernels.dispatch import Impl, use_triton
-from hapo_kernels.linear_logprob import check_head, check_labels, temperature_of, vocabulary_size
+from hapo_kernels.linear_logprob import check_head, check_labels, check_main_grad, temperature_of, vocabulary_size
+from hapo_kernels.memory import pieces
 from hapo_kernels.policy_head import reference
 from hapo_kernels.policy_loss import Aggregation, Clip, KLPenalty, PolicyLossMetrics, Teacher, check_tokens
 
@@ -56,6 +58,12 @@ def policy_head(
     temperature: float | Tensor = 1.0,
     vocabulary_group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
+    collect_rows: int | None = None,
+    memory_gib: float | None = None,
+    active_tokens: int | None = None,
+    training_tokens: int | None = None,
+    main_grad_VH: Tensor | None = None,
+    upstream: float = 1.0,
     impl: Impl = "auto",
 ) -> PolicyHead:
     """`policy_loss` of `linear_logprob`, in one pass.
@@ -67,7 +75,17 @@ def policy_head(
             NaN, and an error with HAPO_KERNELS_DEBUG=1.
         behaviour_logp_BT ... kl: as for `policy_loss`.
         entropy_coefficient: c_H of - c_H · agg(H); with 0.0 the entropy is only measured.
-        bias_V, chunk_rows: as for `linear_logprob`.
+        bias_V, chunk_rows, collect_rows, memory_gib: as for `linear_logprob`.
+        active_tokens: how many the mask keeps, where the caller knows. Without it the host waits for the device once,
+            or twice where tokens of advantage 0 need no gradient; with it, nothing here waits. A wrong number is an
+            error; on a GPU it is an assertion on the device, which waits for nothing.
+        training_tokens: how many of those have an advantage other than 0. With active_tokens alone, all of them enter
+            every GEMM: a token of advantage 0 has a gradient of 0 that is computed.
+        main_grad_VH: fp32, the caller's own. `upstream` times the weight's gradient is added there by the forward pass,
+            since that is where it is computed, and the weight itself gets none from autograd. So each forward pass that
+            tracks gradients needs its backward pass, and none may run twice (activation checkpointing).
+        upstream: ∂(what `backward` is called on)/∂(this loss), read with main_grad_VH only. Another one in the backward
+            pass is an error there; on a GPU it is an assertion on the device, which waits for nothing.
         temperature: τ > 0, one number or one a token (B, T).
         vocabulary_group: ranks that each hold a slice of V. They pass the same batch and all get the whole loss,
             metrics and ∂hidden; a chunk costs two all-reduces of three numbers a row at most.
@@ -80,10 +98,15 @@ def policy_head(
     _check_positions("hidden_BTH", hidden_BTH, label_BT, mask_BT)
     V = vocabulary_size(weight_VH, vocabulary_group)
     check_labels("label_BT", label_BT, active_BT, V, "Switch the token off in mask_BT.")
+    check_main_grad(main_grad_VH, weight_VH)
+    if training_tokens is not None and active_tokens is None:
+        raise ValueError(f"training_tokens={training_tokens}: without active_tokens it says nothing. Pass both.")
     if use_triton(impl, hidden_BTH, weight_VH, advantage):
         from hapo_kernels.policy_head import kernel  # not before it is needed: Triton may be absent on a CPU
 
-        run = kernel.policy_head
+        rows = pieces(weight_VH, chunk=chunk_rows, collected=collect_rows, memory_gib=memory_gib)
+        counts = [count for count in (active_tokens, training_tokens) if count is not None]
+        run = functools.partial(kernel.policy_head, rows=rows, counts=counts, upstream=upstream)
     else:
         run = reference.policy_head
     return PolicyHead(
@@ -103,7 +126,7 @@ def policy_head(
             bias_V=bias_V,
             temperature_N=temperature_of(flat_temperature, flat_hidden),
             vocabulary_group=vocabulary_group,
-            chunk_rows=chunk_rows,
+            main_grad_VH=main_grad_VH,
         )
     )
 

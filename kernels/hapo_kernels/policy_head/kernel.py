@@ -18,15 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hapo_kernels.counted import rows_where
 from hapo_kernels.dispatch import refuse_double_backward
-from hapo_kernels.launch import rows_a_chunk
+from hapo_kernels.linear_logprob.chunked import Gradients, Head, RowKernel, scaled
 from hapo_kernels.linear_logprob.kernel import (
-    Chunks,
-    Gradients,
-    dlogits_buffer,
     empty_or,
     group_of,
-    logits_of,
     name_of,
     row_settings,
     row_stats,
@@ -35,6 +32,7 @@ from hapo_kernels.linear_logprob.kernel import (
     write_dlogits,
 )
 from hapo_kernels.linear_logprob.reference import clamped, combine
+from hapo_kernels.memory import Rows
 from hapo_kernels.policy_loss.kernel import KL_CODE, PARTIALS, log_of, shape_code, shape_of, token_loss
 from hapo_kernels.policy_loss.reference import row_weight
 from hapo_kernels.policy_loss.terms import Aggregation, Clip, KLPenalty, PolicyLossMetrics, Teacher
@@ -117,6 +115,23 @@ def head_row_kernel(
         )  # fmt: skip
 
 
+class Values(NamedTuple):
+    """What the rows' programs fill, beside gradients."""
+
+    logp_N: Tensor
+    entropy_N: Tensor
+    partial: Tensor  # (active tokens, PARTIALS), the sums of each token alone
+
+    @classmethod
+    def of(cls, temperature_N: Tensor, active: int) -> Values:
+        partial = temperature_N.new_zeros(active, PARTIALS.value)
+        return cls(torch.zeros_like(temperature_N), torch.zeros_like(temperature_N), partial)
+
+    def sums(self) -> Tensor:
+        """fp64, in the order of PolicyLossMetrics."""
+        return self.partial.double().sum(0)[: len(PolicyLossMetrics._fields)]
+
+
 class RowLoss(NamedTuple):
     """What a row's loss needs besides its logits: a number a token, and the settings. Both ops' arguments end so."""
 
@@ -140,21 +155,30 @@ class RowLoss(NamedTuple):
     kl_coefficient: float
     entropy_coefficient: float
 
-    def rows(self, with_gradient: bool) -> tuple[Tensor, Tensor]:
-        """Tokens with a gradient, and active tokens without one."""
-        trains_N = self.active_N
-        if not self.kl_kind and self.entropy_coefficient == 0:
-            trains_N = self.active_N & (self.advantage_N != 0)
+    def rows(self, with_gradient: bool, counts: list[int]) -> tuple[Tensor, Tensor]:
+        """Tokens with a gradient, and active tokens without one.
+
+        `counts` are how many tokens are active, and how many of those have an advantage, as far as they are known.
+        """
+        active, training = [*counts, None, None][:2]
         if not with_gradient:
-            trains_N = torch.zeros_like(self.active_N)
-        return trains_N.nonzero()[:, 0], (self.active_N & ~trains_N).nonzero()[:, 0]
+            row = rows_where(self.active_N, active)
+            return row[:0], row
+        if self.kl_kind or self.entropy_coefficient != 0 or (active is not None and training is None):
+            row = rows_where(self.active_N, active)
+            return row, row[:0]
+        trains_N, idle = self.active_N & (self.advantage_N != 0), None
+        if active is not None and training is not None:
+            idle = active - training
+        return rows_where(trains_N, training), rows_where(self.active_N & ~trains_N, idle)
 
     def slice_stats(self, row: Tensor, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
         """(4, rows): statistics of the whole vocabulary from the logits of this rank's slice."""
-        label, temperature = self.label_N[row], self.temperature_N[row]
         first, size = slice_of(group, logits.shape[1])
-        stats = torch.stack(combine(*row_stats(logits, label - first, temperature), temperature, group))
-        stats[3].masked_fill_(~clamped(label, size)[1], torch.nan)
+        stats = logits.new_empty(4, len(row))
+        row_stats(row, logits, self.label_N, self.temperature_N, first, stats)
+        stats = torch.stack(combine(*stats, self.temperature_N[row], group))
+        stats[3].masked_fill_(~clamped(self.label_N[row], size)[1], torch.nan)
         return stats
 
     def launch(
@@ -162,60 +186,79 @@ class RowLoss(NamedTuple):
         row: Tensor,
         logits: Tensor,
         dlogits: Tensor | None,
-        logp_N: Tensor,
-        entropy_N: Tensor,
+        into: Values,
+        done: int,
         *,
         whole: bool,
         group: dist.ProcessGroup | None = None,
-    ) -> Tensor:
-        """Fills dlogits, logp_N and entropy_N of the tokens `row`; their sums, in the order of PolicyLossMetrics."""
-        partial = torch.zeros(len(row), PARTIALS.value, dtype=torch.float32, device=row.device)
-        if len(row):
-            # A pointer that its flag switches off is never read; temperature_N stands in for it.
-            absent = self.temperature_N
-            stats = absent if group is None else self.slice_stats(row, logits, group)
-            head_row_kernel[(len(row),)](
-                row,
-                logits,
-                logits if dlogits is None else dlogits,
-                self.label_N,
-                self.temperature_N,
-                absent if self.behaviour_logp_N is None else self.behaviour_logp_N,
-                self.advantage_N,
-                self.row_weight_N,
-                self.teacher_N.view(torch.uint8),
-                absent if self.teacher_logp_N is None else self.teacher_logp_N,
-                absent if self.importance_weight_N is None else self.importance_weight_N,
-                absent if self.reference_logp_N is None else self.reference_logp_N,
-                stats,
-                logp_N,
-                entropy_N,
-                partial,
-                logits.shape[1],
-                slice_of(group, logits.shape[1])[0],
-                1.0 - self.clip_low,
-                1.0 + self.clip_high,
-                self.clip_dual,
-                log_of(self.shaping),
-                self.exponent,
-                self.kl_coefficient,
-                self.entropy_coefficient,
-                WHOLE=whole,
-                SLICE=group is not None,
-                HAS_BEHAVIOUR=self.behaviour_logp_N is not None,
-                HAS_TEACHER_LOGP=self.teacher_logp_N is not None,
-                HAS_WEIGHT=self.importance_weight_N is not None,
-                SHAPE=shape_code(self.shape, self.shaping, self.exponent),
-                KL=KL_CODE[self.kl_kind.removesuffix("+")],
-                STRAIGHT_THROUGH=self.kl_kind.endswith("+"),
-                HAS_ENTROPY=self.entropy_coefficient != 0,
-                HAS_GRADIENT=dlogits is not None,
-                **row_settings(logits.device),
-            )
-        return partial.double().sum(0)[: len(PolicyLossMetrics._fields)]
+    ) -> None:
+        """Fills dlogits, and of the tokens `row`, before which `done` have been taken, what `into` holds."""
+        if not len(row):
+            return
+        # A pointer that its flag switches off is never read; temperature_N stands in for it.
+        absent = self.temperature_N
+        stats = absent if group is None else self.slice_stats(row, logits, group)
+        head_row_kernel[(len(row),)](
+            row,
+            logits,
+            logits if dlogits is None else dlogits,
+            self.label_N,
+            self.temperature_N,
+            absent if self.behaviour_logp_N is None else self.behaviour_logp_N,
+            self.advantage_N,
+            self.row_weight_N,
+            self.teacher_N.view(torch.uint8),
+            absent if self.teacher_logp_N is None else self.teacher_logp_N,
+            absent if self.importance_weight_N is None else self.importance_weight_N,
+            absent if self.reference_logp_N is None else self.reference_logp_N,
+            stats,
+            into.logp_N,
+            into.entropy_N,
+            into.partial[done:],
+            logits.shape[1],
+            slice_of(group, logits.shape[1])[0],
+            1.0 - self.clip_low,
+            1.0 + self.clip_high,
+            self.clip_dual,
+            log_of(self.shaping),
+            self.exponent,
+            self.kl_coefficient,
+            self.entropy_coefficient,
+            WHOLE=whole,
+            SLICE=group is not None,
+            HAS_BEHAVIOUR=self.behaviour_logp_N is not None,
+            HAS_TEACHER_LOGP=self.teacher_logp_N is not None,
+            HAS_WEIGHT=self.importance_weight_N is not None,
+            SHAPE=shape_code(self.shape, self.shaping, self.exponent),
+            KL=KL_CODE[self.kl_kind.removesuffix("+")],
+            STRAIGHT_THROUGH=self.kl_kind.endswith("+"),
+            HAS_ENTROPY=self.entropy_coefficient != 0,
+            HAS_GRADIENT=dlogits is not None,
+            **row_settings(logits.device),
+        )
 
     def total(self, sums: Tensor) -> Tensor:
         return sums[0] + sums[1] + self.kl_coefficient * sums[2] - self.entropy_coefficient * sums[3]
+
+
+def run_policy_head(
+    head: Head, loss: RowLoss, gradients: Gradients | None, group: dist.ProcessGroup | None, counts: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, sums in the order of PolicyLossMetrics, logp_N, entropy_N; `gradients` are filled."""
+    trains, rest = loss.rows(gradients is not None, counts)
+    into = Values.of(loss.temperature_N, len(trains) + len(rest))
+
+    def after(first: int) -> RowKernel:
+        def row_kernel(piece: Tensor, done: int, logits: Tensor, dlogits: Tensor | None) -> None:
+            loss.launch(piece, logits, dlogits, into, first + done, whole=False, group=group)
+
+        return row_kernel
+
+    # Ranks that share a vocabulary meet between the two sweeps of a row kernel, in memory of their own.
+    head.run(trains, after(0), gradients, overlap=group is None)
+    head.run(rest, after(len(trains)), overlap=group is None)
+    sums = into.sums()
+    return loss.total(sums).float(), sums.float(), into.logp_N, into.entropy_N
 
 
 @torch.library.custom_op("hapo_kernels::policy_head", mutates_args=())
@@ -224,7 +267,8 @@ def policy_head_op(
     weight_VH: Tensor,
     bias_V: Tensor | None,
     group: str,
-    chunk_rows: int,
+    rows: list[int],
+    counts: list[int],
     wanted: list[bool],
     label_N: Tensor,
     temperature_N: Tensor,
@@ -253,27 +297,15 @@ def policy_head_op(
         kl_kind, kl_coefficient, entropy_coefficient,
     )  # fmt: skip
     process_group = group_of(group)
-    gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted)
-    logp_N, entropy_N = torch.zeros_like(temperature_N), torch.zeros_like(temperature_N)
-    sums = torch.zeros(len(PolicyLossMetrics._fields), dtype=torch.float64, device=hidden_NH.device)
-    for row, with_gradient in zip(loss.rows(any(wanted)), (True, False), strict=True):
-        chunks = Chunks(row, chunk_rows)
-        for piece in chunks:
-            hidden = chunks.gather(hidden_NH, piece)
-            logits = logits_of(hidden, weight_VH, bias_V)
-            dlogits = dlogits_buffer(logits, len(piece), hidden_NH.dtype) if with_gradient else None
-            sums += loss.launch(piece, logits, dlogits, logp_N, entropy_N, whole=False, group=process_group)
-            if dlogits is not None:
-                gradients.add(piece, hidden, dlogits)
-    dhidden_NH, dweight_VH, dbias_V = gradients.result(process_group)
+    gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted) if any(wanted) else None
+    head = Head(hidden_NH, weight_VH, bias_V, Rows(*rows))
+    values = run_policy_head(head, loss, gradients, process_group, counts)
+    dhidden_NH, dweight_VH, dbias_V = (None,) * 3 if gradients is None else gradients.result(process_group)
     return (
-        loss.total(sums).float(),
-        sums.float(),
-        logp_N,
-        entropy_N,
+        *values,
         empty_or(dhidden_NH, hidden_NH),
-        empty_or(dweight_VH, logp_N),
-        empty_or(dbias_V, logp_N),
+        empty_or(dweight_VH, temperature_N),
+        empty_or(dbias_V, temperature_N),
     )
 
 
@@ -284,7 +316,7 @@ def fake_values(temperature_N: Tensor) -> tuple[Tensor, ...]:
 
 
 @policy_head_op.register_fake
-def _(hidden_NH, weight_VH, bias_V, group, chunk_rows, wanted, label_N, temperature_N, *args):
+def _(hidden_NH, weight_VH, bias_V, group, rows, counts, wanted, label_N, temperature_N, *args):
     dense, fp32 = {"memory_format": torch.contiguous_format}, {"dtype": torch.float32}
     return (
         *fake_values(temperature_N),
@@ -325,15 +357,16 @@ def from_logits_op(
         kl_kind, kl_coefficient, entropy_coefficient,
     )  # fmt: skip
     logits_NV = logits_NV.contiguous()
-    logp_N, entropy_N = torch.zeros_like(temperature_N), torch.zeros_like(temperature_N)
-    trains, rest = loss.rows(with_gradient)
+    trains, rest = loss.rows(with_gradient, [])
+    into = Values.of(temperature_N, len(trains) + len(rest))
     dlogits_NV = logits_NV.new_empty(logits_NV.shape if with_gradient else 0)
-    sums = loss.launch(rest, logits_NV, None, logp_N, entropy_N, whole=True)
     if with_gradient:
-        sums += loss.launch(trains, logits_NV, dlogits_NV, logp_N, entropy_N, whole=True)
+        loss.launch(trains, logits_NV, dlogits_NV, into, 0, whole=True)
         flat_N = torch.ones_like(active_N).index_fill_(0, trains, False)
-        dlogits_NV.index_fill_(0, flat_N.nonzero()[:, 0], 0.0)
-    return loss.total(sums).float(), sums.float(), logp_N, entropy_N, dlogits_NV
+        dlogits_NV.index_fill_(0, rows_where(flat_N, len(flat_N) - len(trains)), 0.0)
+    loss.launch(rest, logits_NV, None, into, len(trains), whole=True)
+    sums = into.sums()
+    return loss.total(sums).float(), sums.float(), into.logp_N, into.entropy_N, dlogits_NV
 
 
 @from_logits_op.register_fake
@@ -350,7 +383,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, upstream, *_):
     refuse_double_backward("policy_head")
     gradients = [
-        (gradient * upstream).to(dtype) if needed else None
+        scaled(gradient, upstream, dtype) if needed else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
     ]
     return (*gradients, *[None] * (ctx.inputs - len(gradients)))
@@ -364,7 +397,37 @@ def _save_logits(ctx, inputs, output):
 def _backward_logits(ctx, upstream, *_):
     refuse_double_backward("policy_loss_from_logits")
     (dlogits_NV,) = ctx.saved_tensors
-    return ((dlogits_NV * upstream).to(dlogits_NV.dtype), *[None] * (ctx.inputs - 1))
+    return (scaled(dlogits_NV, upstream, dlogits_NV.dtype), *[None] * (ctx.inputs - 1))
+
+
+class _IntoMainGrad(torch.autograd.Function):
+    """`policy_head_op` that adds `upstream · ∂weight` to a tensor of the caller's, which no functional op may do."""
+
+    @staticmethod
+    def forward(ctx, hidden_NH, weight_VH, bias_V, main_grad_VH, upstream, group, rows, counts, wanted, loss):
+        gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted, main_grad_VH, upstream)
+        values = run_policy_head(Head(hidden_NH, weight_VH, bias_V, rows), loss, gradients, group, counts)
+        dhidden_NH, _, dbias_V = gradients.result(group)
+        ctx.upstream, ctx.dtypes = (
+            upstream,
+            (hidden_NH.dtype, loss.temperature_N.dtype if bias_V is None else bias_V.dtype),
+        )
+        ctx.save_for_backward(dhidden_NH, dbias_V)
+        ctx.mark_non_differentiable(*values[1:])
+        return values
+
+    @staticmethod
+    def backward(ctx, upstream, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_double_backward("policy_head")
+        message = (
+            f"policy_head: main_grad_VH was given upstream={ctx.upstream}, and the backward pass brings another one."
+        )
+        torch.ops.aten._assert_async.msg(torch.isclose(upstream, torch.full_like(upstream, ctx.upstream)), message)
+        hidden, bias = (
+            None if gradient is None else scaled(gradient, upstream, dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return hidden, None, bias, *[None] * 7
 
 
 policy_head_op.register_autograd(_backward, setup_context=_save)
@@ -425,22 +488,24 @@ def policy_head(
     *tokens: Tensor | None,
     bias_V: Tensor | None,
     vocabulary_group: dist.ProcessGroup | None,
-    chunk_rows: int | None,
+    rows: Rows,
+    counts: list[int],
+    main_grad_VH: Tensor | None,
+    upstream: float,
     **terms,
 ) -> tuple[Tensor, PolicyLossMetrics, Tensor, Tensor]:
     """See `hapo_kernels.policy_head.policy_head`; tokens and terms are those of `row_loss`."""
-    loss = row_loss(*tokens, **terms)
-    leaves = (hidden_BTH, weight_VH, bias_V)
-    values = torch.ops.hapo_kernels.policy_head(
-        hidden_BTH.flatten(0, -2),
-        weight_VH,
-        bias_V,
-        name_of(vocabulary_group),
-        chunk_rows or rows_a_chunk(weight_VH.shape[0]),
-        [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in leaves],
-        *loss,
-    )
+    loss, head = row_loss(*tokens, **terms), (hidden_BTH.flatten(0, -2), weight_VH, bias_V)
+    wanted = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in head]
+    if main_grad_VH is not None and wanted[1]:
+        values = _into_main_grad(*head, main_grad_VH, upstream, vocabulary_group, rows, counts, wanted, loss)
+    else:
+        values = torch.ops.hapo_kernels.policy_head(*head, name_of(vocabulary_group), list(rows), counts, wanted, *loss)
     return result_of(*values[:4], hidden_BTH.shape[:-1])
+
+
+# A compiler would trace into the kernels: outside of a custom op nothing hides them.
+_into_main_grad = torch.compiler.disable(_IntoMainGrad.apply)
 
 
 def policy_loss_from_logits(

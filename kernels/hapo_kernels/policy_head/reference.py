@@ -21,11 +21,13 @@ def policy_head(
     *,
     bias_V: Tensor | None,
     vocabulary_group: ProcessGroup | None,
-    chunk_rows: int | None,
+    main_grad_VH: Tensor | None,
     temperature_N: Tensor,
     **terms,
 ) -> tuple[Tensor, PolicyLossMetrics, Tensor, Tensor]:
     """See `hapo_kernels.policy_head.policy_head`; the logits are made at once: there are no chunks."""
+    if main_grad_VH is not None:
+        weight_VH = head.adds_to(main_grad_VH, weight_VH)
     rows = (hidden_BTH.flatten(0, -2), weight_VH, label_BT.flatten(), temperature_N, bias_V, active_BT.flatten(), True)
     if vocabulary_group is None:
         logp_N, entropy_N = head.linear_logprob(*rows)

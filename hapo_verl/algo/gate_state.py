@@ -1,0 +1,173 @@
+"""What a gate knows besides the group at hand: the step, the running success, the prompts' earlier visits, the budget.
+
+One state a run, kept where all groups are seen and checkpoints are written; the rules are those of `schedule.py` and
+`posterior.py`. It reads the gate's part of the configuration, which says which rule that is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hapo_verl.algo.gate import Situation
+from hapo_verl.algo.posterior import PromptPosterior
+from hapo_verl.algo.schedule import RunningSuccess, adaptive, admitted, annealed
+from hapo_verl.config import AdaptiveGate, AnnealedGate, ConfigError, HapoConfig, PaperGate, PosteriorGate
+
+logger = logging.getLogger("hapo_verl")
+
+# In the folder of a checkpoint.
+STATE_FILE = "hapo_gate.npz"
+
+
+class GateState:
+    """Situations for prompts about to be judged, and the memory of what came of those before."""
+
+    def __init__(self, hapo: HapoConfig, *, total_steps: int, resume_key: str, data_key: str) -> None:
+        """A gate that has seen nothing.
+
+        Args:
+            hapo: the `hapo:` block; gate, budget and seed are read.
+            total_steps: of the run; the horizon of a schedule that names none.
+            resume_key: the trainer's key that names a checkpoint, for the text of errors.
+            data_key: the trainer's key that names the training data, for the text of errors.
+        """
+        self._hapo, self.total_steps = hapo, total_steps
+        self._resume_key, self._data_key = resume_key, data_key
+        self._running = RunningSuccess()
+        self._posterior: PromptPosterior | None = None
+        self._submitted = (0, 0)  # step, prompts submitted in it
+
+    @property
+    def remembers_prompts(self) -> bool:
+        """Whether `know` is to be told of the training data."""
+        return isinstance(self._hapo.gate, PosteriorGate)
+
+    @property
+    def posterior(self) -> PromptPosterior | None:
+        """The prompts' posteriors, where the gate keeps them."""
+        return self._posterior
+
+    def know(self, keys: Sequence[int] | NDArray[np.uint64], sources: Sequence[str]) -> None:
+        """Take note of the training data's prompts; needed only where `remembers_prompts`.
+
+        Args:
+            keys: `prompt_key` of each row.
+            sources: data source of each row.
+        """
+        self._posterior = PromptPosterior(keys, sources)
+
+    def situations(self, keys: Sequence[int | None], step: int) -> list[Situation]:
+        """What the gate knows of each of P prompts before their rollouts are scored.
+
+        Args:
+            keys: of the prompts; not read where no prompt is remembered.
+            step: 1 for the first update.
+        """
+        threshold, priors = self.threshold(step), [self._constant_prior()] * len(keys)
+        gate = self._hapo.gate
+        if self._posterior is not None and isinstance(gate, PosteriorGate):
+            known = [key for key in keys if key is not None]
+            success_P, failure_P = self._posterior.priors(known, strength=gate.strength, discount=gate.discount)
+            priors = list(zip(success_P, failure_P, strict=True))
+        allowed = self._admitted(len(keys), step)
+        return [Situation(threshold, *prior, admitted=allow) for prior, allow in zip(priors, allowed, strict=True)]
+
+    def threshold(self, step: int) -> float:
+        """γ of a step; 0 for gates without one."""
+        gate = self._hapo.gate
+        if isinstance(gate, AnnealedGate):
+            horizon = gate.horizon or self.total_steps
+            return annealed(gate.threshold, step - 1, horizon=horizon, power=gate.power)
+        if isinstance(gate, AdaptiveGate):
+            return adaptive(gate.threshold, self._running)
+        return gate.threshold if isinstance(gate, PaperGate | PosteriorGate) else 0.0
+
+    def observe(self, successes: Sequence[int], rollouts: Sequence[int], keys: Sequence[Any]) -> None:
+        """Learn from the judged groups of one update; demonstrations are not among their rollouts.
+
+        Args:
+            successes: S of each group.
+            rollouts: N of each group.
+            keys: of each group's prompt; not read where no prompt is remembered.
+        """
+        gate = self._hapo.gate
+        if isinstance(gate, AdaptiveGate) and successes:
+            self._running = self._running.after(sum(successes) / sum(rollouts), gate.memory)
+        if self._posterior is not None and isinstance(gate, PosteriorGate):
+            self._posterior.observe(keys, successes, rollouts, discount=gate.discount, memory=gate.memory)
+
+    def save(self, folder: Path) -> None:
+        """Write the state into a checkpoint folder, whole or not at all; nothing where the gate keeps none."""
+        if not self._has_state:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        running = [np.nan if value is None else value for value in (self._running.first, self._running.mean)]
+        arrays: dict[str, Any] = {"gate": np.array(self._hapo.gate.name), "running": np.array(running)}
+        if self._posterior is not None:
+            arrays |= self._posterior.arrays()
+        unfinished = folder / f".{STATE_FILE}.{os.getpid()}"
+        with unfinished.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        unfinished.replace(folder / STATE_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Continue from a checkpoint folder.
+
+        Raises:
+            ConfigError: when the state is another gate's or another data set's, or cannot be read.
+        """
+        path = folder / STATE_FILE
+        if not self._has_state:
+            return
+        if not path.exists():
+            logger.warning("hapo: %s has no %s; the gate %s starts anew", folder, STATE_FILE, self._hapo.gate.name)
+            return
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+            name, running = str(arrays["gate"]), arrays["running"].tolist()
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ConfigError(
+                f"{path}: not a gate's state ({error}). Resume from another checkpoint with {self._resume_key}."
+            ) from None
+        if name != self._hapo.gate.name:
+            raise ConfigError(
+                f"hapo.gate.name={self._hapo.gate.name}: {path} was written by the gate {name}. "
+                f"Use hapo.gate.name={name}, or remove that file to start anew."
+            )
+        self._running = RunningSuccess(*(None if np.isnan(value) else value for value in running))
+        if self._posterior is not None:
+            try:
+                self._posterior.restore(arrays)
+            except ValueError:
+                raise ConfigError(
+                    f"{self._data_key}: {path} belongs to another data set (its prompts have other ids). "
+                    "Use the data of that run, or remove that file to start anew."
+                ) from None
+
+    @property
+    def _has_state(self) -> bool:
+        return isinstance(self._hapo.gate, AdaptiveGate | PosteriorGate)
+
+    def _constant_prior(self) -> tuple[float, float]:
+        gate = self._hapo.gate
+        return (gate.prior_success, gate.prior_failure) if isinstance(gate, PaperGate) else (1.0, 1.0)
+
+    def _admitted(self, prompts: int, step: int) -> list[bool]:
+        budget = self._hapo.budget
+        share = budget.share
+        if budget.horizon is not None:
+            share = annealed(share, step - 1, horizon=budget.horizon)
+        submitted = self._submitted[1] if self._submitted[0] == step else 0
+        self._submitted = (step, submitted + prompts)
+        rng = random.Random(f"{self._hapo.seed}/budget/{step}/{submitted}")
+        return admitted(prompts, share, submitted=submitted, rng=rng)

@@ -1,0 +1,87 @@
+"""A batch of groups through the gate: which of them get a demonstration, in whose place, and what is said of it.
+
+For trainers that hold a whole batch of scored completions at once; group g is the rows g·N … (g + 1)·N − 1.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hapo_verl.algo.demonstration import REASONS
+from hapo_verl.algo.gate import Situation, fires, firing_probabilities
+from hapo_verl.algo.injection import Rollout, worst_rollout
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the gate says of a group.
+
+    Attributes:
+        gated: every rollout has a score, so that there was something to judge.
+        successes: S.
+        fired: the gate wants a demonstration.
+        admitted: the budget has room for it.
+        worst: row of the batch that the demonstration replaces; None where it is to replace none.
+    """
+
+    gated: bool
+    successes: int = 0
+    fired: bool = False
+    admitted: bool = True
+    worst: int | None = None
+
+
+def judged(
+    rollouts: Sequence[Rollout], per_group: int, situations: Sequence[Situation], *, gate: str, seed: str
+) -> list[Judgement]:
+    """The gate's decision on each group, and whom a demonstration would replace.
+
+    Args:
+        rollouts: B rows; one whose score is NaN leaves its group unjudged.
+        per_group: N ≥ 2, a divisor of B.
+        situations: what the gate knows of each of the B / N prompts.
+        gate: a name of `hapo_verl.config.GATES`.
+        seed: of this batch; each group's generator is made of it and the group's number.
+    """
+    judgements = []
+    for number, situation in enumerate(situations):
+        start = number * per_group
+        group, rng = rollouts[start : start + per_group], random.Random(f"{seed}/{number}")
+        if any(math.isnan(rollout.score) for rollout in group):
+            judgements.append(Judgement(gated=False))
+            continue
+        successes = sum(rollout.success for rollout in group)
+        fired = fires(firing_probabilities(gate, per_group, situation), successes, rng)
+        worst = start + worst_rollout(group, rng) if fired and situation.admitted else None
+        judgements.append(Judgement(True, successes, fired, situation.admitted, worst))
+    return judgements
+
+
+def described(
+    judgements: Sequence[Judgement], per_group: int, *, injected: int, reasons: Sequence[str]
+) -> dict[str, float]:
+    """Shares in [0, 1] of a batch, under the names that a verl run logs them by.
+
+    Args:
+        judgements: of the batch's groups, at least one.
+        per_group: N.
+        injected: groups with a demonstration.
+        reasons: of `REASONS`, one a demonstration that was wanted and not used.
+    """
+    gated, groups, refused = (
+        [judgement for judgement in judgements if judgement.gated],
+        len(judgements),
+        Counter(reasons),
+    )
+    return {
+        "hapo/gate/firing_rate": sum(judgement.fired for judgement in gated) / max(1, len(gated)),
+        "hapo/gate/not_admitted": sum(j.fired and not j.admitted for j in gated) / groups,
+        "hapo/gate/not_gated": 1 - len(gated) / groups,
+        "hapo/injected/group_share": injected / groups,
+        "hapo/on_policy_success": sum(j.successes for j in gated) / max(1, len(gated) * per_group),
+        **{f"hapo/refused/{reason}": refused[reason] / groups for reason in REASONS},
+    }

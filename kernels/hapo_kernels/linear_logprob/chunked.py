@@ -1,0 +1,208 @@
+"""The GEMMs of a language-model head, a chunk of rows at a time, with a row kernel behind the first of them.
+
+    a chunk, R rows:        x = h Wᵀ + b in fp32,    row kernel: x -> ∂x in the storage dtype,    ∂h = ∂x W
+    a collection, C rows:   ∂W (+)= ∂xᵀ h in fp32
+
+∂W has 4VH bytes, and every GEMM that adds to it reads and writes all of them, so the ∂x of several chunks are collected
+for one. The first one writes: ∂W is not filled with zeros.
+
+Every GEMM over a chunk has one shape, whatever the batch, so that the bits of a row's results do not depend on the
+number of rows. The last chunk is padded with rows of zeros. On a GPU a row kernel runs beside the next chunk's first
+GEMM (`streams`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hapo_kernels.linear_logprob.streams import One, Two, streams_of
+from hapo_kernels.memory import Rows
+
+# Takes a chunk's rows, its place among all rows, its logits, and where their gradient goes (None: nowhere).
+RowKernel = Callable[[Tensor, int, Tensor, "Tensor | None"], None]
+
+
+class Gradients:
+    """Where dlogits go: ∂hidden row by row, ∂weight and ∂bias summed over the collections in fp32."""
+
+    def __init__(
+        self,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        wanted: list[bool],
+        main_grad_VH: Tensor | None = None,
+        upstream: float = 1.0,
+    ):
+        """main_grad_VH takes the place of ∂weight: `upstream` times that is added there."""
+        dense, fp32 = torch.contiguous_format, torch.float32
+        self.weight_VH = weight_VH
+        self.hidden_NH = torch.zeros_like(hidden_NH, memory_format=dense) if wanted[0] else None
+        self.dbias_V = torch.zeros_like(bias_V, dtype=fp32) if wanted[2] and bias_V is not None else None
+        self._main_grad_VH, self._upstream = main_grad_VH if wanted[1] else None, upstream
+        self._dweight_VH = self._main_grad_VH
+        if wanted[1] and main_grad_VH is None:
+            self._dweight_VH = torch.empty_like(weight_VH, dtype=fp32, memory_format=dense)
+        self._adds = main_grad_VH is not None
+
+    @property
+    def collects(self) -> bool:
+        """Whether anything is summed over rows."""
+        return self._dweight_VH is not None or self.dbias_V is not None
+
+    def of_chunk(self, row: Tensor, dlogits: Tensor) -> None:
+        """`dlogits` is padded."""
+        if self.hidden_NH is not None:
+            dhidden = matmul(dlogits, self.weight_VH)[: len(row)]
+            self.hidden_NH.index_copy_(0, row, dhidden.to(self.hidden_NH.dtype))
+
+    def of_collection(self, hidden: Tensor, dlogits: Tensor) -> None:
+        """Both are padded; dlogits of the padding is 0."""
+        if self._dweight_VH is not None:
+            matmul_into(self._dweight_VH, dlogits.T, hidden, adds=self._adds, alpha=self._upstream)
+            self._adds = True
+        if self.dbias_V is not None:
+            self.dbias_V += dlogits.sum(0, dtype=torch.float32)
+
+    def result(self, group: dist.ProcessGroup | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """∂hidden is summed over the slices of a vocabulary; ∂weight is None where it went to `main_grad_VH`."""
+        if group is not None and self.hidden_NH is not None:
+            dist.all_reduce(self.hidden_NH, group=group)
+        if self._dweight_VH is not None and not self._adds:
+            self._dweight_VH.zero_()
+        return self.hidden_NH, None if self._main_grad_VH is not None else self._dweight_VH, self.dbias_V
+
+
+class _Chunk(NamedTuple):
+    """A chunk whose row kernel has been launched."""
+
+    row: Tensor
+    dlogits: Tensor
+    # Hidden states and dlogits of the whole collection, where this is its last chunk.
+    collection: tuple[Tensor, Tensor] | None
+
+
+class Head:
+    """A head, and the pieces in which it takes rows of hidden states."""
+
+    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, rows: Rows):
+        self.hidden_NH, self.weight_VH, self.bias_V, self.rows = hidden_NH, weight_VH, bias_V, rows
+
+    def run(
+        self, row: Tensor, row_kernel: RowKernel, gradients: Gradients | None = None, *, overlap: bool = True
+    ) -> None:
+        """Take the rows `row` through the head and `row_kernel`; their dlogits go to `gradients`.
+
+        `row_kernel` allocates nothing that it hands to the GPU, unless `overlap` is off.
+        """
+        if not len(row):
+            return
+        size = self.rows.chunk
+        chunks = -(-len(row) // size)
+        slots = min(chunks, self.rows.collected // size) if gradients is not None and gradients.collects else 1
+        streams = streams_of(row.device, overlap and chunks > 1)
+        buffers = self._buffers(slots, streams.buffers, gradients is not None)
+        try:
+            self._run(row, row_kernel, gradients, streams, *buffers)
+        finally:
+            streams.join()
+
+    def _buffers(self, slots: int, logits: int, gradient: bool) -> tuple[list[Tensor], Tensor | None]:
+        """Chunks of logits, and dlogits of `slots` chunks."""
+        size, V = self.rows.chunk, self.weight_VH.shape[0]
+        chunks = [self.hidden_NH.new_empty(size, V, dtype=torch.float32) for _ in range(logits)]
+        return chunks, self.hidden_NH.new_empty(slots * size, V) if gradient else None
+
+    def _run(
+        self,
+        row: Tensor,
+        row_kernel: RowKernel,
+        gradients: Gradients | None,
+        streams: One | Two,
+        logits: list[Tensor],
+        dlogits: Tensor | None,
+    ) -> None:
+        size, hidden, last = self.rows.chunk, self.hidden_NH, None
+        collected = size if dlogits is None else len(dlogits)
+        for number, piece in enumerate(row.split(size)):
+            done = number * size
+            start = done % collected
+            if start == 0:
+                hidden = self._gather(row[done : done + collected])
+            here, x = slice(start, start + size), logits[number % len(logits)]
+            logits_into(x, hidden[here], self.weight_VH, self.bias_V)
+            streams.join()  # with the last chunk's row kernel, which has run beside this chunk's logits
+            if gradients is not None and last is not None:
+                _finish(last, gradients)
+            into = None if dlogits is None else _padded(dlogits[here], len(piece))
+            with streams.rows():
+                row_kernel(piece, done, x, into)
+            if dlogits is not None:
+                whole = start + size == len(hidden)
+                last = _Chunk(piece, dlogits[here], (hidden, dlogits[: len(hidden)]) if whole else None)
+        streams.join()
+        if gradients is not None and last is not None:
+            _finish(last, gradients)
+
+    def _gather(self, row: Tensor) -> Tensor:
+        """Hidden states of these rows, and rows of zeros up to a multiple of a chunk."""
+        padded = -(-len(row) // self.rows.chunk) * self.rows.chunk
+        hidden = self.hidden_NH.new_empty(padded, self.hidden_NH.shape[1])
+        torch.index_select(self.hidden_NH, 0, row, out=hidden[: len(row)])
+        return _padded(hidden, len(row))
+
+
+def _finish(chunk: _Chunk, gradients: Gradients) -> None:
+    gradients.of_chunk(chunk.row, chunk.dlogits)
+    if chunk.collection is not None:
+        gradients.of_collection(*chunk.collection)
+
+
+def _padded(values: Tensor, rows: int) -> Tensor:
+    """`values` itself, zero from the row `rows` on."""
+    if rows < len(values):
+        values[rows:].zero_()
+    return values
+
+
+def logits_into(out: Tensor, hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> None:
+    """h Wᵀ + b in fp32."""
+    matmul_into(out, hidden, weight_VH.T)
+    if bias_V is not None:
+        out.add_(bias_V)
+
+
+def multiplies_narrow(a: Tensor) -> bool:
+    """Whether 16-bit numbers are multiplied as they are, and summed in fp32.
+
+    The CPU, where kernels are only tested, multiplies in fp32.
+    """
+    return a.is_cuda and a.dtype != torch.float32
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with fp32 accumulation."""
+    return torch.mm(a, b) if multiplies_narrow(a) else a.float() @ b.float()
+
+
+def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, adds: bool = False, alpha: float = 1.0) -> None:
+    """out = a @ b, or out += alpha · a @ b, accumulated in fp32; `out` is fp32."""
+    narrow = multiplies_narrow(a)
+    if adds and narrow:
+        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, alpha=alpha, out=out)
+    elif adds:
+        out.addmm_(a.float(), b.float(), alpha=alpha)
+    elif narrow:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a.float(), b.float(), out=out)
+
+
+def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """upstream · gradient in another dtype, in one pass: no product in the gradient's own dtype is written."""
+    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
