@@ -4,6 +4,7 @@
 # make test               what CI runs: lint, types, docs, unit tests, verl's trainer end to end
 # make test-long          deaths, hangs, resumption, two Ray nodes, tools, 10,000 examples a fuzz campaign; an hour more
 # make check              lint and types, and the unit tests of what changed since the last commit
+# make gpu-bundle         a folder for a GPU machine without network: kernels, tests, benches, peers, one command
 # make docs               the documentation as a site in outputs/site; a broken link is an error
 # make env, make clean    the environment in .venv; away with it
 PYTHON ?= python3.11
@@ -22,7 +23,7 @@ UV_TRL := $(BIN)/uv pip install --quiet --python $(VENV)/trl/bin/python --compil
 # The CPU build of torch: from a folder of wheels where pip has one, else from where uv knows it to be.
 TORCH := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend=cpu)
 
-.PHONY: help quickstart quickstart-digits quickstart-gsm8k test test-long lint check docs unit e2e env clean
+.PHONY: help quickstart quickstart-digits quickstart-gsm8k test test-long lint check docs unit e2e gpu-bundle env clean
 .DEFAULT_GOAL := help
 
 RUN = $(BIN)/python recipes/quickstart/quickstart.py --preset $(PRESET) --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) \
@@ -56,7 +57,7 @@ check: lint
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-unit: env $(VENV)/.gym $(VENV)/trl/.complete
+unit: env $(VENV)/.gym $(VENV)/trl/.complete $(VENV)/peers/.complete
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not e2e" --durations=15
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/trl/bin/python -m pytest -q --confcutdir=tests/trl tests/trl
 
@@ -66,6 +67,9 @@ e2e: env
 test-long: env
 	HAPO_FUZZ_EXAMPLES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/fuzz --durations=0
 	$(BIN)/python -m pytest -q -m long -n $(JOBS) --dist loadfile --durations=0
+
+gpu-bundle: $(VENV)/peers/.complete
+	$(BIN)/python bench/gpu_bundle.py --wheels $(VENV)/peers/wheels --out outputs/gpu_bundle
 
 env: $(VENV)/.complete
 
@@ -80,6 +84,13 @@ $(VENV)/.complete: requirements/cpu.lock requirements/cpu.overrides requirements
 # What only the tests and a study need: generators of problems, and the driver of a browser that looks at the report.
 $(VENV)/.gym: $(VENV)/.complete
 	$(UV) -c requirements/cpu.lock "reasoning-gym==0.1.25" "playwright==1.65.2"
+	@touch $@
+
+# Beside the environment, not in it: TRL and verl do not go together.
+$(VENV)/peers/.complete: $(VENV)/.complete requirements/peers.txt
+	rm -rf $(VENV)/peers
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps -d $(VENV)/peers/wheels -r requirements/peers.txt
+	for wheel in $(VENV)/peers/wheels/*.whl; do $(BIN)/python -m zipfile -e $$wheel $(VENV)/peers/site; done
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.complete

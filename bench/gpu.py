@@ -1,80 +1,190 @@
-"""Everything that needs a GPU in one command: the kernels' tests, then each bench while the time lasts.
+"""Everything that needs a GPU in one command: the kernels' tests, ceilings, headline shapes, then the sweep.
 
-    python bench/gpu.py --out DIR [--minutes 9]
+    python bench/gpu.py --out DIR [--minutes 8]
+    python bench/gpu.py --out DIR --rehearse      the same on a CPU, with tiny shapes and a few of the tests
 
-The tests gate the benches: with a red test nothing is timed. Headline shapes come first, every table is written to DIR
-as soon as it is there (head.json, logits.json, ..., gpu.txt): a run cut short keeps what it has.
+It needs torch, Triton, pytest and what `run.sh` of `make gpu-bundle` unpacks, and no network; it ends by itself. Every
+result is written to DIR as it comes (gpu.txt, a JSON file a bench), the table of all of them last (gpu.md). A peer that
+is missing or fails is a line of that table. Red tests stop nothing here, a GPU being rare, but head the table, and the
+exit code is 1: what stands below is not to be reported.
 """
 
+from __future__ import annotations
+
 import argparse
-import importlib.util
+import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple, TextIO
 
 from harness import REPOSITORY
 
-SHARES = {"tests": 0.3, "head.py": 0.4, "logits.py": 0.12, "policy_loss.py": 0.09, "group_norm.py": 0.09}
-TESTS = (
-    "test_policy_loss_kernel.py",
-    "test_segment_norm_kernel.py",
-    "test_linear_logprob_kernel.py",
-    "test_policy_head.py",
-    "test_vocabulary_parallel.py",
-    "test_dispatch.py",
+TESTS = REPOSITORY / "tests" / "kernels"
+# The compiler's own test needs no GPU; the others under Triton's interpreter take minutes: a rehearsal runs some.
+NOT_HERE = ("test_kernels_compile.py", "test_peers.py", "test_page.py")
+REHEARSED = (
+    "test_launch.py",
+    "test_linear_logprob.py",
+    "test_policy_head.py::test_every_term_may_be_absent",
+    "test_against_liger.py",
 )
+TIMED_OUT = 124
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    log = (arguments.out / "gpu.txt").open("w")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "kernels"), os.environ.get("PYTHONPATH", "")])
-    }
-    stop = time.monotonic() + 60 * arguments.minutes
 
-    def run(title: str, command: list, seconds: float) -> int:
-        """The output goes to the screen and to gpu.txt as it comes; 124 if the time is up."""
-        print(f"\n=== {title}", flush=True)
-        timed = ["timeout", f"{max(seconds, 1):.0f}", *map(str, command)]
+class Stage(NamedTuple):
+    """A process, and the share of the time that is its own; what an earlier one leaves is added."""
+
+    name: str
+    share: float
+    command: tuple[str, ...]
+
+
+def stages(options: argparse.Namespace) -> list[Stage]:
+    """In order: what is right, what the device can do, what was asked, and the rest."""
+
+    def bench(name: str, share: float, *more: str) -> Stage:
+        return Stage(" ".join((name, *more[1:])), share, (f"bench/{name}.py", *more))
+
+    found = [Stage("tests", 0.3, tuple(tests(options)))]
+    if (REPOSITORY / "bench" / "launch_settings.py").exists():
+        found.append(bench("launch_settings", 0.05))
+    found += [
+        bench("ceilings", 0.03),
+        bench("head", 0.32, "--part", "headline"),
+        bench("logits", 0.09),
+        bench("policy_loss", 0.05),
+        bench("group_norm", 0.05),
+        bench("head", 0.11, "--part", "sweep"),
+    ]
+    return found
+
+
+def tests(options: argparse.Namespace) -> list[str]:
+    """The arguments of pytest."""
+    files = [path.name for path in sorted(TESTS.glob("test_*.py")) if path.name not in NOT_HERE]
+    chosen = [name for name in REHEARSED if (TESTS / name.split("::")[0]).exists()] if options.rehearse else files
+    # conftest.py one folder up imports verl with all it depends on.
+    flags = ["-q", "-p", "no:cacheprovider", "--maxfail=20", f"--confcutdir={TESTS}"]
+    # Most of the time is Triton's compiler.
+    workers = 1 if options.rehearse else min(12, os.cpu_count() or 1)
+    return ["-m", "pytest", *flags, *(["-n", str(workers)] if workers > 1 else []), *(str(TESTS / x) for x in chosen)]
+
+
+class Run:
+    """The stages' processes: what they print goes to the screen and to gpu.txt as it comes."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.out: Path = options.out.resolve()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.without: list[str] = []  # peers that took a bench down
+        self.notes: list[str] = []
+        self._log: TextIO = (self.out / "gpu.txt").open("w")
+        self._start = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """To the screen and to gpu.txt."""
+        print(line, flush=True)
+        print(line, file=self._log, flush=True)
+
+    def stage(self, stage: Stage, until: float) -> None:
+        """Run it, up to the time `until`, in seconds from the start; again without a peer that took it down."""
+        arguments = list(stage.command)
+        if stage.name != "tests":
+            arguments += ["--out", str(self.out)] + (["--smoke"] if self.options.rehearse else [])
+        while (left := self._start + until - time.monotonic()) > 1:
+            minutes = [] if stage.name == "tests" else ["--minutes", f"{0.8 * left / 60:.2f}"]
+            without = [part for name in self.without for part in ("--without", name)]
+            code = self._process([*arguments, *minutes, *without], left)
+            peer = self.out / "running"
+            name = peer.read_text() if peer.exists() else ""
+            peer.unlink(missing_ok=True)
+            if code in (0, TIMED_OUT) or not name or name.startswith("hapo") or stage.name == "tests":
+                return self._judge(stage.name, code)
+            self.without.append(name)
+            self.notes.append(f"{stage.name}: {name} took the process down (exit code {code}); left out from then on")
+            self.say(self.notes[-1])
+        return self._judge(stage.name, TIMED_OUT)
+
+    def _judge(self, name: str, code: int) -> None:
+        if code == TIMED_OUT:
+            self.notes.append(f"{name}: cut short, its time was up")
+        elif code:
+            self.notes.append(f"RED: {name} returned {code}; see gpu.txt. Nothing below is to be reported.")
+
+    def _process(self, arguments: list[str], seconds: float) -> int:
+        path = [str(REPOSITORY / "kernels"), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+        self.say(f"\n=== {' '.join(arguments[:3])}, at most {seconds:.0f} s")
         process = subprocess.Popen(
-            timed, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            ["timeout", "--kill-after=5", f"{seconds:.0f}", sys.executable, *arguments],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         assert process.stdout is not None
         for line in process.stdout:
-            print(line, end="", flush=True)
-            log.write(line)
-            log.flush()
+            self.say(line.rstrip("\n"))
         return process.wait()
 
-    folder = REPOSITORY / "tests/kernels"
-    # The kernels need torch, Triton and pytest: conftest.py one folder up imports verl with all it depends on.
-    options = ["-q", "-x", f"--confcutdir={folder}"]
-    if importlib.util.find_spec("xdist"):
-        options += ["-n", "8"]  # most of the time is Triton's compiler
-    tests = [sys.executable, "-m", "pytest", *options, *(folder / name for name in TESTS)]
-    code = run("tests", tests, 60 * arguments.minutes * SHARES["tests"])
-    if code:
-        sys.exit(f"the kernels' tests returned {code}: nothing is timed")
-    for bench in [name for name in SHARES if name != "tests"]:
-        left = stop - time.monotonic()
-        later = sum(
-            share
-            for name, share in SHARES.items()
-            if name != "tests" and list(SHARES).index(name) > list(SHARES).index(bench)
-        )
-        mine = left - later * 60 * arguments.minutes
-        command = [
-            sys.executable,
-            REPOSITORY / "bench" / bench,
-            "--out",
-            arguments.out,
-            "--minutes",
-            f"{mine / 60 - 0.3:.2f}",
-        ]
-        run(bench, command, mine)
+
+def table(out: Path, notes: list[str]) -> str:
+    """Every case of every bench in DIR: what ran, fastest first, then what did not."""
+    lines = ["# One run on this machine", ""]
+    lines += [f"- {note}" for note in notes]
+    contents = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))}
+    contents = {name: content for name, content in contents.items() if "cases" in content}
+    if not contents:
+        return "\n".join([*lines, "Nothing was measured."])
+    machine = next(iter(contents.values()))["machine"]
+    lines += ["", " · ".join(f"{key} {value}" for key, value in machine.items() if key != "command")]
+    if any(content["smoke"] for content in contents.values()):
+        lines += ["", "**Rehearsal: tiny shapes on a CPU. No number below is a speed.**"]
+    for name, content in contents.items():
+        reached = ", ".join(f"{key} {value:,.1f}" for key, value in content["ceilings"].items())
+        lines += ["", f"## {name}", "", f"Ceilings of this process: {reached}", ""]
+        lines += ["| case | contender | ms p50 | % of ceiling | peak MiB | x baseline |", "|---|---|---|---|---|---|"]
+        for case in content["cases"]:
+            rows = sorted(case["rows"], key=lambda row: (bool(row["note"]), row["ms"]["p50"]))
+            lines += [f"| {case['case'] if first else ''} | {cells(row)} |" for first, row in marked(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def marked(rows: list[dict[str, Any]]) -> list[tuple[bool, dict[str, Any]]]:
+    """Each row, and whether it is the first."""
+    return [(row is rows[0], row) for row in rows]
+
+
+def cells(row: dict[str, Any]) -> str:
+    """The row's cells after the case."""
+    if row["note"]:
+        return f"{row['name']} | {row['note']} | | | "
+    peak = row["peak_mib"]
+    of_peak = "" if peak != peak else f"{peak:.0f}"
+    return f"{row['name']} | {row['ms']['p50']:.3f} | {row['percent']:.1f} | {of_peak} | {row['x_baseline']:.2f}"
+
+
+def main() -> None:
+    """Run the stages, print the table; exit code 1 if anything was red."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything together")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny shapes")
+    options = parser.parse_args()
+    run, todo = Run(options), stages(options)
+    whole = sum(stage.share for stage in todo)
+    for done, stage in enumerate(todo, 1):
+        run.stage(stage, 60 * options.minutes * sum(stage.share for stage in todo[:done]) / whole)
+    text = table(run.out, run.notes)
+    (run.out / "gpu.md").write_text(text)
+    run.say(f"\n{text}")
+    sys.exit(any(note.startswith("RED") for note in run.notes))
+
+
+if __name__ == "__main__":
+    main()

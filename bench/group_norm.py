@@ -14,6 +14,7 @@ import torch  # noqa: E402  # after `options`, which chooses the interpreter
 
 from hapo_kernels.segment_norm import segment_norm  # noqa: E402
 from harness import Contender, Report, compare  # noqa: E402
+from peers import verl_kernels  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REPEATS = 3 if arguments.smoke else 60
@@ -40,7 +41,8 @@ def scattered(score, segment, groups: int, eps: float = 1e-6):
 
 
 def verl_vectorized(score, segment):
-    from verl.utils import group_mean_std
+    verl_kernels()
+    from verl.utils.groupwise import group_mean_std
 
     def call():
         mean, std, _ = group_mean_std(score, segment, eps=0.0, device=score.device)
@@ -75,6 +77,7 @@ def measure(report: Report, kind: str) -> None:
         baseline="torch index_add",
         repeats=REPEATS,
         budget_s=20,
+        arguments=arguments,
     )
     title = f"{kind}: {groups} groups, {len(score)} scores, fp32"
     report.case(title, found, work=8.0 * len(score), unit="GB/s", baseline="torch index_add")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import random
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,9 +24,13 @@ if TYPE_CHECKING:
     import torch
 
 REPOSITORY = Path(__file__).parents[1]
+PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "quack-kernels", "nvidia-cutlass-dsl", "fla-core")
+PATIENCE_S = 60  # a peer's first call, compilers included; it is asked once
 
 
-def options(question: str) -> argparse.Namespace:
+def options(
+    question: str, more: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+) -> argparse.Namespace:
     """The options of a bench. Read before torch and Triton are imported: `--smoke` turns the interpreter on."""
     parser = argparse.ArgumentParser(description=question)
     parser.add_argument(
@@ -34,8 +40,11 @@ def options(question: str) -> argparse.Namespace:
         "--out", type=Path, default=REPOSITORY / "bench/results", help="folder for the table and the JSON"
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="stop before a case that would start after this")
+    parser.add_argument("--without", action="append", default=[], metavar="NAME", help="a peer that is left out")
+    more(parser)
     arguments = parser.parse_args()
     arguments.deadline = time.monotonic() + 60 * arguments.minutes
+    arguments.out.mkdir(parents=True, exist_ok=True)
     import torch
 
     if not torch.cuda.is_available():
@@ -61,11 +70,6 @@ class Prompts:
 def machine() -> dict[str, str]:
     import torch
 
-    def git(*command: str) -> str:
-        return subprocess.run(
-            ["git", "-C", REPOSITORY, *command], capture_output=True, text=True, check=False
-        ).stdout.strip()
-
     device = f"{os.cpu_count()} CPU cores, {platform.machine()}"
     if torch.cuda.is_available():
         driver = (
@@ -81,15 +85,25 @@ def machine() -> dict[str, str]:
         device = f"{torch.cuda.get_device_name()} ({driver})"
     return {
         "device": device,
-        "commit": git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else ""),
+        "commit": commit(),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "date": time.strftime("%Y-%m-%d %H:%M %Z"),
         "python": platform.python_version(),
-        **{
-            name: version(name)
-            for name in ("torch", "triton", "verl", "liger-kernel", "cut-cross-entropy", "flash-attn", "quack-kernels")
-        },
+        **{name: version(name) for name in ("torch", "triton", "numpy", "verl", *PEERS)},
     }
+
+
+def commit() -> str:
+    """Of the checkout; a folder that `make gpu-bundle` made has it in a file."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", REPOSITORY, *command], capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    if (REPOSITORY / "COMMIT").exists():
+        return (REPOSITORY / "COMMIT").read_text().strip()
+    return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
 
 
 def version(package: str) -> str:
@@ -188,35 +202,23 @@ def compare(
     baseline: str,
     repeats: int,
     budget_s: float,
+    arguments: argparse.Namespace,
 ) -> list[Measured]:
     """Time the contenders interleaved, after each has shown its error against fp64.
 
     One of ours that is less exact than the bound (twice the baseline's error + 1e-6 of the scale) gets no time. The
     order is shuffled in every round, so that clocks and temperature favour nobody; between calls the L2 cache is
-    overwritten.
+    overwritten. A peer that fails gets a note in its row; one that keeps the bench waiting is asked once.
     """
     import torch
 
     truth = exact()
-    rows, ready = [], []
-    for contender in contenders:
-        row = Measured(contender.name)
-        rows.append(row)
-        try:
-            start = time.perf_counter()
-            call = contender.prepare()
-            outputs = call()
-            synchronize()
-            row.first_call_s = time.perf_counter() - start
-            for name in truth.keys() & outputs.keys():
-                scale = truth[name].abs().max().item() or 1.0
-                row.error[name] = (outputs[name].detach().double() - truth[name]).abs().max().item() / scale
-            del outputs
+    rows = [Measured(contender.name) for contender in contenders]
+    ready = []
+    for contender, row in zip(contenders, rows, strict=True):
+        call = first_call(contender, row, truth, arguments)
+        if call:
             ready.append((contender, row, call))
-        except Exception as error:  # a peer that cannot run here is reported, not fatal
-            if contender.ours:
-                raise
-            row.note = one_line(error)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     allowed = next((row.error for row in rows if row.name == baseline), {})
@@ -224,21 +226,77 @@ def compare(
         wrong = [name for name, error in row.error.items() if not error <= 2 * allowed.get(name, float("inf")) + 1e-6]
         if contender.ours and wrong:
             row.note = f"WRONG: {', '.join(wrong)} less exact than the bound, so not timed"
-    ready = [item for item in ready if not item[1].note]
 
     flush = torch.empty(2**26, dtype=torch.float32, device="cuda") if torch.cuda.is_available() else None
-    for _, row, call in ready:
-        row.peak_mib = peak_mib_above_inputs(call)
+    for contender, row, call in ready:
+        if not row.note:
+            with noted(contender, row):
+                row.peak_mib = peak_mib_above_inputs(call)
     random.seed(0)
     stop = time.monotonic() + budget_s
     for repeat in range(repeats):
-        for _, row, call in random.sample(ready, len(ready)):
+        for contender, row, call in random.sample(ready, len(ready)):
+            if row.note:
+                continue
             if flush is not None:
                 flush.zero_()
-            row.milliseconds.append(milliseconds(call))
+            with noted(contender, row):
+                row.milliseconds.append(milliseconds(call))
         if repeat >= 4 and time.monotonic() > stop:
             break
     return rows
+
+
+def first_call(
+    contender: Contender, row: Measured, truth: dict[str, torch.Tensor], arguments: argparse.Namespace
+) -> Callable[[], dict] | None:
+    """What is to be timed, after one call that compiles it and gives its error; None with a note in the row."""
+    if contender.name in arguments.without:
+        row.note = f"left out: an earlier case died in it, or waited {PATIENCE_S} s for it"
+        return None
+    # If this call takes the process down, `gpu.py` reads here whose it was, and starts again without it.
+    (arguments.out / "running").write_text(contender.name)
+    call = None
+    with noted(contender, row), patience(contender, arguments):
+        start = time.perf_counter()
+        call = contender.prepare()
+        outputs = call()
+        synchronize()
+        row.first_call_s = time.perf_counter() - start
+        for name in truth.keys() & outputs.keys():
+            scale = truth[name].abs().max().item() or 1.0
+            row.error[name] = (outputs[name].detach().double() - truth[name]).abs().max().item() / scale
+    (arguments.out / "running").unlink()
+    return None if row.note else call
+
+
+@contextlib.contextmanager
+def noted(contender: Contender, row: Measured) -> Iterator[None]:
+    """What stops a peer is a note in its row; what stops one of ours, or the device, stops the bench."""
+    try:
+        yield
+    except Exception as error:
+        if contender.ours:
+            raise
+        row.note = one_line(error)
+        synchronize()  # raises if the device is lost with it
+
+
+@contextlib.contextmanager
+def patience(contender: Contender, arguments: argparse.Namespace) -> Iterator[None]:
+    """Raises TimeoutError in a peer's first call after PATIENCE_S, and leaves the peer out from then on."""
+
+    def stop(*_: object) -> None:
+        arguments.without.append(contender.name)
+        raise TimeoutError(f"its first call took more than {PATIENCE_S} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(0 if contender.ours else PATIENCE_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def ceilings() -> dict[str, float]:
@@ -268,7 +326,6 @@ class Report:
         self.smoke = arguments.smoke
         self.path = arguments.out / f"{name}{'-smoke' if arguments.smoke else ''}.json"
         self.content = {"machine": machine(), "smoke": arguments.smoke, "ceilings": ceilings(), "cases": []}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.table = self.path.with_suffix(".txt")
         self.table.write_text("")
         self.say(" · ".join(f"{key} {value}" for key, value in self.content["machine"].items()))
@@ -316,6 +373,8 @@ class Report:
                         "note": row.note,
                         "ms": {f"p{percentile}": row.at(percentile) for percentile in (10, 50, 90)},
                         "calls": len(row.milliseconds),
+                        "percent": 100 * work * scale / row.at(50) / ceiling,
+                        "x_baseline": base / row.at(50),
                         "peak_mib": row.peak_mib,
                         "first_call_s": row.first_call_s,
                         "error": row.error,

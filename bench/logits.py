@@ -138,6 +138,7 @@ def measure(report: Report, tokens: int, V: int, rows: str) -> None:
         baseline=EAGER,
         repeats=3 if arguments.smoke else 30,
         budget_s=10,
+        arguments=arguments,
     )
     title = f"policy loss from logits, forward + backward: T = {tokens}, V = {V}, {DTYPE}, {rows} rows"
     report.case(title, found, work=2.0 * batch.logits.nbytes, unit="GB/s", baseline=EAGER)

@@ -95,6 +95,7 @@ def measure(report: Report, rows: int, tokens: int) -> None:
         baseline="hapo policy_loss, reference",
         repeats=REPEATS,
         budget_s=20,
+        arguments=arguments,
     )
     report.case(
         f"policy_loss forward + backward, B = {rows}, T = {tokens}, fp32, no teacher rows",

@@ -1,0 +1,39 @@
+"""Triton's interpreter: on for the kernels alone, and not with a NumPy that it cannot work with."""
+
+import importlib
+import os
+import sys
+
+OPERATIONS = ("segment_norm", "policy_loss", "linear_logprob", "policy_head")
+
+
+def unusable(numpy: str, triton: str) -> str:
+    """One line if the interpreter of this Triton fails with this NumPy, else nothing."""
+
+    def version(text: str) -> tuple[int, int]:
+        major, minor = text.split(".")[:2]
+        return int(major), int(minor)
+
+    if version(numpy) < (2, 4) or version(triton) >= (3, 7):
+        return ""
+    return (
+        f"NumPy {numpy} with Triton {triton}: without a GPU the kernels are tested in Triton's interpreter, and that of "
+        "3.6 fails with NumPy 2.4 and newer. Install numpy<2.4 or triton>=3.7."
+    )
+
+
+def import_kernels() -> None:
+    """Import Triton once more, as interpreter, for the kernels; other tests' processes keep the compiler.
+
+    Triton decides when it is imported, and importing verl imports it.
+    """
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    if before != "1":
+        for name in list(sys.modules):
+            if f"{name}.".startswith("triton.") and not name.startswith("triton._C"):
+                del sys.modules[name]
+    for operation in OPERATIONS:
+        importlib.import_module(f"hapo_kernels.{operation}.kernel")
+    if before is None:
+        del os.environ["TRITON_INTERPRET"]
