@@ -1,6 +1,5 @@
 """Shared by all tests: the configuration that a launch line composes to, without starting anything."""
 
-import os
 import socket
 from collections.abc import Callable
 
@@ -8,9 +7,6 @@ import pytest
 import verl  # noqa: F401  registers the presets, as in a launch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
-
-# Ray gives up after 30 s by default, which a busy machine needs to start it.
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
 
 PAPER = ["+hapo=paper", "actor_rollout_ref.rollout.n=8"]
 
