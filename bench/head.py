@@ -108,7 +108,8 @@ class Batch:
         self.behaviour = logp + 0.2 * torch.randn(shape, **random)
         # Where a peer takes a mask it takes it so.
         self.ignoring = torch.where(self.mask, self.label, -100).flatten()
-        self.how = Aggregation("token-mean", batch_num_tokens=int(self.mask.sum()))
+        self.active = int(self.mask.sum())  # known on the host, as a trainer knows it
+        self.how = Aggregation("token-mean", batch_num_tokens=self.active)
         active = self.mask.flatten().nonzero()[:, 0]
         self.sample = (
             active if case == GATE else active[torch.linspace(0, len(active) - 1, SAMPLE, device=DEVICE).long()]
@@ -178,7 +179,14 @@ def hapo_head(batch: Batch):
     def call() -> dict:
         hidden, weight = batch.leaves()
         arguments = (hidden, weight, batch.label, batch.behaviour, batch.advantage, batch.mask)
-        result = policy_head(*arguments, clip=CLIP, aggregation=batch.how, impl="triton")
+        result = policy_head(
+            *arguments,
+            clip=CLIP,
+            aggregation=batch.how,
+            active_tokens=batch.active,
+            training_tokens=batch.active,  # no advantage drawn is exactly 0
+            impl="triton",
+        )
         logp_only = batch.case.task == "log-probabilities"
         return batch.outputs(result.logp_BT if logp_only else result.loss, hidden, weight)
 
@@ -187,7 +195,8 @@ def hapo_head(batch: Batch):
 
 def hapo_logprob(batch: Batch):
     keep = batch.mask.flatten()
-    return from_logp(batch, lambda h, w, y: linear_logprob(h, w, y, keep_N=keep, impl="triton").logp_N)
+    given = {"keep_N": keep, "kept_rows": batch.active}
+    return from_logp(batch, lambda h, w, y: linear_logprob(h, w, y, impl="triton", **given).logp_N)
 
 
 def eager_head(hidden, weight, label):
@@ -327,7 +336,7 @@ for case in cases():
         budget_s=5,
         arguments=arguments,
     )
-    work = FLOPS[case.task] * float(batch.mask.sum()) * case.H * case.V
+    work = FLOPS[case.task] * float(batch.active) * case.H * case.V
     report.case(f"GATE {case}" if case == GATE else str(case), rows, work=work, unit="TFLOP/s", baseline=EAGER)
     if any("WRONG" in row.note for row in rows):
         raise SystemExit("a kernel of ours is wrong: nothing else is timed")

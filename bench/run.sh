@@ -3,7 +3,8 @@
 #
 #     OUT=results bash run.sh [--minutes 8] [--rehearse]
 #
-# Needs torch, Triton, transformers and pytest (xdist, hypothesis and jaxtyping where there are); no network.
+# Needs torch, Triton, transformers and pytest (xdist, hypothesis and jaxtyping where there are); no network. LIMIT_S is
+# the end, 590 seconds where nothing is said.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 OUT=${OUT:-$PWD/results}
@@ -14,4 +15,4 @@ for wheel in wheels/*.whl; do
 done
 export PYTHONPATH="$PWD/kernels:$peers${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONDONTWRITEBYTECODE=1
-timeout --kill-after=10 590 python bench/gpu.py --out "$OUT" "$@"
+timeout --kill-after=10 "${LIMIT_S:-590}" python bench/gpu.py --out "$OUT" "$@"

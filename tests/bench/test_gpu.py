@@ -64,10 +64,11 @@ def rehearsal(python, tmp_path_factory):
         "PATH": f"{python.parent}:/usr/bin:/bin",
         "HOME": str(out),
         "OUT": str(out),
+        "LIMIT_S": "1450",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(folder / "crashing"),
     }
-    command = ["bash", folder / "run.sh", "--rehearse", "--minutes", "9"]
+    command = ["bash", folder / "run.sh", "--rehearse", "--minutes", "24"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     return run.stdout + run.stderr, out, run.returncode
 
