@@ -1,15 +1,29 @@
-"""Launch settings by architecture: how many elements a program takes at once, and on how many warps.
+"""Launch settings by kernel, storage dtype and architecture: what a program takes at once, on how many warps.
 
-A table instead of an autotuner: no training step waits for a search, machines of one kind give the same bits, and every
-entry compiles without a GPU (`tests/kernels/compile_kernels.py`). The entries are chosen by what the compiler says of
-registers, spills and load widths, and not yet by time on a GPU.
+A table, `launch_table.json`, instead of an autotuner: no training step waits for a search, machines of one kind give
+the same bits, and every entry compiles without a GPU (`tests/kernels/compile_kernels.py`). An architecture has several
+candidates for each kernel; an entry says where the choice comes from. `python bench/launch_settings.py --write`
+measures the candidates on the GPU that is there and writes the table back. What has not been measured was chosen by
+what the compiler says of registers, spills and load widths.
+
+8 elements a thread are one 128-bit load of 16-bit storage and two of fp32. Of tokens a thread takes 4 on gfx942, one
+load of fp32: with 8 the predicates of the loss spill scalar registers.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+PATH = Path(__file__).with_name("launch_table.json")
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+NOT_MEASURED = "default, not measured"
 
 
 class Launch(NamedTuple):
@@ -17,31 +31,76 @@ class Launch(NamedTuple):
 
     block: int  # elements a program takes at once
     warps: int  # of 32 threads, on AMD of 64
+    stages: int  # blocks of a row that are under way at once; 1 where a kernel does not sweep over a row
 
 
-class Launches(NamedTuple):
-    """How the kernels of an architecture are launched, by what they sweep over."""
+class Chosen(NamedTuple):
+    """An entry of the table."""
 
-    row: Launch  # sweeps over a row of logits: `linear_logprob`, `policy_head`
-    token: Launch  # tokens of a row: `policy_loss`
-    segment: Launch  # scores of a group, tokens of a row: `segment_norm`
-
-
-# 8 elements a thread are one 128-bit load of 16-bit storage and two of fp32. Of tokens a thread takes 4 on gfx942, one
-# load of fp32: with 8 the predicates of the loss spill scalar registers.
-TABLE = {
-    "sm_80": Launches(row=Launch(2048, 8), token=Launch(1024, 4), segment=Launch(1024, 4)),
-    "sm_90": Launches(row=Launch(2048, 8), token=Launch(1024, 4), segment=Launch(1024, 4)),
-    "sm_100": Launches(row=Launch(2048, 8), token=Launch(1024, 4), segment=Launch(1024, 4)),
-    "gfx942": Launches(row=Launch(2048, 4), token=Launch(1024, 4), segment=Launch(1024, 4)),
-}
+    launch: Launch
+    source: str  # NOT_MEASURED, or the machine, its software and the date
 
 
-def launches(device: torch.device) -> Launches:
-    """The settings for a device; an interpreted kernel takes those of sm_90."""
+class Settings(NamedTuple):
+    """One architecture's part of the table."""
+
+    candidates: dict[str, list[Launch]]  # by kernel
+    chosen: dict[str, dict[str, Chosen]]  # by kernel and storage dtype
+
+
+def read(path: Path = PATH) -> dict[str, Settings]:
+    """The table, by architecture."""
+    return {
+        name: Settings(
+            {kernel: [Launch(*launch) for launch in launches] for kernel, launches in part["candidates"].items()},
+            {
+                kernel: {dtype: Chosen(Launch(*launch), source) for dtype, (launch, source) in entries.items()}
+                for kernel, entries in part["chosen"].items()
+            },
+        )
+        for name, part in json.loads(path.read_text()).items()
+    }
+
+
+def write(table: dict[str, Settings], path: Path = PATH) -> None:
+    """The table as `read` takes it, a line for each entry."""
+    path.write_text(_lines({name: part._asdict() for name, part in table.items()}) + "\n")
+
+
+def _lines(value: object, indent: str = "") -> str:
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    inner = [f"{indent} {json.dumps(key)}: {_lines(of, indent + ' ')}" for key, of in value.items()]
+    return "{\n" + ",\n".join(inner) + f"\n{indent}}}"
+
+
+TABLE = read()
+_tried: dict[str, Launch] = {}
+
+
+@contextmanager
+def trying(kernel: str, launch: Launch) -> Iterator[None]:
+    """Launches of `kernel` take these settings, whatever the table says."""
+    _tried[kernel] = launch
+    try:
+        yield
+    finally:
+        del _tried[kernel]
+
+
+def launch_of(kernel: str, device: torch.device, dtype: torch.dtype) -> Launch:
+    """The settings of a kernel, a name of the table, for the device and the storage dtype."""
+    if kernel in _tried:
+        return _tried[kernel]
+    return TABLE[architecture_of(device)].chosen[kernel][DTYPES[dtype]].launch
+
+
+@functools.cache
+def architecture_of(device: torch.device) -> str:
+    """The entry of a device; an interpreted kernel takes that of sm_90."""
     if torch.version.hip:
-        return TABLE["gfx942"]
-    return TABLE[architecture(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_90"]
+        return "gfx942"
+    return architecture(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_90"
 
 
 def architecture(major: int, minor: int) -> str:

@@ -1,5 +1,6 @@
-"""Compile every kernel for every target, with its entry in the table of launch settings, without a GPU.
+"""Compile every kernel for every target, with its entries in the table of launch settings, without a GPU.
 
+With what the table has chosen every variant of a kernel is compiled; with the other candidates the costliest ones.
 Prints one JSON line a build.
 
 Run by test_kernels_compile.py in a process of its own: under TRITON_INTERPRET=1 a kernel cannot be compiled. By hand:
@@ -18,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hapo_kernels.launch import TABLE, Launches
+from hapo_kernels.launch import TABLE, Launch
 from hapo_kernels.linear_logprob import kernel as linear_logprob
 from hapo_kernels.policy_head import kernel as policy_head
 from hapo_kernels.policy_loss import kernel as policy_loss
@@ -48,21 +49,44 @@ NOT_FP32 = {
 }
 
 
-def cases(launches: Launches):
-    """(name, kernel, pointers in storage dtype, constexprs, num_warps)"""
-    full = {
-        "ADVANTAGE_PER_TOKEN": True,
-        "HAS_TEACHER": True,
-        "HAS_TEACHER_LOGP": True,
-        "HAS_WEIGHT": True,
-        "SHAPE": policy_loss.POWER.value,
-        "KL": 4,
-        "STRAIGHT_THROUGH": False,
-        "HAS_ENTROPY": True,
-        "HAS_GRADIENT": True,
-    }
-    plain = dict.fromkeys(full, False) | {"SHAPE": 0, "KL": 0, "HAS_GRADIENT": True}
-    shapes = {f"shape {code}": full | {"SHAPE": code, "KL": 0} for code in range(policy_loss.CHORD.value + 1)}
+# Of each entry of the table, the variants that take most registers.
+COSTLIEST = {
+    "stats_row": ("stats_row_kernel",),
+    "dlogits_row": ("dlogits_row_kernel, with entropy",),
+    "head_row": ("head_row_kernel, every term",),
+    "policy_loss": ("policy_loss, every term",),
+    "segment_norm": ("segment_kernel, by ids",),
+}
+
+
+def cases(launches: dict[str, Launch]):
+    """(name, kernel, pointers in storage dtype, constexprs, num_warps), of the kernels that `launches` names."""
+    for name, of in (("policy_loss", token_cases), ("segment_norm", segment_cases)):
+        if name in launches:
+            yield from of(launches[name])
+    for name, of in (("stats_row", stats_cases), ("dlogits_row", dlogits_cases), ("head_row", head_cases)):
+        if name in launches:
+            block, warps, stages = launches[name]
+            for title, kernel, storage, flags in of():
+                yield title, kernel, storage, flags | {"BLOCK": block, "STAGES": stages}, warps
+
+
+FULL = {
+    "ADVANTAGE_PER_TOKEN": True,
+    "HAS_TEACHER": True,
+    "HAS_TEACHER_LOGP": True,
+    "HAS_WEIGHT": True,
+    "SHAPE": policy_loss.POWER.value,
+    "KL": 4,
+    "STRAIGHT_THROUGH": False,
+    "HAS_ENTROPY": True,
+    "HAS_GRADIENT": True,
+}
+PLAIN = dict.fromkeys(FULL, False) | {"SHAPE": 0, "KL": 0, "HAS_GRADIENT": True}
+
+
+def token_cases(launch: Launch):
+    shapes = {f"shape {code}": FULL | {"SHAPE": code, "KL": 0} for code in range(policy_loss.CHORD.value + 1)}
     per_token = (
         "policy_ptr",
         "behaviour_ptr",
@@ -72,10 +96,12 @@ def cases(launches: Launches):
         "entropy_ptr",
         "gradient_ptr",
     )
-    block, warps = launches.token
-    for name, flags in (("every term", full), ("surrogate only", plain), *shapes.items()):
-        yield f"policy_loss, {name}", policy_loss.policy_loss_kernel, per_token, flags | {"BLOCK": block}, warps
-    chunk, warps = launches.segment
+    for name, flags in (("every term", FULL), ("surrogate only", PLAIN), *shapes.items()):
+        flags = flags | {"BLOCK": launch.block}
+        yield f"policy_loss, {name}", policy_loss.policy_loss_kernel, per_token, flags, launch.warps
+
+
+def segment_cases(launch: Launch):
     for gather in (False, True):
         where = "by ids" if gather else "by bounds"
         for kernel in (
@@ -84,22 +110,41 @@ def cases(launches: Launches):
             segment_norm.merge_kernel,
             segment_norm.write_kernel,
         ):
-            flags = {"GATHER": gather, "BY_STD": True, "CHUNK": chunk}
+            flags = {"GATHER": gather, "BY_STD": True, "CHUNK": launch.block}
             flags = {key: value for key, value in flags.items() if key in kernel.arg_names}
-            yield f"{kernel.__name__}, {where}", kernel, ("score_ptr",), flags, warps
-    yield "spread_kernel", segment_norm.spread_kernel, (), {"CHUNK": chunk}, warps
-    block, warps = launches.row
-    yield "stats_row_kernel", linear_logprob.stats_row_kernel, (), {"BLOCK": block}, warps
+            yield f"{kernel.__name__}, {where}", kernel, ("score_ptr",), flags, launch.warps
+    yield "spread_kernel", segment_norm.spread_kernel, (), {"CHUNK": launch.block}, launch.warps
+
+
+def stats_cases():
+    yield "stats_row_kernel", linear_logprob.stats_row_kernel, (), {}
+
+
+def dlogits_cases():
     for entropy in (False, True):
         name = f"dlogits_row_kernel, {'with' if entropy else 'no'} entropy"
-        yield name, linear_logprob.dlogits_row_kernel, ("out_ptr",), {"HAS_ENTROPY": entropy, "BLOCK": block}, warps
-    # The costliest shape here; the others are compiled above.
-    for name, flags in (("every term", full), ("surrogate only", plain)):
+        yield name, linear_logprob.dlogits_row_kernel, ("out_ptr",), {"HAS_ENTROPY": entropy}
+
+
+def head_cases():
+    # The costliest shape here; the others are compiled with `policy_loss`.
+    for name, flags in (("every term", FULL), ("surrogate only", PLAIN)):
         flags = {key: value for key, value in flags.items() if key in policy_head.head_row_kernel.arg_names}
         flags["HAS_BEHAVIOUR"] = name == "every term"
         for of, storage in (("", ("out_ptr",)), ("logits, ", ("logits_ptr", "out_ptr")), ("slice, ", ("out_ptr",))):
-            where = {"WHOLE": of == "logits, ", "SLICE": of == "slice, ", "BLOCK": block}
-            yield f"head_row_kernel, {of}{name}", policy_head.head_row_kernel, storage, flags | where, warps
+            where = {"WHOLE": of == "logits, ", "SLICE": of == "slice, "}
+            yield f"head_row_kernel, {of}{name}", policy_head.head_row_kernel, storage, flags | where
+
+
+def every_case(settings, dtype):
+    """(launch, case) of what an architecture has chosen for a storage dtype, and of its other candidates."""
+    chosen = {kernel: entries[dtype].launch for kernel, entries in settings.chosen.items() if dtype in entries}
+    for kernel, launch in chosen.items():
+        yield from ((launch, case) for case in cases({kernel: launch}))
+    for kernel in chosen:
+        for launch in settings.candidates[kernel]:
+            if launch != chosen[kernel] and dtype != "fp16":  # which is as wide as bf16
+                yield from ((launch, case) for case in cases({kernel: launch}) if case[0] in COSTLIEST[kernel])
 
 
 def build(kernel, storage_pointers, flags, num_warps, dtype, target):
@@ -141,16 +186,16 @@ def measure(binary, target):
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "loads_64": len(re.findall(r"\bLDG\.E(?:\.\w+)*\.64\b", sass)),
-        "loads_128": len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", sass)),
+        "loads_64": len(re.findall(r"\bLDG(?:STS)?\.E(?:\.\w+)*\.64\b", sass)),
+        "loads_128": len(re.findall(r"\bLDG(?:STS)?\.E(?:\.\w+)*\.128\b", sass)),
     }
 
 
 if __name__ == "__main__":
     for target_name in sys.argv[1:] or TARGETS:
         target = TARGETS[target_name]
-        for name, kernel, storage_pointers, flags, num_warps in cases(TABLE[target_name]):
-            for dtype in STORAGE:
+        for dtype in STORAGE:
+            for launch, (name, kernel, storage_pointers, flags, num_warps) in every_case(TABLE[target_name], dtype):
                 binary = build(kernel, storage_pointers, flags, num_warps, dtype, target)
-                found = {"kernel": name, "dtype": dtype, "target": target_name, "shared": binary.metadata.shared}
-                print(json.dumps(found | measure(binary, target)), flush=True)
+                found = {"kernel": name, "dtype": dtype, "target": target_name, "launch": launch}
+                print(json.dumps(found | {"shared": binary.metadata.shared} | measure(binary, target)), flush=True)

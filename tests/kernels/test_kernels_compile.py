@@ -1,4 +1,4 @@
-"""Every kernel x storage dtype x entry of the launch table compiles without a GPU: no spills, shared memory that fits, wide loads."""
+"""Every kernel x storage dtype x candidate of the launch table compiles without a GPU: no spills, shared memory that fits, wide loads."""
 
 import json
 import os
@@ -31,10 +31,12 @@ def test_every_kernel_compiles(target, tmp_path, capsys):
     assert run.returncode == 0, run.stderr[-2000:]
     builds = [json.loads(line) for line in run.stdout.splitlines()]
     with capsys.disabled():
-        print(f"\n{'kernel':40} {'dtype':5} {'target':7} registers  spills  shared B  64-bit  128-bit loads")
+        print(
+            f"\n{'kernel':40} {'launch':14} {'dtype':5} {'target':7} registers  spills  shared B  64-bit  128-bit loads"
+        )
         for build in builds:
             print(
-                f"{build['kernel']:40} {build['dtype']:5} {target:7} {build['registers']:9} {build['spills']:7} "
+                f"{build['kernel']:40} {build['launch']!s:14} {build['dtype']:5} {target:7} {build['registers']:9} {build['spills']:7} "
                 f"{build['shared']:9} {build['loads_64']:7} {build['loads_128']:14}"
             )
     assert builds

@@ -1,8 +1,23 @@
-"""Every device finds its row in the table of launch settings."""
+"""Every device finds its entries in the table of launch settings, and the table is written as it is read."""
 
 import pytest
+import torch
 
-from hapo_kernels.launch import TABLE, architecture
+from hapo_kernels.launch import (
+    DTYPES,
+    NOT_MEASURED,
+    PATH,
+    TABLE,
+    Chosen,
+    Launch,
+    architecture,
+    launch_of,
+    read,
+    trying,
+    write,
+)
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -22,8 +37,51 @@ def test_a_device_takes_the_newest_entry_that_is_not_newer(capability, entry):
 
 
 def test_a_block_is_a_power_of_two_that_fills_its_threads():
-    for name, launches in TABLE.items():
-        for block, warps in launches:
-            threads = warps * (64 if name.startswith("gfx") else 32)
-            assert block & (block - 1) == 0
-            assert block % (4 * threads) == 0, f"{name}: a 128-bit load of fp32 takes 4 elements a thread"
+    for name, settings in TABLE.items():
+        for candidates in settings.candidates.values():
+            for block, warps, stages in candidates:
+                threads = warps * (64 if name.startswith("gfx") else 32)
+                assert block & (block - 1) == 0
+                assert block % (4 * threads) == 0, f"{name}: a 128-bit load of fp32 takes 4 elements a thread"
+                assert 1 <= stages <= 4
+
+
+def test_every_architecture_has_candidates_and_a_choice_of_them_for_every_kernel_and_storage_dtype():
+    for settings in TABLE.values():
+        assert settings.candidates.keys() == settings.chosen.keys()
+        for kernel, candidates in settings.candidates.items():
+            assert len(set(candidates)) == len(candidates) > 1
+            # The statistics are of fp32 logits, whatever is stored.
+            assert set(settings.chosen[kernel]) == ({"fp32"} if kernel == "stats_row" else set(DTYPES.values()))
+            for chosen in settings.chosen[kernel].values():
+                assert chosen.launch in candidates
+                assert chosen.source == NOT_MEASURED or chosen.source.startswith("measured on ")
+
+
+def test_a_table_is_written_as_it_is_read(tmp_path):
+    path = tmp_path / "table.json"
+    write(TABLE, path)
+    assert path.read_text() == PATH.read_text()
+    assert read(path) == TABLE
+
+
+def test_a_kernel_and_a_storage_dtype_have_settings_of_their_own(monkeypatch):
+    other = Launch(4096, 16, 1)
+    chosen = TABLE["sm_90"].chosen
+    entry = chosen["head_row"] | {"bf16": Chosen(other, "measured on a machine")}
+    monkeypatch.setitem(TABLE, "sm_90", TABLE["sm_90"]._replace(chosen=chosen | {"head_row": entry}))
+    assert launch_of("head_row", CPU, torch.bfloat16) == other
+    assert launch_of("head_row", CPU, torch.float32) == Launch(2048, 8, 1)
+    assert launch_of("dlogits_row", CPU, torch.bfloat16) == Launch(2048, 8, 1)
+
+
+def test_a_candidate_is_tried_for_its_kernel_alone_and_forgotten():
+    def fails():
+        with trying("stats_row", Launch(1024, 4, 3)):
+            assert launch_of("stats_row", CPU, torch.float32) == Launch(1024, 4, 3)
+            assert launch_of("head_row", CPU, torch.float32) == Launch(2048, 8, 1)
+            raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        fails()
+    assert launch_of("stats_row", CPU, torch.float32) == Launch(2048, 8, 1)

@@ -6,8 +6,9 @@ row's offset is int64 (N·V passes 2³¹ at 16k tokens), nothing length-like is 
 A row kernel reads fp32 logits, 4 B an element, and its backward reads 4 B and writes the storage dtype.
 """
 
-# Triton passes ints and bools for constexpr parameters and adds num_warps to every launch; pyright knows neither.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# Triton passes ints and bools for constexpr parameters, adds num_warps to every launch and iterates over its own range;
+# pyright knows none of this.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # pyright
 
 from hapo_kernels.counted import rows_where
 from hapo_kernels.dispatch import refuse_double_backward
-from hapo_kernels.launch import launches
+from hapo_kernels.launch import launch_of
 from hapo_kernels.linear_logprob import reference
 from hapo_kernels.linear_logprob.chunked import Gradients, Head
 from hapo_kernels.memory import Rows
@@ -38,12 +39,12 @@ def floored(x):
 
 
 @triton.jit
-def sweep(p_row, V, inverse_temperature, BLOCK: tl.constexpr):
+def sweep(p_row, V, inverse_temperature, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """(m, Σ e^d, Σ d e^d) with d = (x - m)/τ over one row: lane by lane, then over the lanes."""
     m = tl.full((BLOCK,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         o = start + tl.arange(0, BLOCK)
         x = tl.load(p_row + o, mask=o < V, other=-float("inf")).to(tl.float32)
         larger = tl.maximum(m, x)
@@ -62,10 +63,10 @@ def sweep(p_row, V, inverse_temperature, BLOCK: tl.constexpr):
 @triton.jit
 def write_dlogits(
     p_row, p_out, label, V, inverse_temperature, row_max, log_sum, entropy, slope, entropy_slope,
-    HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(1/τ) [ g (1{v=y} - p) - g_H p (log p + H) ]; p_out may be p_row."""
-    for start in range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         o = start + tl.arange(0, BLOCK)
         x = tl.load(p_row + o, mask=o < V, other=-float("inf")).to(tl.float32)
         logp = floored((x - row_max) * inverse_temperature - log_sum)
@@ -78,7 +79,8 @@ def write_dlogits(
 
 @triton.jit
 def stats_row_kernel(
-    row_ptr, logits_ptr, label_ptr, temperature_ptr, stats_ptr, V, first_label, N, BLOCK: tl.constexpr
+    row_ptr, logits_ptr, label_ptr, temperature_ptr, stats_ptr, V, first_label, N,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of the token row_ptr[program]: maximum, Σ e^d, Σ d e^d and label logit, into the program's column of (4, N).
 
@@ -91,7 +93,7 @@ def stats_row_kernel(
     label = tl.load(label_ptr + i_row) - first_label
     here = (label >= 0) & (label < V)
     label_logit = tl.load(p_row + label, mask=here, other=0.0).to(tl.float32)
-    row_max, total, weighted = sweep(p_row, V, inverse_temperature, BLOCK)
+    row_max, total, weighted = sweep(p_row, V, inverse_temperature, BLOCK, STAGES)
     p_stats = stats_ptr + i_program
     tl.store(p_stats, row_max)
     tl.store(p_stats + N, total)
@@ -102,7 +104,7 @@ def stats_row_kernel(
 @triton.jit
 def dlogits_row_kernel(
     row_ptr, logits_ptr, out_ptr, label_ptr, temperature_ptr, max_ptr, log_sum_ptr, entropy_ptr, slope_ptr,
-    entropy_slope_ptr, V, first_label, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    entropy_slope_ptr, V, first_label, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of the token row_ptr[program], whose logits stand at the program's own place."""
     i_program = tl.program_id(0).to(tl.int64)
@@ -114,22 +116,55 @@ def dlogits_row_kernel(
         logits_ptr + i_program * V, out_ptr + i_program * V, tl.load(label_ptr + i_row) - first_label, V,
         1.0 / tl.load(temperature_ptr + i_row),
         tl.load(max_ptr + i_row), tl.load(log_sum_ptr + i_row), entropy, tl.load(slope_ptr + i_row), entropy_slope,
-        HAS_ENTROPY, BLOCK,
+        HAS_ENTROPY, BLOCK, STAGES,
     )  # fmt: skip
 
 
-def row_settings(device: torch.device) -> dict[str, int]:
-    block, warps = launches(device).row
-    return {"BLOCK": block, "num_warps": warps}
+def row_settings(kernel: str, written: Tensor) -> dict[str, int]:
+    """Of a kernel that writes, or reads, rows like these."""
+    block, warps, stages = launch_of(kernel, written.device, written.dtype)
+    return {"BLOCK": block, "num_warps": warps, "STAGES": stages}
 
 
 def row_stats(
     row: Tensor, logits: Tensor, label_N: Tensor, temperature_N: Tensor, first_label: int, stats: Tensor
 ) -> None:
     """Into the first columns of stats (4, ...), one for each of `row`: max, Σ e^d, Σ d e^d and label logit."""
-    settings = row_settings(logits.device)
+    settings = row_settings("stats_row", logits)
     V, N = logits.shape[1], stats.stride(0)
     stats_row_kernel[(len(row),)](row, logits, label_N, temperature_N, stats, V, first_label, N, **settings)
+
+
+def row_dlogits(
+    row: Tensor,
+    logits: Tensor,
+    dlogits: Tensor,
+    label_N: Tensor,
+    temperature_N: Tensor,
+    max_N: Tensor,
+    log_sum_N: Tensor,
+    entropy_N: Tensor,
+    slope_N: Tensor,
+    entropy_slope_N: Tensor | None,
+    first_label: int,
+) -> None:
+    """Into the first rows of dlogits, one for each of `row`; without entropy_slope_N entropy_N is not read."""
+    dlogits_row_kernel[(len(row),)](
+        row,
+        logits,
+        dlogits,
+        label_N,
+        temperature_N,
+        max_N,
+        log_sum_N,
+        entropy_N,
+        slope_N,
+        slope_N if entropy_slope_N is None else entropy_slope_N,
+        logits.shape[1],
+        first_label,
+        HAS_ENTROPY=entropy_slope_N is not None,
+        **row_settings("dlogits_row", dlogits),
+    )
 
 
 def group_of(name: str) -> dist.ProcessGroup | None:
@@ -231,25 +266,12 @@ def linear_logprob_backward_op(
             active_N = active_N | (entropy_slope_N != 0)
         keep_N = keep_N & active_N
     row = rows_where(keep_N, kept_rows)
-    settings = row_settings(hidden_NH.device)
+
+    numbers = (label_N, temperature_N, max_N, log_sum_N, entropy_N, slope_N, entropy_slope_N)
 
     def row_kernel(piece: Tensor, _: int, logits: Tensor, dlogits: Tensor | None) -> None:
-        dlogits_row_kernel[(len(piece),)](
-            piece,
-            logits,
-            dlogits,
-            label_N,
-            temperature_N,
-            max_N,
-            log_sum_N,
-            entropy_N,
-            slope_N,
-            slope_N if entropy_slope_N is None else entropy_slope_N,
-            V,
-            first,
-            HAS_ENTROPY=entropy_slope_N is not None,
-            **settings,
-        )
+        assert dlogits is not None
+        row_dlogits(piece, logits, dlogits, *numbers, first)
 
     gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted, main_grad_VH)
     Head(hidden_NH, weight_VH, bias_V, Rows(*rows)).run(row, row_kernel, gradients)

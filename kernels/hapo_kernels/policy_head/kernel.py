@@ -45,7 +45,7 @@ def head_row_kernel(
     first_label, low_edge, high_edge, dual, log_shaping, exponent, kl_coefficient, entropy_coefficient,
     WHOLE: tl.constexpr, SLICE: tl.constexpr, HAS_BEHAVIOUR: tl.constexpr, HAS_TEACHER_LOGP: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, SHAPE: tl.constexpr, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row: the token row_ptr[program]. Its logits stand at that row of all logits (WHOLE), or of a chunk's at the
     program's own place. Those of a SLICE begin with the token first_label, and stats (4, programs) is of the whole
@@ -66,7 +66,7 @@ def head_row_kernel(
     else:
         inside = (label >= 0) & (label < V)
         label_logit = tl.load(p_row + label, mask=inside, other=float("nan")).to(tl.float32)
-        row_max, total, weighted = sweep(p_row, V, inverse_temperature, BLOCK)
+        row_max, total, weighted = sweep(p_row, V, inverse_temperature, BLOCK, STAGES)
     log_sum = tl.log(total)
     logp = (label_logit - row_max) * inverse_temperature - log_sum
     entropy = log_sum - weighted / total
@@ -111,7 +111,7 @@ def head_row_kernel(
             slope += tl.where(on, kl_coefficient * kl_slope, 0.0)
         write_dlogits(
             p_row, out_ptr + i_logits * V, label, V, inverse_temperature, row_max, log_sum, entropy,
-            tl.sum(row_weight * slope), tl.sum(-entropy_coefficient * row_weight), HAS_ENTROPY, BLOCK,
+            tl.sum(row_weight * slope), tl.sum(-entropy_coefficient * row_weight), HAS_ENTROPY, BLOCK, STAGES,
         )  # fmt: skip
 
 
@@ -196,12 +196,12 @@ class RowLoss(NamedTuple):
         if not len(row):
             return
         # A pointer that its flag switches off is never read; temperature_N stands in for it.
-        absent = self.temperature_N
+        absent, written = self.temperature_N, logits if dlogits is None else dlogits
         stats = absent if group is None else self.slice_stats(row, logits, group)
         head_row_kernel[(len(row),)](
             row,
             logits,
-            logits if dlogits is None else dlogits,
+            written,
             self.label_N,
             self.temperature_N,
             absent if self.behaviour_logp_N is None else self.behaviour_logp_N,
@@ -234,7 +234,7 @@ class RowLoss(NamedTuple):
             STRAIGHT_THROUGH=self.kl_kind.endswith("+"),
             HAS_ENTROPY=self.entropy_coefficient != 0,
             HAS_GRADIENT=dlogits is not None,
-            **row_settings(logits.device),
+            **row_settings("head_row", written),
         )
 
     def total(self, sums: Tensor) -> Tensor:

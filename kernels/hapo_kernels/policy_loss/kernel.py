@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hapo_kernels.dispatch import refuse_double_backward
-from hapo_kernels.launch import launches
+from hapo_kernels.launch import launch_of
 from hapo_kernels.policy_loss.reference import row_weight
 from hapo_kernels.policy_loss.terms import (
     Aggregation,
@@ -306,7 +306,7 @@ def policy_loss_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss (0-d fp32), sums in the order of PolicyLossMetrics (fp32), ∂loss/∂policy_logp_BT (empty if not wanted)."""
     B, T = policy_logp_BT.shape
-    block, warps = launches(policy_logp_BT.device).token
+    block, warps, _ = launch_of("policy_loss", policy_logp_BT.device, policy_logp_BT.dtype)
     gradient_BT = torch.empty_like(policy_logp_BT, memory_format=torch.contiguous_format) if with_gradient else None
     programs = B * triton.cdiv(T, block)
     partial = torch.empty(programs, PARTIALS.value, dtype=torch.float32, device=policy_logp_BT.device)

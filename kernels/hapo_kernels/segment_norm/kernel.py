@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hapo_kernels.launch import launches
+from hapo_kernels.launch import launch_of
 from hapo_kernels.segment_norm.reference import SegmentStats
 
 # Mean chunks a segment above which they are spread over programs. The bits are the same on both sides.
@@ -210,7 +210,7 @@ def run(
     out_N = torch.empty(N, dtype=torch.float32, device=score_N.device)
     mean_S, std_S = out_N.new_empty(S), out_N.new_empty(S)
     constant_S = torch.empty(S, dtype=torch.int8, device=score_N.device)
-    chunk, warps = launches(score_N.device).segment
+    chunk, warps, _ = launch_of("segment_norm", score_N.device, score_N.dtype)
     if split is None:
         split = S * SPLIT_ABOVE * chunk < N
     # Without contraction to fused multiply-adds, which a compiler may place differently in one launch and in three.
@@ -271,7 +271,7 @@ def spread_op(value_B: Tensor, mask_T: Tensor, token_offset_B1: Tensor) -> Tenso
     out_T = torch.empty(mask_T.shape, dtype=torch.float32, device=value_B.device)
     if value_B.shape[0]:
         offset_B1 = token_offset_B1.to(torch.int64).contiguous()
-        chunk, warps = launches(value_B.device).segment
+        chunk, warps, _ = launch_of("segment_norm", value_B.device, value_B.dtype)
         spread_kernel[(value_B.shape[0],)](
             value_B, offset_B1, (mask_T != 0).view(torch.uint8), out_T, CHUNK=chunk, num_warps=warps
         )
