@@ -57,6 +57,8 @@ check: lint
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# Ray gives up after 30 s by default, which a busy machine needs to start it.
+unit: export RAY_raylet_start_wait_time_s = 120
 unit: env $(VENV)/.gym $(VENV)/trl/.complete $(VENV)/peers/.complete
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not e2e" --durations=15
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/trl/bin/python -m pytest -q --confcutdir=tests/trl tests/trl

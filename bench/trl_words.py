@@ -3,6 +3,8 @@
     python bench/trl_words.py --trainer hapo --steps 24     recipes/trl/words.py, tested every sixth step
     python bench/trl_words.py --trainer grpo --steps 6      TRL's own GRPOTrainer, the same settings
 
+    python bench/trl_words.py --table                       results/trl/README.md of what lies there
+
 Runs in the environment of TRL. Writes results/trl/NAME-seedS.json after every test, and goes on from its last
 checkpoint (--checkpoints) when it is started again.
 """
@@ -60,16 +62,51 @@ class Record(TrainerCallback):
         print(f"step {state.global_step}: held-out success {success:.2f}", flush=True)
 
 
+def table(folder: Path) -> str:
+    """A row a run: held-out success over the steps, on-policy success, time, machine, commit and command."""
+    lines = [
+        "# Word problems in TRL's trainer",
+        "",
+        "Made by `python bench/trl_words.py --table`. 50 held-out problems of the trained templates;",
+        "greedy. A step is 8 prompts x 8 completions. One thread, beside other work on the machine.",
+        "",
+        "| trainer | seed | held-out success, by step | minutes | commit | command |",
+        "|---|---|---|---|---|---|",
+    ]
+    machines: dict[str, None] = {}
+    for path in sorted(folder.glob("*-seed*.json"), reverse=True):
+        run = json.loads(path.read_text())
+        curve = ", ".join(f"{step}: {success:.2f}" for step, success in run["held_out"].items())
+        about = run["machine"]
+        cells = [
+            run["trainer"],
+            run["seed"],
+            curve,
+            round(run["seconds"] / 60),
+            about["commit"],
+            f"`{about['command']}`",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+        software = ", ".join(f"{name} {about[name]}" for name in ("torch", "trl", "transformers"))
+        machines[f"{about['device']}, Python {about['python']}, {software}."] = None
+    return "\n".join([*lines, "", *machines]) + "\n"
+
+
 def main() -> None:
     """Train, or go on training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trainer", choices=("hapo", "grpo"), required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--trainer", choices=("hapo", "grpo"))
+    what.add_argument("--table", action="store_true")
     parser.add_argument("--steps", type=int, default=24, help="of the schedule")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--every", type=int, default=6, help="steps between two tests")
     parser.add_argument("--checkpoints", type=Path, default=REPOSITORY / "outputs" / "trl")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "bench" / "results" / "trl")
     given = parser.parse_args()
+    if given.table:
+        (given.out / "README.md").write_text(table(given.out))
+        return
     name = f"{given.trainer}-seed{given.seed}"
     folder = given.checkpoints / name
     settings = WORDS["SETTINGS"] | {

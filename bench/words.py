@@ -35,18 +35,18 @@ def runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(found: Mapping[str, Iterable[Mapping[str, Any]]]) -> str:
-    """A row a preset: first and last held-out success of each seed, new templates, steps, minutes, memory, commits."""
+    """A row a preset and number of steps: first and last held-out success of each seed, new templates, steps, minutes, memory, commits."""
     lines = [
         "| preset | seeds | steps | held-out success, first | last | new templates | minutes | peak GiB | commit |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for preset, results in found.items():
+    for preset, results in by_steps(found):
         held = [run["curves"][HELD_OUT] for run in results]
         new = [run["curves"][NEW][-1][1] for run in results]
         cells = [
             LABELS.get(preset, f"`{preset}`"),
             _all(str(run["seed"]) for run in results),
-            _all(sorted({str(run["steps"]) for run in results})),
+            str(results[0]["steps"]),
             _all(f"{curve[0][1]:.2f}" for curve in held),
             f"**{_all(f'{curve[-1][1]:.2f}' for curve in held)}**",
             _all(f"{value:.2f}" for value in new),
@@ -56,6 +56,15 @@ def table(found: Mapping[str, Iterable[Mapping[str, Any]]]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def by_steps(found: Mapping[str, Iterable[Mapping[str, Any]]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Runs of a preset that took as many steps, which its schedules of rate and gate depend on; the longest first."""
+    return [
+        (preset, [run for run in results if run["steps"] == steps])
+        for preset, results in found.items()
+        for steps in sorted({run["steps"] for run in results}, reverse=True)
+    ]
 
 
 def _all(values: Iterable[str]) -> str:

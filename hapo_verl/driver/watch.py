@@ -37,8 +37,9 @@ REFUSED_SECONDS = 30.0
 MOMENT_SECONDS = 2.0
 # A trainer that fails may have seen a death before Ray tells of it.
 FAILED_SECONDS = 10.0
-# Looks that a call may wait in the queue of an actor that is not busy.
+# Looks, and seconds, that a call may wait in the queue of an actor that is not busy.
 BUSY_LOOKS = 3
+BUSY_SECONDS = 5.0
 # Stacks are asked for on every node, by a task that may have to wait for a worker to start.
 STACKS_SECONDS = 60.0
 
@@ -233,7 +234,7 @@ class Watch:
 
     def _busy(self) -> str:
         # A call is answered by the next look, or its actor is at something else.
-        long_ago = time.monotonic() - BUSY_LOOKS * self._interval
+        long_ago = time.monotonic() - max(BUSY_LOOKS * self._interval, BUSY_SECONDS)
         names = [name for name in self._actors if name in self._calls and self._called[name] < long_ago]
         cpus = [int(of().get("CPU", 0)) for of in (ray.available_resources, ray.cluster_resources)]
         return f"; busy: {', '.join(names) or 'nobody'}; Ray has {cpus[0]} of {cpus[1]} CPUs free"

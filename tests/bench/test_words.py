@@ -34,6 +34,16 @@ def test_a_row_a_preset_with_a_value_a_seed(folder):
     ]
 
 
+def test_runs_of_other_lengths_are_other_rows(folder):
+    (folder / "plus-9steps-seed1.json").write_text(json.dumps(result("plus", 1, 0.9, steps=9)))
+    _, _, *rows = words.table(words.runs(folder)).splitlines()
+    assert [row.split("|")[1:6:2] for row in rows] == [
+        [" `plus` ", " 9 ", " **0.90** "],
+        [" `plus` ", " 6 ", " **0.75, 0.50** "],
+        [" `grpo`, verl's own ", " 6 ", " **0.00** "],
+    ]
+
+
 def test_a_transcript_has_every_problem_before_and_after():
     text = words.transcript({"answers": [["Q?", "4", "2 + 2 = 5", "2 + 2 = 4\n#### 4"]]})
     assert text == "Q?  [4]\n--- before\n2 + 2 = 5\n--- after\n2 + 2 = 4\n#### 4\n"

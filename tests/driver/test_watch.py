@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from hapo_verl.driver.progress import Position
-from hapo_verl.driver.watch import Stall, Watch
+from hapo_verl.driver.watch import BUSY_SECONDS, Stall, Watch
 from hapo_verl.protocol.stacks import answer_the_signal
 
 ADVICE = "Start it again."
@@ -207,23 +207,26 @@ def standing(actors, tmp_path):
     """A watch over a busy and an idle actor, and a trainer whose place is in `place`."""
     busy, idle = actors(), actors()
     ray.get([actor.process.remote() for actor in (busy, idle)])
-    place, ends = [("here", 1)], queue.Queue()
+    place, ends, watches = [("here", 1)], queue.Queue(), []
 
     def watch(report, limit):
         stall = Stall(lambda: Position(place[0], f"step {place[0][1]}: fit > update"), report, limit, tmp_path / "run")
         watch = Watch(interval=0.2, advice=ADVICE, stall=stall, end=lambda: ends.put(None))
         watch.over({"training worker 0": busy, "reward worker 0": idle})
         eventually(lambda: ray.wait([*watch._places.values()], num_returns=2, timeout=0)[0])
-        work = busy.work.remote(60)
+        work = busy.work.remote(120)
+        watches.append(watch)
         return watch, work
 
     yield watch, place, ends
+    for started in watches:
+        started.stop()
     ray.kill(busy)
 
 
 def test_a_trainer_that_stands_still_is_said_once_with_the_stacks_of_all_processes(standing, tmp_path, capsys):
     watch, place, ends = standing
-    watch, _work = watch(1.0, None)
+    watch, _work = watch(BUSY_SECONDS + 2, None)
     watch.start()
     (file,) = eventually(lambda: list((tmp_path / "run").glob("hapo_stacks_*.txt")), 90)
     said = eventually(lambda: capsys.readouterr().err, 90)
@@ -231,7 +234,7 @@ def test_a_trainer_that_stands_still_is_said_once_with_the_stacks_of_all_process
     assert capsys.readouterr().err == ""
     assert ends.empty()
     assert re.fullmatch(
-        rf"hapo: no progress for \d s in step 1: fit > update; busy: training worker 0; Ray has \d of 1 CPUs free. "
+        rf"hapo: no progress for \d+ s in step 1: fit > update; busy: training worker 0; Ray has \d of 1 CPUs free. "
         rf"Stacks of all processes: {file}. The run goes on.\n",
         said,
     )
@@ -243,7 +246,6 @@ def test_a_trainer_that_stands_still_is_said_once_with_the_stacks_of_all_process
     # Progress, and standing still again, is another line.
     place[0] = ("there", 2)
     assert eventually(lambda: capsys.readouterr().err, 90).startswith("hapo: no progress for ")
-    watch.stop()
 
 
 def test_the_run_ends_when_it_stood_still_for_too_long(standing, capsys):
@@ -256,14 +258,13 @@ def test_the_run_ends_when_it_stood_still_for_too_long(standing, capsys):
     said = capsys.readouterr().err
     assert said.endswith("The run ends. Start it again.\n")
     assert said.count("\n") == 1
-    watch.stop()
 
 
 def test_a_trainer_that_moves_on_is_never_said_to_stand_still(standing, capsys):
     watch, place, ends = standing
-    watch, _work = watch(1.0, 1.5)
+    watch, _work = watch(4.0, 5.0)
     watch.start()
-    for number in range(8):
+    for number in range(14):
         place[0] = ("here", number)
         time.sleep(0.5)
     watch.stop()

@@ -129,11 +129,16 @@ def test_advantages_and_loss_are_those_of_verls_adapter(trainer, monkeypatch, lo
     torch.testing.assert_close(hapo.compute_loss(hapo.model, output), expected.loss, rtol=1e-5, atol=1e-7)
 
 
-def test_the_loss_does_not_change_with_the_cut_into_passes(trainer, monkeypatch):
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_the_loss_does_not_change_with_the_cut_into_passes(trainer, monkeypatch, loss_type):
     """Two passes of half the rows each, as gradient accumulation takes them, add up to one of all rows."""
     losses = []
     for passes in (1, 2):
-        hapo = trainer(gradient_accumulation_steps=passes, per_device_train_batch_size=2 * PER_GROUP // passes)
+        hapo = trainer(
+            loss_type=loss_type,
+            gradient_accumulation_steps=passes,
+            per_device_train_batch_size=2 * PER_GROUP // passes,
+        )
         writes(hapo, monkeypatch, *WRITTEN)
         output = generated(hapo)
         hapo.current_gradient_accumulation_steps = passes

@@ -214,6 +214,7 @@ def test_a_resumed_gate_goes_on_as_one_that_was_never_stopped(trainer, name, tmp
 
 
 def test_an_annealed_gate_ends_with_the_run(trainer):
-    hapo = trainer({"gate": {"name": "annealed"}}, max_steps=4)
+    # An epoch of eight prompts, two a step: how many steps that is, is not known before the training begins.
+    hapo = trainer({"gate": {"name": "annealed"}}, max_steps=-1, num_train_epochs=1)
     hapo.train()
     assert metrics(hapo, "hapo/gate/threshold") == pytest.approx([0.8, 0.6, 0.4, 0.2])

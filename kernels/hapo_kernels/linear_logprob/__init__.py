@@ -75,7 +75,8 @@ def linear_logprob(
         collect_rows: rows whose ∂logits, in the storage dtype, are collected for one GEMM of the weight's gradient,
             rounded down to whole chunks. The default is 4,096, or what 2 GiB of 16 bits hold.
         memory_gib: picks both, so that logits, ∂logits and the weight's gradient in fp32 stay within that many GiB.
-            What works is at least the gradient, in fp32 and as it is handed on (`hapo_kernels.memory`).
+            What works is at least the gradient, in fp32 and as it is handed on (`hapo_kernels.memory`). The reference
+            takes all rows at once and reads none of the three.
         kept_rows: how many rows are kept (keep_N, and no label of -100), where the caller knows. Without it the host
             waits for the device once in each pass; with it, nothing here waits, and the backward pass takes every kept
             row, also one whose upstream gradient is 0. A wrong number is an error; on a GPU it is an assertion on the
