@@ -6,6 +6,8 @@ At T 8192, H 4096, V 151,936, a chunk of 1,024 rows at a time: logits, ∂hidden
 over the chunks (β = 1) after the first (β = 0), once more with the rows of four chunks. The head's floor is their sum.
 """
 
+from typing import Any
+
 import harness
 
 arguments = harness.options(__doc__ or "")
@@ -26,7 +28,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 def into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, summed: bool = False):
     """out <- a b, or out + a b, in fp32."""
-    given = {"out_dtype": torch.float32} if CUDA else {}
+    given: dict[str, Any] = {"out_dtype": torch.float32} if CUDA else {}
     if summed:
         return lambda: torch.addmm(out, a, b, out=out, **given)
     return lambda: torch.mm(a, b, out=out, **given)
