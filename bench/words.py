@@ -35,7 +35,7 @@ def runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(found: Mapping[str, Iterable[Mapping[str, Any]]]) -> str:
-    """A row a preset and number of steps: first and last held-out success of each seed, new templates, steps, minutes, memory, commits."""
+    """A row a preset and number of steps: of each seed the first and last held-out success, new templates, costs."""
     lines = [
         "| preset | seeds | steps | held-out success, first | last | new templates | minutes | peak GiB | commit |",
         "|---|---|---|---|---|---|---|---|---|",
