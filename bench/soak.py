@@ -49,7 +49,7 @@ def prepared(folder: Path, steps: int) -> Launch:
     digits.write(folder / "data", digits=3, train=512, heldout=16, seed=1)
     settings = {"data.max_response_length": 4}
     settings |= tasks.files(folder, folder / "model", QUICKSTART / "digits.py", "heldout")
-    task = tasks.Prepared("soak", digits.DATA_SOURCE, {}, settings, {})
+    task = tasks.Prepared("soak", digits.DATA_SOURCE, {}, settings, {}, {})
     overrides = quickstart.overrides("plus", folder, task, steps=steps, seed=1)
     saving = f"trainer.save_freq={max(steps // 4, 1)}"
     return Launch(
