@@ -52,7 +52,7 @@ lint: env
 CHANGED = $(shell git diff --name-only HEAD -- '*.py' | xargs -rn1 basename -s .py | sed 's/^test_//;/__init__/d' | sort -u | paste -sd' ')
 
 check: lint
-	$(if $(CHANGED),OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not e2e" -k "$(subst $() $(), or ,$(strip $(CHANGED)))" || [ $$? -eq 5 ],@true)
+	$(if $(CHANGED),OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not e2e and not long" -k "$(subst $() $(), or ,$(strip $(CHANGED)))" || [ $$? -eq 5 ],@true)
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -60,7 +60,7 @@ docs: $(VENV)/.docs
 # Ray gives up after 30 s by default, which a busy machine needs to start it.
 unit: export RAY_raylet_start_wait_time_s = 120
 unit: env $(VENV)/.gym $(VENV)/trl/.complete $(VENV)/peers/.complete
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not e2e" --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not e2e and not long" --durations=15
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/trl/bin/python -m pytest -q --confcutdir=tests/trl tests/trl
 
 e2e: env

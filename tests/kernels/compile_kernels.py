@@ -1,11 +1,11 @@
 """Compile every kernel for every target, with its entries in the table of launch settings, without a GPU.
 
-With what the table has chosen every variant of a kernel is compiled; with the other candidates the costliest ones.
-Prints one JSON line a build.
+With what the table has chosen every variant of a kernel is compiled; with `--candidates`, instead, the costliest
+variants with the other candidates. Prints one JSON line a build.
 
 Run by test_kernels_compile.py in a process of its own: under TRITON_INTERPRET=1 a kernel cannot be compiled. By hand:
 
-    python tests/kernels/compile_kernels.py [sm_80 sm_90 sm_100 gfx942]
+    python tests/kernels/compile_kernels.py [sm_80 sm_90 sm_100 gfx942] [--candidates]
 """
 
 import json
@@ -136,14 +136,20 @@ def head_cases():
             yield f"head_row_kernel, {of}{name}", policy_head.head_row_kernel, storage, flags | where
 
 
-def every_case(settings, dtype):
-    """(launch, case) of what an architecture has chosen for a storage dtype, and of its other candidates."""
-    chosen = {kernel: entries[dtype].launch for kernel, entries in settings.chosen.items() if dtype in entries}
-    for kernel, launch in chosen.items():
-        yield from ((launch, case) for case in cases({kernel: launch}))
-    for kernel in chosen:
-        for launch in settings.candidates[kernel]:
-            if launch != chosen[kernel] and dtype != "fp16":  # which is as wide as bf16
+def chosen_cases(settings, dtype):
+    """(launch, case) of what an architecture has chosen for a storage dtype."""
+    for kernel, entries in settings.chosen.items():
+        if dtype in entries:
+            launch = entries[dtype].launch
+            yield from ((launch, case) for case in cases({kernel: launch}))
+
+
+def candidate_cases(settings, dtype):
+    """(launch, case) of the candidates that an architecture has not chosen for a storage dtype."""
+    for kernel, entries in settings.chosen.items():
+        # fp16 is as wide as bf16.
+        for launch in settings.candidates[kernel] if dtype in entries and dtype != "fp16" else ():
+            if launch != entries[dtype].launch:
                 yield from ((launch, case) for case in cases({kernel: launch}) if case[0] in COSTLIEST[kernel])
 
 
@@ -192,10 +198,11 @@ def measure(binary, target):
 
 
 if __name__ == "__main__":
-    for target_name in sys.argv[1:] or TARGETS:
+    of_what = candidate_cases if "--candidates" in sys.argv else chosen_cases
+    for target_name in [name for name in sys.argv[1:] if name in TARGETS] or TARGETS:
         target = TARGETS[target_name]
         for dtype in STORAGE:
-            for launch, (name, kernel, storage_pointers, flags, num_warps) in every_case(TABLE[target_name], dtype):
+            for launch, (name, kernel, storage_pointers, flags, num_warps) in of_what(TABLE[target_name], dtype):
                 binary = build(kernel, storage_pointers, flags, num_warps, dtype, target)
                 found = {"kernel": name, "dtype": dtype, "target": target_name, "launch": launch}
                 print(json.dumps(found | {"shared": binary.metadata.shared} | measure(binary, target)), flush=True)

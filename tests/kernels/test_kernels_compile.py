@@ -18,11 +18,14 @@ REGISTER_LIMIT = 128
 
 
 @pytest.mark.parametrize("target", TABLE)
-def test_every_kernel_compiles(target, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "more", [(), pytest.param(("--candidates",), marks=pytest.mark.long)], ids=["chosen", "candidates"]
+)
+def test_every_kernel_compiles(target, more, tmp_path, capsys):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     run = subprocess.run(
-        [sys.executable, HERE / "compile_kernels.py", target],
+        [sys.executable, HERE / "compile_kernels.py", target, *more],
         env=environment,
         capture_output=True,
         text=True,
