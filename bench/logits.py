@@ -114,6 +114,23 @@ def liger(batch: Batch):
     return call
 
 
+def fla(batch: Batch):
+    """Not this loss: one update a batch, so that the ratio is 1 and nothing is clipped. As much traffic."""
+    if not CUDA:
+        raise RuntimeError("needs a GPU")
+    from fla.modules.grpo.ops import fused_grpo_loss
+
+    padded = torch.cat([batch.logits, batch.logits[:, :1]], 1)
+
+    def call() -> dict:
+        logits = padded.detach().requires_grad_()
+        loss = fused_grpo_loss(logits, batch.behaviour, batch.label, batch.advantage, 0.0, batch.mask.int())
+        torch.autograd.grad(loss.mean(), logits)
+        return {}
+
+    return call
+
+
 def flash_attention(batch: Batch):
     from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
@@ -132,6 +149,7 @@ def measure(report: Report, tokens: int, V: int, rows: str) -> None:
             Contender(EAGER, lambda: from_logp(batch, eager_logp)),
             Contender("torch.compile", lambda: from_logp(batch, fast)),
             Contender("Liger Triton GRPO loss", lambda: liger(batch)),
+            Contender("fla GRPO loss, no ratio: a ceiling", lambda: fla(batch)),
             Contender("flash-attn cross entropy", lambda: flash_attention(batch)),
         ],
         exact=batch.exact,
