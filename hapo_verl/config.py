@@ -326,17 +326,18 @@ class HapoConfig:
         lambda v: v is None or positive(v),
         "seconds that a reward function may take must be positive. Use 3600.0, or null to wait for ever.",
     )
-    # Folder for one JSON line a group and step, and the rows that reached the loss; null writes nothing.
+    # Folder for one JSON line a group and step, and the rows that reached the loss; null writes nothing. The presets
+    # name the folder `trace` beside the run's checkpoints.
     trace_dir: str | None = checked(
         None, lambda v: v is None or (isinstance(v, str) and bool(v)), "a folder is needed. Use null to write no trace."
     )
     # Groups a step whose rows are traced, the same prompts wherever they come again; null traces those of all.
     trace_groups: int | None = checked(
-        None, lambda v: v is None or _whole(v), "a number of groups is a positive integer. Use null for all."
+        4, lambda v: v is None or _whole(v), "a number of groups is a positive integer. Use null for all."
     )
     # MiB that each of a trace's files may take, its beginning and its end; null has no limit.
     trace_limit: float | None = checked(
-        None, lambda v: v is None or positive(v), "a size in MiB is positive. Use null for no limit."
+        64.0, lambda v: v is None or positive(v), "a size in MiB is positive. Use null for no limit."
     )
 
     @classmethod

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -85,6 +86,9 @@ class HapoTrainer(PPOTrainer):
         self._leaves_out = savings(config, self.hapo)
         for line in self._leaves_out.lines():
             logger.warning("hapo: %s", line)
+        if self.hapo.trace_dir is not None:
+            # The actors write into it too, and may stand in another folder.
+            self.hapo = replace(self.hapo, trace_dir=str(Path(self.hapo.trace_dir).absolute()))
         self.trace = Trace.of(self.hapo)
         # Of the batch in training: rows, appended ones among them, and what mini-batches they make.
         self._rows, self._appended, self._prompts_per_mini_batch = 0, 0, None
@@ -342,7 +346,8 @@ class HapoTrainer(PPOTrainer):
             if (advice := silence(groups)) is not None:
                 logger.warning("hapo: step %d: %s", self.global_steps, advice)
         self.gatekeeper.observe(groups.values())
-        self._write_trace(batch, prompt_of, real_B, groups)
+        with marked_timer("hapo_trace", self.timing_raw):
+            self._write_trace(batch, prompt_of, real_B, groups)
         return tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(output, batch_size=len(batch))
         )
@@ -351,7 +356,7 @@ class HapoTrainer(PPOTrainer):
         """The groups, and of some their rows: the actors see only those that train."""
         if not self.trace.is_on:
             return
-        self.trace.launch(self.config, self.hapo)
+        self.trace.launch(self.config, self.hapo, self.global_steps)
         self.trace.groups(self.global_steps, groups)
         chosen = self.trace.sample(groups)
         rows = [i for i, uid in enumerate(prompt_of) if uid in chosen and real_B[i]]

@@ -10,14 +10,19 @@ Rows are those of `hapo.trace_groups` groups a step: the ones whose prompts come
 so that a prompt that comes again is seen again. A file that reaches a fourth of `hapo.trace_limit` is closed as
 `<name>.first.jsonl`; from then on the file and the one before it, `<name>.before.jsonl`, hold the latest lines. So the
 beginning is kept, and the end.
+
+A run that begins at step 1 where an earlier one has left its trace moves that trace to `<trace_dir>.1`, or to the next
+number that is free. Where a file cannot be written the trace ends with a warning, and the run goes on.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +34,13 @@ from hapo_verl.config import HapoConfig
 from hapo_verl.protocol.rows import plain_values
 from hapo_verl.protocol.shape import judged_shape
 
+logger = logging.getLogger("verl." + __name__)
+
 MIB = 2**20
 # Digits behind the point of a log-probability, nats.
 _DIGITS = 3
+# Folders of this process that could not be written.
+_UNWRITABLE: set[str] = set()
 
 
 class Trace:
@@ -39,7 +48,7 @@ class Trace:
 
     def __init__(self, folder: str | None, *, groups: int | None = None, mib: float | None = None) -> None:
         """Of the keys `hapo.trace_*`."""
-        self._folder, self._groups = Path(folder) if folder else None, groups
+        self._folder, self._groups = Path(folder) if folder and folder not in _UNWRITABLE else None, groups
         self._part_bytes = None if mib is None else mib * MIB / 4
         # Uids of the groups of this step whose rows are written; None: all.
         self.sampled: list[str] | None = None
@@ -55,15 +64,41 @@ class Trace:
         """Whether anything is written."""
         return self._folder is not None
 
-    def launch(self, config: DictConfig, hapo: HapoConfig) -> None:
-        """Write, once, what a reader has to know of the launch."""
+    def launch(self, config: DictConfig, hapo: HapoConfig, step: int) -> None:
+        """Write, once, what a reader has to know of the launch.
+
+        Args:
+            config: of the launch.
+            hapo: its `hapo:` block.
+            step: the first that is traced; with 1 the trace of an earlier run is moved out of the way.
+        """
         if self._folder is None or self._knows_launch:
             return
         self._knows_launch = True
-        self._folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self._folder / f".run.json.{os.getpid()}"
-        unfinished.write_text(json.dumps(_facts(config, hapo), indent=1) + "\n")
-        unfinished.replace(self._folder / "run.json")
+        try:
+            if step == 1 and (self._folder / "run.json").exists():
+                self._folder.rename(next(p for p in map(self._numbered, count(1)) if not p.exists()))
+            self._folder.mkdir(parents=True, exist_ok=True)
+            unfinished = self._folder / f".run.json.{os.getpid()}"
+            unfinished.write_text(json.dumps(_facts(config, hapo), indent=1) + "\n")
+            unfinished.replace(self._folder / "run.json")
+        except OSError as error:
+            self._end(error)
+
+    def _numbered(self, number: int) -> Path:
+        assert self._folder is not None
+        return self._folder.with_name(f"{self._folder.name}.{number}")
+
+    def _end(self, error: OSError) -> None:
+        """A run is worth more than its trace."""
+        logger.warning(
+            "hapo: hapo.trace_dir=%s: %s. The run goes on without a trace; name a folder that every node can write, or "
+            "null.",
+            self._folder,
+            error,
+        )
+        _UNWRITABLE.add(str(self._folder))
+        self._folder = None
 
     def groups(self, step: int, groups: Mapping[str, Mapping[str, Any]]) -> None:
         """Append the groups of one step; `groups` maps a prompt's uid to its `hapo_group`."""
@@ -111,19 +146,23 @@ class Trace:
     def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         if self._folder is None or not records:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / name
-        with path.open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-            full = self._part_bytes is not None and file.tell() >= self._part_bytes
-        if full:
-            first = path.with_suffix(".first.jsonl")
-            path.replace(path.with_suffix(".before.jsonl") if first.exists() else first)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+                full = self._part_bytes is not None and file.tell() >= self._part_bytes
+            if full:
+                first = path.with_suffix(".first.jsonl")
+                path.replace(path.with_suffix(".before.jsonl") if first.exists() else first)
+        except OSError as error:
+            self._end(error)
 
 
 def _facts(config: DictConfig, hapo: HapoConfig) -> dict[str, Any]:
-    shape = judged_shape(hapo)
+    shape, metrics = judged_shape(hapo), _metrics_file(config)
     return {
+        "metrics": None if metrics is None else str(metrics),
         "model": str(config.actor_rollout_ref.model.path),
         "temperature": config.actor_rollout_ref.rollout.temperature,
         "gate": hapo.gate.name,
@@ -131,6 +170,16 @@ def _facts(config: DictConfig, hapo: HapoConfig) -> dict[str, Any]:
         "objective": hapo.objective.name,
         "loss": {"shape": shape.name, "shaping": str(shape.shaping), "exponent": shape.exponent},
     }
+
+
+def _metrics_file(config: DictConfig) -> Path | None:
+    """The file of verl's `file` logger, which runs in the trainer's process; None where it is not chosen."""
+    trainer = config.trainer
+    if "file" not in trainer.logger:
+        return None
+    named = os.getenv("VERL_FILE_LOGGER_PATH")
+    root = Path(os.getenv("VERL_FILE_LOGGER_ROOT", ".")).expanduser()
+    return (Path(named) if named else root / trainer.project_name / f"{trainer.experiment_name}.jsonl").absolute()
 
 
 def _place(group: Mapping[str, Any]) -> bytes:

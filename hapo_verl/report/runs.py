@@ -45,8 +45,9 @@ def read_run(path: Path, trace: Path | None = None) -> Run:
     """A run by its folder or by verl's file.
 
     Args:
-        path: a file of verl's `file` logger, or a folder with `metrics.jsonl` or a single such file in it.
-        trace: `hapo.trace_dir`; default: the folder `trace` beside the file, where there is one.
+        path: a file of verl's `file` logger, or a folder with `metrics.jsonl` or a single such file in it, or with a
+            trace that names the file, as `trainer.default_local_dir` has it.
+        trace: `hapo.trace_dir`; default: the folder `trace` in this folder, or beside the file, where there is one.
 
     Raises:
         ReportError: where there is no such file, or no record in it.
@@ -58,18 +59,22 @@ def read_run(path: Path, trace: Path | None = None) -> Run:
             f"{metrics}: no record of verl's file logger in it. Launch with trainer.logger=[console,file]."
         )
     if trace is None:
-        trace = metrics.parent / "trace"
+        trace = next((t for t in (path / "trace", metrics.parent / "trace") if t.is_dir()), metrics.parent / "trace")
     elif not trace.is_dir():
         raise ReportError(f"--trace {trace}: no such folder. Name the folder of hapo.trace_dir.")
-    facts = trace / "run.json"
     return Run(
         name=path.name if path.is_dir() else path.stem,
         metrics=metrics,
         series=series,
         trace=trace if trace.is_dir() else None,
         unreadable=unreadable,
-        facts=json.loads(facts.read_text()) if facts.is_file() else {},
+        facts=_facts(trace),
     )
+
+
+def _facts(trace: Path) -> dict[str, Any]:
+    facts = trace / "run.json"
+    return json.loads(facts.read_text()) if facts.is_file() else {}
 
 
 def _metrics_file(path: Path) -> Path:
@@ -77,6 +82,9 @@ def _metrics_file(path: Path) -> Path:
         return path
     if (path / "metrics.jsonl").is_file():
         return path / "metrics.jsonl"
+    named = _facts(path / "trace").get("metrics")
+    if named and Path(named).is_file():
+        return Path(named)
     found = [file for file in sorted(path.glob("*.jsonl")) if next(_records(file), None)] if path.is_dir() else []
     if len(found) != 1:
         what = f"several files of records ({', '.join(f.name for f in found)})" if found else "no metrics.jsonl there"

@@ -26,6 +26,7 @@ __all__ = ["DIGITS", "PROMPTS", "QUICKSTART", "ROLLOUTS", "ROOT", "UNUSABLE", "R
 DIGITS, PROMPTS, ROLLOUTS = 3, 8, 8
 
 WHOLE = "hapo.skip_idle_rows=false", "hapo.old_log_probs=all"
+TRACE_ALL = "hapo.trace_groups=null", "hapo.trace_limit=null"
 
 # A demonstration that cannot be used, for the rows whose index leaves this remainder modulo 8; the others can.
 UNUSABLE = {0: (None, "missing"), 1: ("1234567", "overlong"), 2: ("12", "rejected"), 3: (" ", "empty")}
@@ -124,12 +125,14 @@ def prepared(tmp_path_factory, model):
             "trainer.default_local_dir": folder / "checkpoints",
             "trainer.rollout_data_dir": folder / "rollouts",
         }
+        is_hapo = any(item.startswith("+hapo=") for item in overrides)
         launch = Launch(
             overrides=[
                 "+hapo_platform=cpu",
                 *(f"{key}={value}" for key, value in settings.items()),
+                *(TRACE_ALL if is_hapo else ()),
                 *overrides,
-                *(WHOLE if whole and any(item.startswith("+hapo=") for item in overrides) else ()),
+                *(WHOLE if whole and is_hapo else ()),
             ],
             folder=folder,
             time_limit=900,

@@ -11,6 +11,13 @@ from hapo_verl.config import ConfigError, HapoConfig
 from hapo_verl.protocol.rows import DEMONSTRATION
 from hapo_verl.protocol.trace import MIB, Trace, read_groups, read_lines
 
+LAUNCH = OmegaConf.create(
+    {
+        "actor_rollout_ref": {"model": {"path": "m"}, "rollout": {"temperature": 0.5}},
+        "trainer": {"logger": ["console"], "project_name": "p", "experiment_name": "e"},
+    }
+)
+
 
 def groups(step, prompts):
     return {
@@ -90,13 +97,59 @@ def test_a_line_that_is_being_written_is_left_out_and_the_trace_is_found_in_its_
 
 def test_what_a_reader_has_to_know_of_the_launch_is_written_once(tmp_path):
     hapo = HapoConfig.parse({"trace_dir": str(tmp_path), "loss": {"shaping": "inf", "exponent": 0.0}})
-    config = OmegaConf.create({"actor_rollout_ref": {"model": {"path": "m"}, "rollout": {"temperature": 0.5}}})
     trace = Trace.of(hapo)
-    trace.launch(config, hapo)
-    trace.launch(OmegaConf.create({}), hapo)
+    trace.launch(LAUNCH, hapo, 1)
+    trace.launch(OmegaConf.create({}), hapo, 2)
     found = json.loads((tmp_path / "run.json").read_text())
     assert found["loss"] == {"shape": "power", "shaping": "inf", "exponent": 0.0}
     assert (found["model"], found["temperature"], found["gate"], found["mode"]) == ("m", 0.5, "paper", "replace")
+
+
+def test_the_file_of_verls_metrics_is_named_where_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = []
+    for number, (logger, variables) in enumerate(
+        [
+            (["console"], {}),
+            (["console", "file"], {}),
+            (["file"], {"VERL_FILE_LOGGER_ROOT": "logs"}),
+            (["file"], {"VERL_FILE_LOGGER_PATH": "m.jsonl"}),
+        ]
+    ):
+        with monkeypatch.context() as environment:
+            for name, value in variables.items():
+                environment.setenv(name, value)
+            folder = tmp_path / str(number)
+            launch = OmegaConf.merge(LAUNCH, {"trainer": {"logger": logger}})
+            Trace(str(folder)).launch(launch, HapoConfig.parse({}), 1)
+        named.append(json.loads((folder / "run.json").read_text())["metrics"])
+    files = (tmp_path / "p" / "e.jsonl", tmp_path / "logs" / "p" / "e.jsonl", tmp_path / "m.jsonl")
+    assert named == [None, *map(str, files)]
+
+
+def test_a_run_that_begins_anew_moves_the_earlier_trace_and_one_that_goes_on_appends_to_it(tmp_path):
+    folder = tmp_path / "trace"
+    for first_step in (1, 1, 3, 1):
+        trace = Trace(str(folder))
+        trace.launch(LAUNCH, HapoConfig.parse({}), first_step)
+        for step in range(first_step, first_step + 2):
+            trace.groups(step, groups(step, [0]))
+    kept = {path.name: [group["step"] for group in read_lines(path, "groups")] for path in tmp_path.iterdir()}
+    assert kept == {"trace.1": [1, 2], "trace.2": [1, 2, 3, 4], "trace": [1, 2]}
+
+
+def test_a_run_goes_on_without_a_trace_where_none_can_be_written(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file" / "trace", tmp_path / "file" / "other"):
+        # The actors make one for each micro-batch.
+        for _ in range(3):
+            trace = Trace(str(folder))
+            trace.launch(LAUNCH, HapoConfig.parse({}), 1)
+            trace.groups(1, groups(1, [0]))
+            assert not trace.is_on
+    assert len(caplog.records) == 2
+    assert caplog.messages[0].startswith(f"hapo: hapo.trace_dir={tmp_path}/file/trace: ")
+    assert caplog.messages[0].endswith("name a folder that every node can write, or null.")
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,16 @@ def table(page):
     return {(name, run): [float(cell) for cell in re.findall(r"<td>([^<]*)</td>", cells)] for name, run, cells in rows}
 
 
+def test_a_run_is_found_by_the_folder_of_its_checkpoints(tmp_path):
+    write_metrics(tmp_path / "logs" / "e.jsonl", 3)
+    trace = tmp_path / "checkpoints" / "trace"
+    trace.mkdir(parents=True)
+    (trace / "run.json").write_text(json.dumps({"metrics": str(tmp_path / "logs" / "e.jsonl"), "model": "m"}))
+    run = read_run(tmp_path / "checkpoints")
+    assert (run.name, run.metrics, run.trace) == ("checkpoints", tmp_path / "logs" / "e.jsonl", trace)
+    assert run.facts["model"] == "m"
+
+
 def test_every_number_of_the_page_is_one_of_the_metrics_file(tmp_path):
     records = {name: write_metrics(tmp_path / name / "metrics.jsonl", 30, seed=i) for i, name in enumerate("ab")}
     page = report([tmp_path / "a", tmp_path / "b"])
