@@ -5,7 +5,7 @@ import pytest
 from tests.e2e.conftest import PROMPTS, ROLLOUTS
 from tests.e2e.test_limits import HAPO, SCRIPTED
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 
 def test_every_trained_group_has_a_signal_and_others_were_sampled_anew(trainer):

@@ -5,7 +5,7 @@ import pytest
 from tests.e2e.conftest import ROLLOUTS
 from tests.e2e.test_limits import HAPO, SCRIPTED
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 TRACED = [*SCRIPTED, "trainer.save_freq=-1", *HAPO]
 
 

@@ -5,7 +5,7 @@ import pytest
 from tests.e2e.conftest import ROLLOUTS
 from tests.e2e.test_limits import HAPO, SCRIPTED
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 
 def test_a_group_of_failures_weighs_nothing(trainer):

@@ -6,7 +6,7 @@ import torch
 from tests.e2e.conftest import PROMPTS
 from tests.e2e.test_limits import HAPO, SCRIPTED
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 TRACED = [*SCRIPTED, "trainer.save_freq=-1", *HAPO]
 STEPS = 2
 
