@@ -229,6 +229,7 @@ def token_means(metrics: dict[str, Any]) -> dict[str, float]:
 
     What holds of every row that was left out is 0: no clip holds where the advantage is 0. So `pg_clipfrac` is over all
     tokens of the policy's own, as if they had been trained on. Other means are over the tokens that were, and say so.
+    Without a demonstration there is no mean over its tokens.
 
     Args:
         metrics: the actor's metrics after verl has added up micro-batches and averaged mini-batches and ranks.
@@ -238,16 +239,16 @@ def token_means(metrics: dict[str, Any]) -> dict[str, float]:
     if not sums:
         return {}
     whole = "whole_on_policy_tokens" in sums
-    trained, demonstration = max(sums["on_policy_tokens"], 1), max(sums["teacher_tokens"], 1)
+    trained = max(sums["on_policy_tokens"], 1)
     on_policy = max(sums["whole_on_policy_tokens"], 1) if whole else trained
     means = {
         "actor/pg_clipfrac": sums["clipped_tokens"] / on_policy,
         "actor/pg_clipfrac_lower": sums["dual_clipped_tokens"] / on_policy,
         TRAINED + "ppo_kl" if whole else "actor/ppo_kl": sums["log_ratio_sum"] / trained,
-        TRAINED + "demonstration_probability" if whole else "hapo/demonstration/probability": (
-            sums["teacher_probability_sum"] / demonstration
-        ),
     }
+    if sums["teacher_tokens"]:
+        name = TRAINED + "demonstration_probability" if whole else "hapo/demonstration/probability"
+        means[name] = sums["teacher_probability_sum"] / sums["teacher_tokens"]
     if "entropy_sum" in sums:
         tokens = max(sums["on_policy_tokens"] + sums["teacher_tokens"], 1)
         means[TRAINED + "entropy_loss"] = sums["entropy_sum"] / tokens

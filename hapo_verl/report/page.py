@@ -94,11 +94,19 @@ def _json(name: str, value: object) -> str:
 
 # A control token of a chat template, `<|im_start|>` or DeepSeek's `<｜User｜>`.
 _CONTROL = re.compile(r"<[|｜][^<>|｜\s]+[|｜]>")
+# Whose message begins behind one.
+_ROLE = re.compile(r"(system|user|assistant)(?:\n|$)")
 
 
 def _short(text: str, length: int = 90) -> str:
-    """The beginning of a question, without its line breaks and control tokens."""
-    words = " ".join(_CONTROL.sub(" ", text).split())
+    """The beginning of a question, without what its chat template and the system prompt put around it."""
+    role, spoken = "", []
+    for part in _CONTROL.split(text):
+        if begun := _ROLE.match(part):
+            role, part = begun[1], part[begun.end() :]
+        if role != "system":
+            spoken.append(part)
+    words = " ".join(" ".join(spoken).split()) or " ".join(text.split())
     return words if len(words) <= length else words[: length - 1] + "…"
 
 
@@ -112,8 +120,9 @@ def _summary(runs: Sequence[Run]) -> str:
             if name.startswith("val-core/")
         ]
         rows.append(
-            f"<tr><th>{_text(run.name)}</th><td>{run.last_step}</td><td>{_text('; '.join(held_out))}</td>"
-            f"<td>{_text(facts)}</td><td>{_text(run.metrics)}</td></tr>"
+            f"<tr><th>{_text(run.name)}</th><td>{run.last_step}</td>"
+            f'<td class="free">{_text("; ".join(held_out))}</td>'
+            f'<td class="free">{_text(facts)}</td><td class="free">{_text(run.metrics)}</td></tr>'
         )
     head = "<tr><th>run</th><th>steps</th><th>held out, first → last</th><th></th><th>file</th></tr>"
     return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
@@ -212,7 +221,9 @@ svg { width: 100%; height: auto; stroke-linejoin: round;
   display: block; font-family: system-ui, sans-serif; touch-action: pan-y; }
 .reading { min-height: 1.4em; margin: 0; font-size: .8rem; color: var(--faint); }
 figcaption, .note, i { color: var(--faint); font-style: normal; font-size: .85rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
+.wide { overflow-x: auto; }
+.wide .free { white-space: normal; min-width: 12rem; overflow-wrap: anywhere; }
+table { border-collapse: collapse; font-size: .85rem; }
 th, td { text-align: left; padding: .15rem .6rem .15rem 0; border-bottom: 1px solid var(--line); white-space: nowrap;
   vertical-align: top; } th { font-weight: 600; }
 details { margin: .3rem 0; } summary { cursor: pointer; overflow-wrap: anywhere; }

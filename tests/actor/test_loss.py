@@ -172,6 +172,15 @@ def test_token_means_are_over_the_policys_own_tokens(actor):
     assert not any(TOKEN_SUM in name for name in reduced)
 
 
+@pytest.mark.parametrize("whole", [{}, {"whole_on_policy_tokens": 9.0}])
+@pytest.mark.parametrize("tokens", [0.0, 4.0])
+def test_without_a_demonstration_its_tokens_have_no_mean_probability(whole, tokens):
+    sums = {"on_policy_tokens": 5.0, "teacher_tokens": tokens, "teacher_probability_sum": tokens / 2} | whole
+    sums |= dict.fromkeys(("clipped_tokens", "dual_clipped_tokens", "log_ratio_sum"), 0.0)
+    means = token_means({f"actor/{TOKEN_SUM}{name}": value for name, value in sums.items()})
+    assert [value for name, value in means.items() if "probability" in name] == ([0.5] if tokens else [])
+
+
 def as_the_trainer_sees_it(mini_batches, data):
     """The actor's metrics, mini_batches[number][rank] a list of micro-batches', added up by verl's own functions."""
     metrics = {}

@@ -15,6 +15,7 @@ import torch
 from hapo_verl.algo.policy_loss import DemonstrationShape
 from hapo_verl.report.__main__ import main, report
 from hapo_verl.report.examples import BETWEEN, LEVELS, chosen, examples, level
+from hapo_verl.report.page import _short
 from hapo_verl.report.plots import STRETCHES, thinned
 from hapo_verl.report.prompts import of_groups
 from hapo_verl.report.runs import ReportError, read_run
@@ -336,7 +337,7 @@ def test_a_question_is_named_without_the_templates_control_tokens(tmp_path, monk
     write_trace(tmp_path / "run" / "trace", 1, prompts=4)
     pieces = ["<|im_start|>user\n1 < 2 | 3?<|im_end|>\n", "<｜User｜>More"]
     monkeypatch.setattr("hapo_verl.report.__main__.pieces_of", lambda path: lambda tokens: pieces[: len(tokens)])
-    assert "</i> user 1 &lt; 2 | 3? More</summary>" in report([tmp_path / "run"])
+    assert "</i> 1 &lt; 2 | 3? More</summary>" in report([tmp_path / "run"])
 
 
 def test_what_cannot_be_shown_is_one_line(tmp_path, capsys):
@@ -353,3 +354,24 @@ def test_what_cannot_be_shown_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "out.html").exists()
     with pytest.raises(ReportError):
         report([tmp_path / "nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("question", "name"),
+    [
+        (
+            "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nWhat is 2?<|im_end|>\n<|im_start|>assistant\n",
+            "What is 2?",
+        ),
+        (
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe short.<|eot_id|><|start_header_id|>user"
+            "<|end_header_id|>\n\nWhat is 2?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            "What is 2?",
+        ),
+        ("user\nof a plain text", "of a plain text"),
+        ("users of a plain text", "users of a plain text"),
+        ("<|im_start|>system\nNothing but this.<|im_end|>\n", "<|im_start|>system Nothing but this.<|im_end|>"),
+    ],
+)
+def test_a_question_is_named_by_what_the_user_says(question, name):
+    assert _short(question) == name
