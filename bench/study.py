@@ -430,7 +430,7 @@ def report(study: str, out: Path) -> None:
     if study == "methods":
         head += " The runs of verl's trainer are those of `bench/results/quickstart`, each with its commit and command."
     tables = [(heading(section), table(section)) for section in sections]
-    labels = {"gates": (*GATES, "never"), "methods": tuple(METHODS), "language": tuple(LANGUAGE_METHODS)}[study]
+    labels = {"gates": (*GATES, "never"), "methods": (*METHODS, "own"), "language": tuple(LANGUAGE_METHODS)}[study]
     draw(panels(study, sections), labels, out / f"{study}.png")
     markdown = [head]
     for title, (header, *rows) in tables:
