@@ -1,4 +1,4 @@
-"""The policy's own successes, kept by the trainer: recalled when a prompt is submitted, observed when it was trained on.
+"""The policy's own successes, kept by the trainer: recalled when a prompt is submitted, observed when it trained.
 
     worker: tags a rollout that is a success with its end of sequence
     driver: of each group that was trained on, keeps the shortest such row of which no token was rejected
