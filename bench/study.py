@@ -80,6 +80,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "paper": {"gate": "paper"},
     "plus": {"gate": "annealed", "mode": "append", "exponent": 0.0},
 }
+# No preset: `plus` without a teacher, where the policy succeeds before the run, but rarely.
+OWN = {"rarely": {"own": METHODS["plus"] | {"source": "own"}}}
 # A pretrained language model. words: never right before the run; words_rarely: it has learned the format, not the sums.
 LANGUAGE = Settings(
     task="words", prompts=8, rollouts=4, steps=24, lr=1e-4, weight_decay=0.0, dtype="bfloat16", heldout=48,
@@ -154,7 +156,7 @@ def method_runs(tasks: Iterable[str], seeds: int) -> list[Run]:
         for seed in range(seeds)
         for task in tasks
         for lr in RATES
-        for method, fields in METHODS.items()
+        for method, fields in {**METHODS, **OWN.get(task, {})}.items()
     ]
 
 
@@ -428,7 +430,7 @@ def report(study: str, out: Path) -> None:
     if study == "methods":
         head += " The runs of verl's trainer are those of `bench/results/quickstart`, each with its commit and command."
     tables = [(heading(section), table(section)) for section in sections]
-    labels = {"gates": (*GATES, "never"), "methods": tuple(METHODS), "language": tuple(LANGUAGE_METHODS)}[study]
+    labels = {"gates": (*GATES, "never"), "methods": (*METHODS, "own"), "language": tuple(LANGUAGE_METHODS)}[study]
     draw(panels(study, sections), labels, out / f"{study}.png")
     markdown = [head]
     for title, (header, *rows) in tables:

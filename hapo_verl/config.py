@@ -176,6 +176,40 @@ class InjectionConfig:
     mode: str = checked("replace", lambda v: v in MODES, "no such mode. Use one of: replace, append.")
 
 
+SOURCES = ("column", "own", "column_or_own")
+
+
+@dataclass(frozen=True)
+class DemonstrationsConfig:
+    """Whose solutions are injected."""
+
+    # column: the data set's. own: what the policy itself has solved the prompt with before, without any teacher.
+    # column_or_own: its own where the data set's cannot be used.
+    source: str = checked("column", lambda v: v in SOURCES, "no such source. Use one of: column, own, column_or_own.")
+    # MiB of the trainer's memory for the policy's own successes; the ones written longest ago make room.
+    own_memory_mib: float = checked(
+        256,
+        positive,
+        "a size in MiB is positive. Use 256, which holds 100,000 prompts with 1,000 tokens each.",
+    )
+    # Steps after which a success of the policy is injected no more; null keeps it until the prompt succeeds again.
+    own_max_age: int | None = checked(
+        None,
+        lambda v: v is None or _whole(v),
+        "a number of steps is a positive integer. Use null for no limit.",
+    )
+
+    @property
+    def needs_column(self) -> bool:
+        """Whether the data set has to have demonstrations."""
+        return self.source != "own"
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the policy's own successes are kept."""
+        return self.source != "column"
+
+
 STATISTICS = ("all", "on_policy")
 
 
@@ -278,6 +312,7 @@ class HapoConfig:
     objective: Objective = field(default_factory=_surrogate)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     injection: InjectionConfig = field(default_factory=InjectionConfig)
+    demonstrations: DemonstrationsConfig = field(default_factory=DemonstrationsConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)

@@ -7,9 +7,7 @@ One state a run, kept where all groups are seen and checkpoints are written; the
 from __future__ import annotations
 
 import logging
-import os
 import random
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hapo_verl.algo.arrays_file import read_arrays, write_arrays
 from hapo_verl.algo.gate import Situation
 from hapo_verl.algo.posterior import PromptPosterior
 from hapo_verl.algo.schedule import RunningSuccess, adaptive, admitted, annealed
@@ -109,15 +108,11 @@ class GateState:
         """Write the state into a checkpoint folder, whole or not at all; nothing where the gate keeps none."""
         if not self._has_state:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         running = [np.nan if value is None else value for value in (self._running.first, self._running.mean)]
         arrays: dict[str, Any] = {"gate": np.array(self._hapo.gate.name), "running": np.array(running)}
         if self._posterior is not None:
             arrays |= self._posterior.arrays()
-        unfinished = folder / f".{STATE_FILE}.{os.getpid()}"
-        with unfinished.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        unfinished.replace(folder / STATE_FILE)
+        write_arrays(folder / STATE_FILE, arrays)
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint folder.
@@ -132,10 +127,9 @@ class GateState:
             logger.warning("hapo: %s has no %s; the gate %s starts anew", folder, STATE_FILE, self._hapo.gate.name)
             return
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
+            arrays = read_arrays(path)
             name, running = str(arrays["gate"]), arrays["running"].tolist()
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError) as error:
             raise ConfigError(
                 f"{path}: not a gate's state ({error}). Resume from another checkpoint with {self._resume_key}."
             ) from None

@@ -17,13 +17,14 @@ from hapo_verl.algo.gate import expected_firing
 
 
 def group_metrics(
-    groups: Mapping[str, Mapping[str, Any]], *, demonstration_B: Tensor, tokens_B: Tensor
+    groups: Mapping[str, Mapping[str, Any]], *, demonstration_B: Tensor, own_B: Tensor, tokens_B: Tensor
 ) -> dict[str, float]:
     """Metrics of the groups of one update.
 
     Args:
         groups: uid → `hapo_group`, padding left out.
         demonstration_B: (B,) bool, which rows are demonstrations, padding left out.
+        own_B: (B,) bool, which of them the policy has written itself.
         tokens_B: (B,) response tokens of the same rows.
 
     Returns:
@@ -46,6 +47,12 @@ def group_metrics(
         "hapo/injected/group_share": _share(outcomes["injected"], len(groups)),
         "hapo/injected/row_share": _share(int(demonstration_B.sum()), demonstration_B.numel()),
         "hapo/injected/token_share": _share(int(tokens_B[demonstration_B].sum()), int(tokens_B.sum())),
+        # What of the three is the policy's own past.
+        "hapo/injected/own_share": _share(
+            sum(group.get("own_step") is not None for group in groups.values()), len(groups)
+        ),
+        "hapo/injected/own_row_share": _share(int(own_B.sum()), own_B.numel()),
+        "hapo/injected/own_token_share": _share(int(tokens_B[own_B].sum()), int(tokens_B.sum())),
         "hapo/demonstration/unsteady": _share(
             sum(bool(group.get("unsteady")) for group in groups.values()), len(groups)
         ),

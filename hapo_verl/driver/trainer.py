@@ -42,11 +42,13 @@ from hapo_kernels.segment_norm import segment_ids
 from hapo_verl.actor.head import choose_head
 from hapo_verl.actor.loss import TRAINED, demonstration_means, hapo_loss, token_means
 from hapo_verl.algo.advantage import session_advantage
+from hapo_verl.algo.demonstration import Response
 from hapo_verl.config import ConfigError, HapoConfig
 from hapo_verl.driver.gatekeeper import Gatekeeper
 from hapo_verl.driver.idle_rows import counted, savings
 from hapo_verl.driver.metrics import group_metrics, silence
 from hapo_verl.driver.mini_batches import Reduced, grown_mini_batch, order_of_whole_groups, reduced
+from hapo_verl.driver.own_past import shortest_successes
 from hapo_verl.driver.progress import Progress
 from hapo_verl.driver.watch import Stall, Watch
 from hapo_verl.launch import checks
@@ -57,6 +59,7 @@ from hapo_verl.protocol.rows import (
     GROUP,
     MINI_BATCH,
     OWN_OLD_LOG_PROBS,
+    OWN_SUCCESS,
     SINGLE_UPDATE,
     SITUATION,
     TRACED,
@@ -334,10 +337,12 @@ class HapoTrainer(PPOTrainer):
 
         groups = dict(zip(prompt_of, plain_values(data[GROUP]), strict=True))
         groups = {uid: groups[uid] for uid, keep in zip(prompt_of, real_B.tolist(), strict=True) if keep}
+        own_B = torch.tensor([groups.get(uid, {}).get("own_step") is not None for uid in prompt_of])
         metrics.update(
             group_metrics(
                 groups,
                 demonstration_B=demonstration_B[real_B],
+                own_B=(demonstration_B & own_B)[real_B],
                 tokens_B=tokens_B[real_B],
             )
         )
@@ -346,11 +351,31 @@ class HapoTrainer(PPOTrainer):
             if (advice := silence(groups)) is not None:
                 logger.warning("hapo: step %d: %s", self.global_steps, advice)
         self.gatekeeper.observe(groups.values())
+        self._remember(batch, prompt_of, real_B & (jagged.row_sums(mask) == tokens_B), groups, metrics)
         with marked_timer("hapo_trace", self.timing_raw):
             self._write_trace(batch, prompt_of, real_B, groups)
         return tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(output, batch_size=len(batch))
         )
+
+    def _remember(self, batch: Any, prompt_of: list[str], whole_B: Tensor, groups: Any, metrics: dict) -> None:
+        """The policy's successes of this update, where they are kept."""
+        past = self.gatekeeper.own_past
+        if past is None:
+            return
+        keys = {uid: group["key"] for uid, group in groups.items()}
+        rows, responses = shortest_successes(batch.tags, prompt_of, whole_B.tolist(), keys), []
+        if rows:
+            data = tq.kv_batch_get(
+                keys=[batch.keys[row] for row in rows],
+                partition_id=batch.partition_id,
+                select_fields=["responses", "response_mask"],
+            )
+            columns = zip(plain_values(data["responses"]), plain_values(data["response_mask"]), strict=True)
+            responses = [Response(*of, *batch.tags[row][OWN_SUCCESS]) for row, of in zip(rows, columns, strict=True)]
+        successes = [(keys[prompt_of[row]], response) for row, response in zip(rows, responses, strict=True)]
+        past.observe(successes, self.global_steps)
+        metrics.update(past.metrics())
 
     def _write_trace(self, batch: Any, prompt_of: list[str], real_B: Tensor, groups: Any) -> None:
         """The groups, and of some their rows: the actors see only those that train."""

@@ -345,13 +345,15 @@ def check_demonstrations(dataset: Any, tokenizer: Any, config: DictConfig, hapo:
         hapo: its `hapo:` block.
         sample: rows looked at, spread over the data set.
     """
+    if not hapo.demonstrations.needs_column:
+        return
     key, limit = hapo.demonstration_key, int(config.data.max_response_length)
     rows = getattr(dataset, "dataframe", dataset)
     columns = getattr(rows, "column_names", None) or list(dataset[0])
     if key not in columns:
         raise ConfigError(
             f"hapo.demonstration_key={key}: data.train_files has no such column (it has {', '.join(sorted(columns))}). "
-            "Add one with a worked solution a row, or name yours."
+            "Add one with a worked solution a row, name yours, or use hapo.demonstrations.source=own."
         )
     chat = ChatFormat.of_launch(config, tokenizer)
     stride = max(1, len(rows) // sample)

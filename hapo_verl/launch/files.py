@@ -47,8 +47,9 @@ def check_columns(config: DictConfig, hapo: HapoConfig) -> str:
     if OmegaConf.select(config, "reward.reward_manager.source") == "register":
         # verl's own reward managers read them.
         needed |= {"data_source", "reward_model"}
-    looked_at, kinds = 0, {}
-    for key, columns in {"train_files": needed | {hapo.demonstration_key}, "val_files": needed}.items():
+    looked_at, kinds, demonstrations = 0, {}, hapo.demonstration_key
+    of_training = needed | {demonstrations} if hapo.demonstrations.needs_column else needed
+    for key, columns in {"train_files": of_training, "val_files": needed}.items():
         for file in local_files(config, key):
             if file.suffix != ".parquet":
                 continue
@@ -56,16 +57,17 @@ def check_columns(config: DictConfig, hapo: HapoConfig) -> str:
             missing = columns - set(found)
             if missing:
                 raise ConfigError(f"data.{key}={file}: no column {', '.join(sorted(missing))}. Add it.")
-            if key == "train_files" and found[hapo.demonstration_key] != "null":
-                kinds[found[hapo.demonstration_key]] = file
+            if key == "train_files" and found.get(demonstrations, "null") != "null":
+                kinds[found[demonstrations]] = file
             looked_at += 1
     if len(kinds) > 1:
         which = ", ".join(f"{kind} in {file}" for kind, file in kinds.items())
         raise ConfigError(
-            f"hapo.demonstration_key={hapo.demonstration_key}: {which}, and verl reads all files as one table. "
+            f"hapo.demonstration_key={demonstrations}: {which}, and verl reads all files as one table. "
             "Write the column in one type."
         )
-    return f"{', '.join(sorted(needed))} in {looked_at} file(s), {hapo.demonstration_key} in those to train on"
+    in_training = f", {demonstrations} in those to train on" if hapo.demonstrations.needs_column else ""
+    return f"{', '.join(sorted(needed))} in {looked_at} file(s){in_training}"
 
 
 def local_files(config: DictConfig, key: str) -> list[Path]:

@@ -42,6 +42,7 @@ from hapo_verl.rollout.tokens import ChatFormat
 LOOKED_AT, SCORED, ASKED = 256, 10, 32
 # Seconds for which the model is asked.
 ASKED_FOR = 60.0
+_NO_COLUMN = "not looked at: hapo.demonstrations.source=own takes what the policy itself will have written"
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:
@@ -127,6 +128,8 @@ class Rehearsal:
         return check_columns(self.config, self.hapo)
 
     def demonstrations(self) -> str:
+        if not self.hapo.demonstrations.needs_column:
+            return _NO_COLUMN
         check_demonstrations(self.rows, self.tokenizer, self.config, self.hapo, sample=LOOKED_AT)
         found, reasons = self.injectable
         looked_at = len(found) + reasons.total()
@@ -140,6 +143,8 @@ class Rehearsal:
 
     def reward(self) -> str:
         """The run's own reward function on the first demonstrations that can be injected, as the run decodes them."""
+        if not self.hapo.demonstrations.needs_column:
+            return _NO_COLUMN
         succeeds = success_of(self.config, self.hapo.success_threshold)
         tried = self.injectable[0][:SCORED]
 
@@ -216,6 +221,8 @@ class Rehearsal:
             return f"not looked at: {place} is no folder on this machine"
         if self.hapo.gate.name == "never":
             return "not looked at: hapo.gate.name=never trains on no demonstration"
+        if not self.hapo.demonstrations.needs_column:
+            return _NO_COLUMN
         if reason := does_not_fit(path):
             return f"not looked at: {place} has {reason}"
         injectable, _ = self.injectable

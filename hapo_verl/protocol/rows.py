@@ -34,6 +34,7 @@ SITUATION = "hapo_situation"
 DEMONSTRATION = "hapo_demonstration"
 GROUP = "hapo_group"
 APPENDED = "hapo_appended"
+OWN_SUCCESS = "hapo_own_success"
 MINI_BATCH = "hapo_mini_batch"
 SINGLE_UPDATE = "hapo_single_update"
 OWN_OLD_LOG_PROBS = "hapo_own_old_log_probs"
@@ -42,10 +43,25 @@ LIKELIHOOD_WEIGHT = "hapo_likelihood_weight"
 OBJECTIVE_LOSS = "hapo_objective_loss"
 
 FIELDS = (
-    Field(SITUATION, "prompt", "driver", ("rollout",), "mapping", "What the gate is to judge the prompt's group by."),
+    Field(
+        SITUATION,
+        "prompt",
+        "driver",
+        ("rollout",),
+        "mapping",
+        "What the gate is to judge the prompt's group by, and the policy's own success.",
+    ),
     Field(DEMONSTRATION, "row", "rollout", ("driver", "actor"), "() bool", "The row is a demonstration."),
     Field(GROUP, "row", "rollout", ("driver",), "mapping", "What the gate saw and did; equal on all rows of a group."),
     Field(APPENDED, "tag of a row", "rollout", ("driver",), "bool", "The row is one more than the group has rollouts."),
+    Field(
+        OWN_SUCCESS,
+        "tag of a row",
+        "rollout",
+        ("driver",),
+        "[int, int]",
+        "Turns and tools' answers of a rollout that may be remembered: a success with its end of sequence.",
+    ),
     Field(MINI_BATCH, "row", "driver", ("actor",), "(4,) int64", "Counts of the row's optimizer step: `MiniBatch`."),
     Field(SINGLE_UPDATE, "batch", "driver", ("actor",), "bool", "The step has one update, so that π is π_old."),
     Field(

@@ -25,8 +25,9 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from hapo_verl.algo.demonstration import Refusal, Response
 from hapo_verl.algo.gate import Situation, confidence, fires, firing_probabilities
 from hapo_verl.algo.injection import Rollout, is_success, worst_rollout
+from hapo_verl.algo.own_successes import unpacked
 from hapo_verl.config import HapoConfig
-from hapo_verl.protocol.rows import APPENDED, DEMONSTRATION, GROUP, SITUATION
+from hapo_verl.protocol.rows import APPENDED, DEMONSTRATION, GROUP, OWN_SUCCESS, SITUATION
 from hapo_verl.rollout.reward import RewardError, finite_number
 from hapo_verl.rollout.tokens import ChatFormat
 from hapo_verl.rollout.tool_loop import ToolLoop
@@ -63,6 +64,8 @@ class _Group:
     agent_name: str | None = None
     # The reward function has said success of its demonstration once, and once not.
     unsteady: bool = False
+    # Step in which the policy itself has written what was injected.
+    own_step: int | None = None
     settled: int = 0
     sessions: dict[int, _Session] = field(default_factory=dict)
 
@@ -174,7 +177,7 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
         demonstration = await self._demonstration(group, group.sessions[worst])
         if isinstance(demonstration, Refusal):
             return self._all_rows(group, description | {"outcome": demonstration.reason, "unsteady": group.unsteady})
-        description |= {"outcome": "injected", "unsteady": group.unsteady}
+        description |= {"outcome": "injected", "unsteady": group.unsteady, "own_step": group.own_step}
         if self._hapo.injection.mode == "append":
             # A session of its own, behind the last one.
             extra = group.sessions[worst].fields | {"session_id": group.expected}
@@ -205,7 +208,10 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
             if replaced is not None and session_id == replaced[0]:
                 rows += rows_of(session, [replaced[1]], demonstration=True)
             else:
-                rows += rows_of(session, session.outputs, demonstration=False)
+                own = self._own_success(session) if description["key"] is not None else {}
+                rows += (
+                    row._replace(tag=row.tag | own) for row in rows_of(session, session.outputs, demonstration=False)
+                )
         if extra is not None:
             rows += (
                 row._replace(tag=row.tag | {APPENDED: True})
@@ -247,7 +253,7 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
             )
 
     def _gate(self, rollouts: list[Rollout], given: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-        key = given.pop("key", None)
+        key, _ = given.pop("key", None), given.pop("own", None)
         situation = Situation(**given)
         successes = sum(rollout.success for rollout in rollouts)
         firing = firing_probabilities(self._hapo.gate.name, len(rollouts), situation)
@@ -307,8 +313,39 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
         accuracy = (output.extra_fields.get("reward_extra_info") or {}).get("acc")
         return is_success(score, accuracy, self._hapo.success_threshold)
 
+    def _own_success(self, session: _Session) -> dict[str, Any]:
+        """The tag of a session that the policy may be reminded of: one success that it has brought to its end."""
+        if not self._hapo.demonstrations.remembers or len(session.outputs) > 1:
+            return {}
+        rollout, (output,) = self._rollout(session), session.outputs
+        ended = bool(output.response_ids) and output.response_ids[-1] in self._chat.end_tokens
+        if rollout is None or not rollout.success or not ended:
+            return {}
+        return {OWN_SUCCESS: [output.num_turns // 2, len(output.extra_fields.get("tool_rewards") or ())]}
+
     async def _demonstration(self, group: _Group, replaced: _Session) -> AgentLoopOutput | Refusal:
         """The demonstration as an output like the one it replaces, verified by the run's own reward function."""
+        own = group.situation.get("own")
+        if self._hapo.demonstrations.needs_column:
+            of_column = await self._of_column(group, replaced)
+            if not own or not isinstance(of_column, Refusal):
+                return of_column
+        return await self._of_own_past(group, own, replaced) if own else Refusal("missing")
+
+    async def _of_own_past(self, group: _Group, own: bytes, replaced: _Session) -> AgentLoopOutput | Refusal:
+        """What the policy itself has solved the prompt with: a success by then, whose reward is asked for once."""
+        response, step = unpacked(own)
+        if len(response.tokens) > self.rollout_config.response_length:
+            return Refusal("overlong")
+        output = _demonstration_output(replaced.outputs, response)
+        if not await self._verify(output, replaced.fields):
+            group.unsteady = True
+            _say_unsteady(replaced.fields)
+            return Refusal("rejected")
+        group.own_step = step
+        return output
+
+    async def _of_column(self, group: _Group, replaced: _Session) -> AgentLoopOutput | Refusal:
         # In a thread: verl's parsers of tool calls are waited for.
         response = await asyncio.to_thread(
             self._chat.demonstration,
@@ -342,26 +379,31 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
         self._verdicts[demonstration] = succeeded
         if before in (None, succeeded):
             return False
-        logger.warning(
-            "hapo: the reward function does not agree with itself on a demonstration (data_source=%s, index=%s): a "
-            "success in one call and none in another. Make it reproducible",
-            fields.get("data_source"),
-            _plain(fields["index"]),
-        )
+        _say_unsteady(fields)
         return True
+
+
+def _say_unsteady(fields: dict[str, Any]) -> None:
+    logger.warning(
+        "hapo: the reward function does not agree with itself on a demonstration (data_source=%s, index=%s): a "
+        "success in one call and none in another. Make it reproducible",
+        fields.get("data_source"),
+        _plain(fields["index"]),
+    )
 
 
 def _describe(rollouts: list[Rollout], *, outcome: str, **gate: Any) -> dict[str, Any]:
     """What the gate saw and did.
 
     `outcome` is not_gated (nothing to judge), not_fired, not_admitted (fired, but the budget went elsewhere), injected
-    or the reason of a refusal; `firing` is the probability of firing at each success count.
+    or the reason of a refusal; `firing` is the probability of firing at each success count; `own_step` is that in which
+    the policy itself has written what was injected.
     """
     return {
         "outcome": outcome,
         "scores": [rollout.score for rollout in rollouts],
         "successes": [rollout.success for rollout in rollouts],
-        **dict.fromkeys(("fired", "firing", "threshold", "confidence", "key", "replaced", "unsteady")),
+        **dict.fromkeys(("fired", "firing", "threshold", "confidence", "key", "replaced", "unsteady", "own_step")),
         **gate,
     }
 

@@ -65,6 +65,11 @@ def _check_block(hapo: HapoConfig) -> None:
             f"hapo.injection.mode={hapo.injection.mode}: TRL's groups have a fixed number of rows. "
             "Use hapo.injection.mode=replace, here with hapo.advantage.statistics=on_policy."
         )
+    if hapo.demonstrations.source != "column":
+        raise ConfigError(
+            f"hapo.demonstrations.source={hapo.demonstrations.source}: TRL's trainer keeps no successes of the policy. "
+            "Use hapo.demonstrations.source=column, or verl's trainer."
+        )
     if hapo.objective.name != "surrogate":
         raise ConfigError(
             f"hapo.objective.name={hapo.objective.name}: TRL's loss is PPO's surrogate. "

@@ -3,6 +3,7 @@
     python recipes/plain_loop/plain_loop.py                                    digits backwards, as in the paper
     python recipes/plain_loop/plain_loop.py --gate annealed --mode append
     python recipes/plain_loop/plain_loop.py --gate never                       GRPO
+    python recipes/plain_loop/plain_loop.py --source own                       the policy's own successes, no teacher
     python recipes/plain_loop/plain_loop.py --task words --gate annealed --mode append --exponent 0    a language model
 
 The file to read first, and the quick look before a run of the real trainer: the same gate, injection, advantages and
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +27,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hapo_verl.algo.advantage import appended_advantage, group_advantage
-from hapo_verl.algo.demonstration import Refusal, demonstration_tokens
+from hapo_verl.algo.demonstration import Refusal, Response, demonstration_tokens
 from hapo_verl.algo.gate import Situation, fires, firing_probabilities
 from hapo_verl.algo.injection import Rollout, worst_rollout
 from hapo_verl.algo.objectives import Rows as ObjectiveRows
 from hapo_verl.algo.objectives import objectives
+from hapo_verl.algo.own_successes import MIB, OwnSuccesses, unpacked
 from hapo_verl.algo.policy_loss import (
     UNCLIPPED,
     Aggregation,
@@ -64,6 +66,7 @@ class Settings:
     shaping: float = 0.1  # λ of the demonstration's term
     exponent: float = 1.0  # κ of the demonstration's term
     shape: str = "power"  # power, trsft, chord
+    source: str = "column"  # column: the task's demonstrations; own: the policy's own successes; column_or_own
     imitate: float = 0.0  # this share of the steps imitates the demonstrations, without a rollout: SFT
     warm: float = 0.0  # success rate to which imitation brings the model before the run
     digits: int = 4
@@ -289,6 +292,7 @@ def train(
     generator, rng = torch.Generator(settings.device).manual_seed(settings.seed), random.Random(settings.seed)
     warm_up(policy, settings)
     retraction = Retraction(settings, [problem.question for problem in task.train])
+    past = OwnSuccesses(256 * MIB)
     history: list[dict[str, float]] = []
     if settings.test_first:
         history.append({"step": 0, **policy.heldout_success()})
@@ -315,8 +319,10 @@ def train(
                 problems, asked = task.train[asked : asked + wanted], asked + wanted
                 questions = [problem.question for problem in problems]
                 situations = retraction.situations(step, questions)
-                rounds.append(sample_round(policy, problems, situations, settings, generator, rng))
+                demonstrations = [demonstration_of(p, policy, past, step, settings.source) for p in problems]
+                rounds.append(sample_round(policy, problems, situations, demonstrations, settings, generator, rng))
                 retraction.observe(questions, rounds[-1].successes, settings.rollouts)
+                past.observe(policy.solutions(problems, rounds[-1].sampled), step)
             rows, sampled = (merge([getattr(part, name) for part in rounds]) for name in ("rows", "sampled"))
             statistics = settings.statistics or ("on_policy" if settings.mode == "append" else "all")
             advantage_B = advantages(rows, statistics, scale_by_std=settings.scale_by_std)
@@ -395,6 +401,7 @@ def sample_round(
     policy: Policy,
     problems: Sequence[Problem],
     situations: Sequence[Situation],
+    demonstrations: Sequence[Demonstration | None],
     settings: Settings,
     generator: torch.Generator,
     rng: random.Random,
@@ -405,8 +412,8 @@ def sample_round(
     successes = (sampled.score_B >= 1).view(-1, per_group).sum(1).tolist()
     fired = [decide(settings.gate, *of, per_group, rng) for of in zip(situations, successes, strict=True)]
     for prompt, wanted in enumerate(fired):
-        demonstration = policy.demonstration(problems[prompt]) if wanted else None
-        if demonstration is not None:
+        demonstration = demonstrations[prompt]
+        if wanted and demonstration is not None:
             group = range(prompt * per_group, (prompt + 1) * per_group)
             rows = inject(rows, group, demonstration, settings.mode, rng)
     kept, tokens = list(range(len(problems))), int(sampled.mask_BT.sum())
@@ -416,6 +423,15 @@ def sample_round(
             Rows(*(column[torch.isin(part.group_B, torch.tensor(kept))] for column in part)) for part in (rows, sampled)
         )
     return Round(rows, sampled, kept, successes, fired, tokens)
+
+
+def demonstration_of(
+    problem: Problem, policy: Policy, past: OwnSuccesses, step: int, source: str
+) -> Demonstration | None:
+    """The demonstrator's answer, or the one that the policy itself has once given."""
+    demonstration = policy.demonstration(problem) if source != "own" else None
+    own = past.recall(prompt_key(problem.question), step) if source != "column" else b""
+    return Demonstration(unpacked(own).response.tokens, 1.0) if own and demonstration is None else demonstration
 
 
 def merge(parts: Sequence[Rows]) -> Rows:
@@ -513,6 +529,13 @@ class Policy:
             torch.arange(len(problems)).repeat_interleave(rollouts),
             torch.zeros(len(repeated), dtype=torch.bool),
         )
+
+    def solutions(self, problems: Sequence[Problem], rows: Rows) -> Iterator[tuple[int, Response]]:
+        """The successes among rollouts with their end of sequence, by the key of their problem: one problem a group."""
+        for i, length in enumerate(rows.mask_BT.sum(1).tolist()):
+            tokens = rows.response_BT[i, :length].tolist()
+            if rows.score_B[i] >= 1 and tokens[-1] == self._end:
+                yield prompt_key(problems[int(rows.group_B[i])].question), Response(tokens, [1] * length, 1)
 
     def texts(self, response_BT: Tensor, mask_BT: Tensor) -> list[str]:
         """What was written, without the end of sequence."""

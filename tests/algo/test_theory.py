@@ -23,17 +23,17 @@ N, A, B, C = 8, 0, 1, 2
 REWARD = torch.tensor([1.0, 1.0, 0.0])
 
 
-def group_rows(actions, gate, mode, situation, rng):
+def group_rows(actions, gate, mode, situation, rng, demonstration=A):
     """Actions, demonstration flags of one group after gate and injection."""
     rollouts = [Rollout(REWARD[a].item(), bool(REWARD[a]), False, 1) for a in actions]
     successes = sum(rollout.success for rollout in rollouts)
     if not fires(firing_probabilities(gate, N, situation), successes, rng):
         return list(actions), [False] * N
     if mode == "append":
-        return [*actions, A], [False] * N + [True]
+        return [*actions, demonstration], [False] * N + [True]
     worst = worst_rollout(rollouts, rng)
     rows = list(actions)
-    rows[worst] = A
+    rows[worst] = demonstration
     return rows, [i == worst for i in range(N)]
 
 
@@ -74,12 +74,15 @@ def outcomes(pi):
             yield [A] * a + [B] * b + [C] * c, ways * pi[A] ** a * pi[B] ** b * pi[C] ** c
 
 
-def expected_gradient(pi, gate, mode, divide_by_all_rows=False, shape=PAPER):
+def expected_gradient(pi, gate, mode, divide_by_all_rows=False, shape=PAPER, shown=(1.0, 0.0)):
+    """`shown`: probabilities of A and of B to be the demonstration."""
     logits, total = torch.tensor(pi, dtype=torch.float64).log(), torch.zeros(3, dtype=torch.float64)
     for actions, probability in outcomes(pi):
-        group = group_rows(actions, gate, mode, Situation(), random.Random(0))
-        tokens = len(group[0]) if divide_by_all_rows else N
-        total += probability * gradient(logits, [group], mode, tokens, shape)
+        for demonstration, share in zip((A, B), shown, strict=True):
+            if share:
+                group = group_rows(actions, gate, mode, Situation(), random.Random(0), demonstration)
+                tokens = len(group[0]) if divide_by_all_rows else N
+                total += probability * share * gradient(logits, [group], mode, tokens, shape)
     return total
 
 
@@ -230,3 +233,52 @@ def test_a_budget_bounds_the_bias_of_any_gate_at_any_policy(gate, share):
             )
             bound += probability * (own.norm() + injected.norm()).item()
         assert (mixed - on_policy).norm().item() <= share * bound + 1e-12
+
+
+LIKELIHOOD = DemonstrationShape("power", math.inf, 0.0)
+EARLIER = (0.8, 0.2)
+
+
+def own(pi):
+    """What the policy's own success is, where the policy has not changed since."""
+    return pi[A] / (pi[A] + pi[B]), pi[B] / (pi[A] + pi[B])
+
+
+def bias_along_and_across(pi, mode, shape, shown):
+    """The bias relative to the on-policy gradient: its part in that direction, and what points elsewhere."""
+    on_policy = expected_gradient(pi, "never", "replace")
+    difference = expected_gradient(pi, "paper", mode, shape=shape, shown=shown) - on_policy
+    along = (difference @ on_policy / on_policy.norm() ** 2).item()
+    return along, ((difference - along * on_policy).norm() / on_policy.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("pi", "teacher", "itself", "earlier"),
+    [
+        ((0.05, 0.05, 0.90), (1.286, 0.825), (1.286, 0.0), (1.286, 0.495)),
+        ((0.05, 0.45, 0.50), (0.030, 0.243), (0.142, 0.0), (0.055, 0.189)),
+        ((0.05, 0.85, 0.10), (-0.028, 0.071), (0.008, 0.0), (-0.021, 0.056)),
+    ],
+)
+def test_a_policys_own_success_pulls_along_its_gradient_until_the_policy_has_changed(pi, teacher, itself, earlier):
+    for shown, expected in (((1.0, 0.0), teacher), (own(pi), itself), (EARLIER, earlier)):
+        assert bias_along_and_across(pi, "append", LIKELIHOOD, shown) == pytest.approx(expected, abs=6e-4)
+    for mode in ("append", "replace"):
+        assert bias_along_and_across(pi, mode, LIKELIHOOD, own(pi))[1] < 1e-7
+
+
+def test_a_weight_that_depends_on_the_token_turns_the_pull_of_the_own_success_a_little():
+    for pi, mode, shape, teacher, itself in (
+        ((0.05, 0.45, 0.50), "append", LOGARITHM, 0.1619, 0.0118),
+        ((0.05, 0.85, 0.10), "append", LOGARITHM, 0.0477, 0.0022),
+        ((0.05, 0.45, 0.50), "append", PAPER, 0.0540, 0.0018),
+        ((0.05, 0.85, 0.10), "append", PAPER, 0.0159, 0.0005),
+    ):
+        assert bias_along_and_across(pi, mode, shape, (1.0, 0.0))[1] == pytest.approx(teacher, abs=6e-5)
+        assert bias_along_and_across(pi, mode, shape, own(pi))[1] == pytest.approx(itself, abs=6e-5)
+
+
+def test_a_failure_that_the_own_success_replaces_makes_the_step_shorter():
+    along, across = bias_along_and_across((0.05, 0.85, 0.10), "replace", LIKELIHOOD, own((0.05, 0.85, 0.10)))
+    assert along == pytest.approx(-0.168, abs=6e-4)
+    assert across < 1e-7

@@ -262,7 +262,7 @@ def _trainer(one, config, hapo, worker, queue):
     trainer.timing_raw = {}
     if hapo is not None:
         trainer.hapo, trainer.trace = hapo, Trace(None)
-        trainer.gatekeeper = SimpleNamespace(observe=lambda groups: None)
+        trainer.gatekeeper = SimpleNamespace(observe=lambda groups: None, own_past=None)
         trainer._leaves_out, trainer._heard = savings(config, hapo), True
         trainer._prompts_per_mini_batch, trainer._group_sizes, trainer._reduced = None, None, None
         trainer._heard = False

@@ -10,7 +10,7 @@ from hapo_verl.driver.metrics import group_metrics, silence
 PAPER = firing_probabilities("paper", 8, Situation())
 
 
-def a_group(successes, outcome):
+def a_group(successes, outcome, own_step=None):
     """Eight rollouts, the first of them successful."""
     flags = [i < successes for i in range(8)]
     return {
@@ -23,13 +23,14 @@ def a_group(successes, outcome):
         "confidence": (1 + successes) / 10,
         "replaced": 7 if outcome == "injected" else None,
         "unsteady": outcome == "rejected",
+        "own_step": own_step,
     }
 
 
 GROUPS = {
     "a": a_group(0, "injected"),
     "b": a_group(0, "rejected"),
-    "c": a_group(4, "injected"),
+    "c": a_group(4, "injected", own_step=3),
     "d": a_group(8, "not_fired"),
     "e": {"outcome": "not_gated", "scores": [], "successes": [], "firing": None},
 }
@@ -40,7 +41,9 @@ def metrics():
     demonstration_B = torch.zeros(40, dtype=torch.bool)
     demonstration_B[[7, 23]] = True
     tokens_B = torch.where(demonstration_B, 10, 5)
-    return group_metrics(GROUPS, demonstration_B=demonstration_B, tokens_B=tokens_B)
+    own_B = torch.zeros(40, dtype=torch.bool)
+    own_B[23] = True
+    return group_metrics(GROUPS, demonstration_B=demonstration_B, own_B=own_B, tokens_B=tokens_B)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +63,9 @@ def metrics():
         ("hapo/injected/group_share", 2 / 5),
         ("hapo/injected/row_share", 2 / 40),
         ("hapo/injected/token_share", 20 / (20 + 38 * 5)),
+        ("hapo/injected/own_share", 1 / 5),
+        ("hapo/injected/own_row_share", 1 / 40),
+        ("hapo/injected/own_token_share", 10 / (20 + 38 * 5)),
         ("hapo/on_policy_success", 12 / 32),
         ("hapo/without_signal/before_injection", 3 / 4),
         ("hapo/without_signal/after_injection", 2 / 4),
@@ -77,9 +83,8 @@ def test_verl_averages_every_one_of_them_over_the_updates_of_a_step(metrics):
 
 
 def test_a_batch_without_a_single_gated_group_logs_zeros():
-    values = group_metrics(
-        {"e": GROUPS["e"]}, demonstration_B=torch.zeros(0, dtype=torch.bool), tokens_B=torch.zeros(0)
-    )
+    none_B = torch.zeros(0, dtype=torch.bool)
+    values = group_metrics({"e": GROUPS["e"]}, demonstration_B=none_B, own_B=none_B, tokens_B=torch.zeros(0))
     assert values["hapo/gate/firing_rate"] == 0.0
 
 

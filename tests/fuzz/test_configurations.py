@@ -59,8 +59,11 @@ def assert_meaningful(hapo):
     keeper = Gatekeeper(hapo, total_steps=10)
     for step in (1, 2, 10, 11):
         assert 0 <= keeper.threshold(step) <= 1
-        (given,) = keeper.situations({"raw_prompt": ["1?"]}, step, prompt_column="prompt")
-        assert given.pop("key") is None
+        columns = {"raw_prompt": ["1?"], "extra_info": [{"index": 1}]}
+        (given,) = keeper.situations(columns, step, prompt_column="prompt")
+        # Nothing is remembered of this prompt, of which the gate was not told.
+        assert (given.pop("key") is None) != hapo.demonstrations.remembers
+        assert given.pop("own", b"") == b""
         situation = Situation(**given)
         probabilities = firing_probabilities(hapo.gate.name, 8, situation)
         assert len(probabilities) == 9

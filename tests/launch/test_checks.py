@@ -145,8 +145,17 @@ def test_data_without_the_column_is_refused_and_its_columns_are_named(launch):
         check_demonstrations(dataset, CharTokenizer(), launch(), HapoConfig())
     assert str(error.value) == (
         "hapo.demonstration_key=demonstration: data.train_files has no such column (it has data_source, prompt). "
-        "Add one with a worked solution a row, or name yours."
+        "Add one with a worked solution a row, name yours, or use hapo.demonstrations.source=own."
     )
+
+
+def test_a_policy_that_is_its_own_teacher_needs_no_column(launch):
+    dataset = datasets.Dataset.from_dict({"prompt": ["1"], "data_source": ["x"]})
+    own = HapoConfig.parse({"demonstrations": {"source": "own"}})
+    check_demonstrations(dataset, CharTokenizer(), launch(), own)
+    both = HapoConfig.parse({"demonstrations": {"source": "column_or_own"}})
+    with pytest.raises(ConfigError, match="has no such column"):
+        check_demonstrations(dataset, CharTokenizer(), launch(), both)
 
 
 def test_data_of_which_no_demonstration_can_be_used_is_refused_with_the_reasons(launch):

@@ -54,6 +54,8 @@ def check(folder, launch):
         ("actor_rollout_ref.model.path=hdfs://host/model",),
         ("data.custom_cls.path=mine.py", "data.train_files=no.parquet"),
         ("reward.custom_reward_function.path=pkg://my.reward",),
+        # Which has no demonstrations.
+        ("hapo.demonstrations.source=own", "data.train_files={folder}/val.parquet"),
         ("reward.custom_reward_function.path={folder}/model/config.json",),
     ],
 )

@@ -15,6 +15,8 @@ import torch
 from omegaconf import OmegaConf
 from verl.experimental.agent_loop import AgentLoopOutput
 
+from hapo_verl.algo.demonstration import Response
+from hapo_verl.algo.own_successes import OwnSuccess, packed
 from hapo_verl.config import HapoConfig
 from hapo_verl.protocol.rows import plain_values
 from hapo_verl.rollout import worker as rollout
@@ -526,3 +528,100 @@ def test_every_written_field_is_free_of_the_demonstrations_text(worker):
     put = worker.puts[0]
     assert "secret" not in str({name: plain_values(put.fields[name]) for name in put.fields.keys()})  # noqa: SIM118
     assert isinstance(put.fields["hapo_demonstration"], torch.Tensor)
+
+
+def ended(worker, text, *, score):
+    """A rollout that has written its end of sequence."""
+    output = an_output(worker.tokenizer, text, score=score)
+    tokens = [*output.response_ids, worker.tokenizer.eos_token_id]
+    ones = [1] * len(tokens)
+    return output.model_copy(
+        update={"response_ids": tokens, "response_mask": ones, "response_logprobs": [-1.0] * len(tokens)}
+    )
+
+
+def with_own(worker, source, demonstration, own=None, *, outcomes=None, mode="replace"):
+    """What a group of failures becomes where the policy has written `own` in step 2."""
+    worker._hapo = HapoConfig.parse({"demonstrations": {"source": source}, "injection": {"mode": mode}})
+    packed_own = packed(OwnSuccess(own, 2)) if own else b""
+    close(worker, outcomes or failures(worker, 3), demonstration, situation={"key": 11, "own": packed_own})
+    put = worker.puts[-1]
+    return put, plain_values(put.fields["hapo_group"])[0]
+
+
+def solved(worker, text=ANSWER):
+    tokens = [*worker.tokenizer.encode(text), worker.tokenizer.eos_token_id]
+    return Response(tokens, [1] * len(tokens), 1, 0)
+
+
+@pytest.mark.parametrize("mode", ["replace", "append"])
+@pytest.mark.parametrize(("source", "demonstration"), [("own", ANSWER), ("column_or_own", None)])
+def test_the_policys_own_success_is_injected_with_its_exact_tokens(worker, source, demonstration, mode):
+    own = Response([*solved(worker).tokens], [1, 0, 1, 1], 2, 1)
+    put, group = with_own(worker, source, demonstration, own, mode=mode)
+    assert (group["outcome"], group["own_step"]) == ("injected", 2)
+    (row,) = [row for row in put.fields if row["hapo_demonstration"]]
+    assert row["responses"].tolist() == own.tokens
+    assert row["response_mask"].tolist() == row["loss_mask"].tolist() == own.mask
+    assert row["num_turns"] == 4
+    assert row["rm_scores"].tolist() == [0, 0, 0, 1]
+    assert not any("hapo_own_success" in tag for tag in put.tags)
+
+
+@pytest.mark.parametrize(
+    ("source", "demonstration", "own", "outcome", "step"),
+    [
+        ("column_or_own", ANSWER, ANSWER, "injected", None),
+        ("column_or_own", "123", ANSWER, "injected", 2),  # the column's is rejected
+        ("column_or_own", "123", None, "rejected", None),
+        ("column_or_own", None, None, "missing", None),
+        ("column_or_own", None, "123", "rejected", None),
+        ("own", ANSWER, None, "missing", None),
+        ("own", None, "123", "rejected", None),  # the reward function has changed its mind
+        ("own", None, "4321", "overlong", None),  # resumed with a lower limit
+        ("column", ANSWER, None, "injected", None),
+    ],
+)
+def test_which_of_the_two_is_taken_and_why_none_is(worker, source, demonstration, own, outcome, step):
+    _, group = with_own(worker, source, demonstration, own and solved(worker, own))
+    assert (group["outcome"], group["own_step"]) == (outcome, step)
+    assert bool(group["unsteady"]) is (own == "123")
+
+
+def test_the_reward_of_an_own_success_is_asked_for_once(worker):
+    score, asked = worker._compute_score, []
+
+    async def counted(outputs, kwargs):
+        asked.append(list(outputs[-1].response_ids))
+        await score(outputs, kwargs)
+
+    worker._compute_score = counted
+    for _ in range(2):
+        with_own(worker, "own", None, solved(worker))
+    assert asked == [solved(worker).tokens] * 2
+
+
+def test_a_finished_success_is_tagged_and_nothing_else(worker):
+    long = an_output(worker.tokenizer, ANSWER + "0", score=1.0)  # cut off: no end of sequence
+    several = [an_output(worker.tokenizer, "1", score=None), ended(worker, ANSWER, score=1.0)]
+    outcomes = [ended(worker, ANSWER, score=1.0), ended(worker, "12", score=0.0), long, several]
+    for source, expected in (("own", [[1, 0], None, None, None, None]), ("column", [None] * 5)):
+        put, group = with_own(worker, source, None, outcomes=outcomes)
+        assert group["outcome"] == "missing"
+        assert [tag.get("hapo_own_success") for tag in put.tags] == expected
+        assert put.keys == ["u_0_0", "u_1_0", "u_2_0", "u_3_0", "u_3_1"]
+
+
+def test_a_group_that_was_not_judged_leaves_nothing_to_remember(worker):
+    unscored = an_output(worker.tokenizer, "1", score=None)
+    put, group = with_own(worker, "own", None, outcomes=[ended(worker, ANSWER, score=1.0), unscored])
+    assert group["outcome"] == "not_gated"
+    assert not any("hapo_own_success" in tag for tag in put.tags)
+
+
+def test_turns_and_answers_of_a_tool_loop_are_remembered(caller):
+    outputs = called_failures(caller)
+    success = ended(caller, ANSWER, score=1.0)
+    success.num_turns, success.extra_fields = 4, success.extra_fields | {"turn_scores": [], "tool_rewards": [0.5]}
+    put, _ = with_own(caller, "own", None, outcomes=[success, *outputs[1:]])
+    assert put.tags[0]["hapo_own_success"] == [2, 1]

@@ -39,6 +39,11 @@ def test_the_block_comes_from_a_command_line_too(settings):
             "Use hapo.injection.mode=replace, here with hapo.advantage.statistics=on_policy.",
         ),
         (
+            {"demonstrations": {"source": "own"}},
+            "hapo.demonstrations.source=own: TRL's trainer keeps no successes of the policy. "
+            "Use hapo.demonstrations.source=column, or verl's trainer.",
+        ),
+        (
             {"objective": {"name": "real"}},
             "hapo.objective.name=real: TRL's loss is PPO's surrogate. Use hapo.objective.name=surrogate, or verl's trainer.",
         ),

@@ -1,0 +1,171 @@
+"""A policy that is its own teacher: it solves prompts, is killed, forgets how, and is helped by its own tokens.
+
+Two launches of one run, on data without demonstrations. The first one's model has learned half of the answers; its
+driver is killed after step 3. Then the weights of a model that has learned nothing take the place of those in the
+checkpoint: the second launch, which resumes there, has of the first one's knowledge its own successes alone.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pandas
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hapo_verl.algo.own_successes import MIB, OwnSuccesses, unpacked
+from hapo_verl.driver.gatekeeper import row_name
+from hapo_verl.driver.own_past import OWN_PAST_FILE
+from tests.e2e.conftest import DIGITS, PROMPTS, ROLLOUTS, TrainingError
+from tests.recipes.plain import plain_loop
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+KILLED_AFTER, STEPS, MINUTE = 3, 6, 60
+SETTINGS = [
+    "+hapo=paper",
+    "trainer.v1.trainer_mode=hapo_sync",
+    "hapo.demonstrations.source=own",
+    "hapo.injection.mode=append",
+    "hapo.poll_interval=0.05",
+    "hapo.trace_dir={folder}/trace",
+    "actor_rollout_ref.actor.optim.optimizer=SGD",
+    "actor_rollout_ref.actor.optim.lr=0.01",
+    "actor_rollout_ref.actor.optim.lr_scheduler_type=constant",
+    "trainer.save_freq=1",
+    "trainer.test_freq=-1",
+    "trainer.resume_mode=auto",
+]
+
+
+@pytest.fixture(scope="module")
+def able(model, tmp_path_factory):
+    """The model, when it has learned half of the answers."""
+    folder = tmp_path_factory.mktemp("able") / "model"
+    shutil.copytree(model, folder)
+    policy_model = AutoModelForCausalLM.from_pretrained(model)
+    settings = plain_loop.Settings(digits=DIGITS, warm=0.5)
+    task = plain_loop.make_task(settings)
+    plain_loop.warm_up(plain_loop.Policy(policy_model, AutoTokenizer.from_pretrained(model), task), settings)
+    policy_model.save_pretrained(folder)
+    return folder
+
+
+def forget(checkpoint, model):
+    """Put the weights of a model in the place of a checkpoint's."""
+    (path,) = (checkpoint / "actor").glob("model_world_size_1_rank_0.pt")
+    state, weights = torch.load(path, weights_only=False), AutoModelForCausalLM.from_pretrained(model).state_dict()
+    for name, parameter in state.items():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        local.copy_(weights[name])
+    torch.save(state, path)
+
+
+@pytest.fixture(scope="module")
+def past(prepared, able, model, tmp_path_factory):
+    """The launch that is killed and the one that goes on, and the last step that the former has saved."""
+    checkpoints = tmp_path_factory.mktemp("checkpoints")
+    runs, saved = [], 0
+    for name in ("able", "forgetful"):
+        overrides = [*SETTINGS, f"actor_rollout_ref.model.path={able}", f"trainer.default_local_dir={checkpoints}"]
+        launch, run = prepared(name, *overrides, steps=STEPS, rows=2 * PROMPTS)
+        train = run.folder / "data" / "train.parquet"
+        pandas.read_parquet(train).drop(columns="demonstration").to_parquet(train)
+        steps = 0
+        try:
+            for kind, _ in launch.run():
+                steps += kind == "step"
+                if name == "able" and steps == KILLED_AFTER:
+                    family = [launch.process, *launch.process.children(recursive=True)]
+                    launch.process.kill()
+                    psutil.wait_procs(family, timeout=MINUTE)
+        except TrainingError as error:
+            if name != "able":
+                tail = "\n".join(launch.log.read_text(errors="replace").splitlines()[-40:])
+                pytest.fail(f"{error}\n{tail}", pytrace=False)
+        if name == "able":
+            saved = int((checkpoints / "latest_checkpointed_iteration.txt").read_text())
+            forget(checkpoints / f"global_step_{saved}", model)
+        runs.append(run)
+    return runs, saved, checkpoints
+
+
+def steps_of(past):
+    """Step, its groups and its rows by group, each from the launch whose work counts."""
+    (before, after), saved, _ = past
+    for run, steps in ((before, range(1, saved + 1)), (after, range(saved + 1, STEPS + 1))):
+        rows = [json.loads(line) for line in (run.folder / "trace" / "rows.jsonl").read_text().splitlines()]
+        for step in steps:
+            groups = [group for group in run.groups if group["step"] == step]
+            yield step, groups, {g["uid"]: [row for row in rows if row["uid"] == g["uid"]] for g in groups}
+
+
+def remembered(past, model):
+    """The story as it must have been: of each step (groups, rows, what was known of each prompt before)."""
+    end, known = AutoTokenizer.from_pretrained(model).eos_token_id, {}
+    for step, groups, rows in steps_of(past):
+        yield step, groups, rows, dict(known)
+        for group in groups:
+            own = [row for row in rows[group["uid"]] if not row["hapo_demonstration"]]
+            successes = [row["responses"] for row in own if row["score"] >= 1 and row["responses"][-1] == end]
+            if successes:
+                known[group["index"]] = (min(successes, key=lambda tokens: (len(tokens), tokens)), step)
+    yield STEPS + 1, [], {}, known
+
+
+def test_the_policy_succeeds_before_and_never_after_its_weights_are_put_back(past):
+    saved = past[1]
+    assert saved in (KILLED_AFTER - 1, KILLED_AFTER)
+    successes = {step: sum(sum(g["successes"]) for g in groups) for step, groups, _ in steps_of(past)}
+    assert min(count for step, count in successes.items() if step <= saved) > PROMPTS * ROLLOUTS * 0.2
+    assert max(count for step, count in successes.items() if step > saved) <= 1
+
+
+def test_every_group_that_asks_for_help_gets_its_own_last_success_token_by_token(past, model):
+    helped_after = 0
+    for step, groups, rows, known in remembered(past, model):
+        for group in groups:
+            injected = [row["responses"] for row in rows[group["uid"]] if row["hapo_demonstration"]]
+            tokens, written = known.get(group["index"], (None, None))
+            if not group["fired"]:
+                assert (group["outcome"], injected) == ("not_fired", [])
+            elif tokens is None:
+                assert (group["outcome"], injected) == ("missing", [])
+            else:
+                assert (group["outcome"], group["own_step"], injected) == ("injected", written, [tokens])
+                helped_after += step > past[1] >= written
+    assert helped_after > PROMPTS
+
+
+def test_the_forgotten_success_pulls_where_no_rollout_does(past):
+    (_, after), _, _ = past
+    injected = {
+        group["uid"] for group in after.groups if group["outcome"] == "injected" and not any(group["successes"])
+    }
+    rows = [row for row in after.loss_rows if row["uid"] in injected and any(row["advantages"])]
+    assert len(rows) == len(injected) > 0
+    assert all(row["hapo_demonstration"] and min(row["advantages"]) > 0 for row in rows)
+
+
+def test_own_demonstrations_are_counted_apart(past):
+    (_, after), saved, _ = past
+    for number, logged in enumerate(after.steps):
+        groups = [group for group in after.groups if group["step"] == saved + 1 + number]
+        share = sum(group["outcome"] == "injected" for group in groups) / PROMPTS
+        assert logged["hapo/injected/own_share"] == logged["hapo/injected/group_share"] == pytest.approx(share)
+        assert logged["hapo/injected/own_row_share"] == logged["hapo/injected/row_share"]
+    assert max(logged["hapo/injected/own_share"] for logged in after.steps) > 0
+
+
+def test_the_last_checkpoint_holds_what_both_launches_have_seen(past, model):
+    *_, (_, _, _, known) = remembered(past, model)
+    (before, _), _, checkpoints = past
+    rows = before.train.to_dict("records")
+    kept = OwnSuccesses(MIB)
+    with np.load(checkpoints / f"global_step_{STEPS}" / OWN_PAST_FILE, allow_pickle=False) as arrays:
+        kept.restore(arrays)
+    found = {row["extra_info"]["index"]: kept.recall(row_name(row, "prompt")[0], STEPS + 1) for row in rows}
+    found = {index: unpacked(own) for index, own in found.items() if own}
+    assert {index: (own.response.tokens, own.step) for index, own in found.items()} == known
+    assert all(own.response.mask == [1] * (DIGITS + 1) and own.response.num_turns == 2 for own in found.values())
