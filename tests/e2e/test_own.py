@@ -21,7 +21,7 @@ from hapo_verl.driver.own_past import OWN_PAST_FILE
 from tests.e2e.conftest import DIGITS, PROMPTS, ROLLOUTS, TrainingError
 from tests.recipes.plain import plain_loop
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1800)]
 KILLED_AFTER, STEPS, MINUTE = 3, 6, 60
 SETTINGS = [
     "+hapo=paper",
