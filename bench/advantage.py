@@ -1,9 +1,9 @@
-"""What does the group advantage cost on verl's driver, a CPU process, and how much of it is the (B, T) tensor?
+"""How much does the group advantage cost on verl's driver, a CPU process, and how much of it is the (B, T) tensor?
 
     python bench/advantage.py [--smoke]
 
-Every way runs in a process of its own, on the same scores; peak memory is what the process reaches above its inputs.
-The inputs of verl's estimators are (B, T): rewards in fp32, and a bool mask.
+Each variant runs in a separate process on the same scores. Peak memory is measured above the memory of the inputs. The
+inputs of verl's estimators have shape (B, T): rewards in fp32, and a bool mask.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def measure(way: str, B: int, T: int, repeats: int) -> dict:
 
 
 def jagged_rows(score_B, length_B):
-    """Rewards (the score on the last token) and masks of rows of these lengths, as TransferQueue hands them out."""
+    """Rewards (the score on the last token) and masks of rows of these lengths, in the form of TransferQueue."""
     import torch
 
     offset_B1 = torch.nn.functional.pad(length_B.cumsum(0), (1, 0))
@@ -143,7 +143,7 @@ if __name__ == "__main__":
     )
     print(f"{'':32} {'CPU s':>9} {'x grpo':>8} {'wall s':>9} {'peak MiB above inputs':>22}")
     for way in WAYS:
-        # A child for each, as it comes from the imports: what one way leaves in the heap is no other's.
+        # Each variant runs in a fresh child process, so that it does not see the heap that another one left.
         with multiprocessing.get_context("fork").Pool(1) as pool:
             found[way] = pool.apply(measure, (way, B, T, arguments.repeats)) | {"what": WAYS[way]}
         row, grpo = found[way], found["verl grpo"]

@@ -1,9 +1,10 @@
-"""What is the most that this GPU gives: copy bandwidth, and the rate of each GEMM of a language-model head?
+"""What are the ceilings of this GPU: its copy bandwidth, and the rate of each GEMM of a language-model head?
 
     python bench/ceilings.py [--smoke] [--out DIR]
 
-At T 8192, H 4096, V 151,936, a chunk of 1,024 rows at a time: logits, ∂hidden, and ∂weight in fp32, which a head sums
-over the chunks (β = 1) after the first (β = 0), once more with the rows of four chunks. The head's floor is their sum.
+At T 8192, H 4096, V 151,936, with chunks of 1,024 rows: logits, ∂hidden, and ∂weight in fp32. The first GEMM of ∂weight
+writes (β = 0) and later ones add (β = 1); these are also measured with the rows of four chunks. The sum of the times is
+a lower bound for a head.
 """
 
 from typing import Any

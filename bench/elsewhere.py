@@ -1,8 +1,8 @@
-"""What a training run cost elsewhere: how far the policy moved, and what it forgot, where nobody trained it.
+"""Measures what a training run changed outside its task: how far the policy moved, and what it forgot.
 
-KL         mean over tokens of KL(π₀ ‖ π), nats: 64 prompts that have nothing to do with the task, each with the
+KL         mean over tokens of KL(π₀ ‖ π), nats, on 64 prompts that have nothing to do with the task, each with the
            greedy continuation of the initial policy π₀
-capitals   share of 40 capitals that the policy names, a question that the initial policy can answer
+capitals   share of 40 capitals that the policy can name; the initial policy can answer these questions
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def divergence(initial: Policy, policy: Policy) -> float:
     """Mean over tokens of KL(π₀ ‖ π), nats, on the initial policy's own continuations of neutral prompts."""
     prompts = [f"{opening} {subject}." for opening, subject in itertools.product(OPENINGS, SUBJECTS)]
     total, tokens = 0.0, 0
-    # A few at a time: a distribution over 49,152 tokens each.
+    # A few prompts at a time, since each token has a distribution over 49,152 tokens.
     for first in range(0, len(prompts), 16):
         prompt_BS, prompt_mask_BS = initial.encode(prompts[first : first + 16])
         response_BT, mask_BT = initial.sample(prompt_BS, prompt_mask_BS, None, TOKENS)
@@ -55,14 +55,14 @@ def divergence(initial: Policy, policy: Policy) -> float:
 
 
 def capitals(policy: Policy) -> float:
-    """Share of the capitals named in a greedy answer."""
+    """The share of capitals that the policy names in its greedy answers."""
     prompts = policy.encode([f"What is the capital of {country}?" for country in CAPITALS])
     texts = policy.texts(*policy.sample(*prompts, None, TOKENS))
     return sum(name in text for name, text in zip(CAPITALS.values(), texts, strict=True)) / len(CAPITALS)
 
 
 def probe(settings: Settings) -> Any:
-    """What `plain_loop.train` asks after the last step of a run with these settings."""
+    """The `probe` of `plain_loop.train` for a run with these settings."""
 
     def ask(policy: Policy) -> dict[str, float]:
         initial = Policy.of(settings, make_task(settings))

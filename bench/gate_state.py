@@ -1,8 +1,8 @@
-"""What the gates' memory of prompts costs the trainer at a million prompts.
+"""How much does the gates' memory of prompts cost the trainer with a million prompts?
 
     python bench/gate_state.py [--smoke] [--out DIR]
 
-A step attaches priors to its prompts, observes their outcomes and, now and then, writes and reads a checkpoint.
+A step attaches priors to its prompts and observes their outcomes; some steps also write and read a checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STEPS = 20
 
 
 def a_row(index: int) -> dict:
-    """What verl's data frame gives of a prompt."""
+    """A row as in verl's data frame."""
     return {"data_source": f"source-{index % 5}", "extra_info": {"index": index}, "raw_prompt": [], "prompt": []}
 
 
@@ -36,7 +36,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def measure(prompts: int, batch: int) -> dict[str, float]:
-    """One run of `STEPS` steps over a data set of `prompts`, `batch` of them a step."""
+    """Measure a run of `STEPS` steps over a data set of `prompts` prompts, with `batch` prompts per step."""
     keeper = Gatekeeper(HapoConfig.parse({"gate": {"name": "posterior"}}), total_steps=STEPS)
     rows = Prompts(prompts, a_row)
     seconds = milliseconds(lambda: keeper.know(rows, prompt_column="prompt")) / 1e3

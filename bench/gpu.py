@@ -1,12 +1,12 @@
-"""Everything that needs a GPU in one command: the kernels' tests, ceilings, headline shapes, then the sweep.
+"""Runs everything that needs a GPU with one command: the kernels' tests, ceilings, headline shapes, then the sweep.
 
     python bench/gpu.py --out DIR [--minutes 8]
     python bench/gpu.py --out DIR --rehearse      the same on a CPU, with tiny shapes and a few of the tests
 
-It needs torch, Triton, pytest and what `run.sh` of `make gpu-bundle` unpacks, and no network; it ends by itself. Every
-result is written to DIR as it comes (gpu.txt, a JSON file a bench), the table of all of them last (gpu.md). A peer that
-is missing or fails is a line of that table. Red tests stop nothing here, a GPU being rare, but head the table, and the
-exit code is 1: what stands below is not to be reported.
+It needs torch, Triton, pytest and the packages that `run.sh` of `make gpu-bundle` unpacks, and no network; it ends
+within the time. Every result is written to DIR at once (gpu.txt, and a JSON file for each bench), and at the end the
+table of all results (gpu.md). A peer that is missing or fails is a line of that table. Because GPU time is rare, failed
+tests do not stop the run; but then the table starts with them, the exit code is 1, and the times must not be reported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TextIO
 from harness import REPOSITORY
 
 TESTS = REPOSITORY / "tests" / "kernels"
-# The compiler's own test needs no GPU; the others under Triton's interpreter take minutes: a rehearsal runs some.
+# The test of the compiler needs no GPU. The others take minutes under Triton's interpreter, so a rehearsal runs few.
 NOT_HERE = ("test_kernels_compile.py", "test_peers.py", "test_page.py")
 REHEARSED = (
     "test_launch.py",
@@ -35,7 +35,7 @@ TIMED_OUT = 124
 
 
 class Stage(NamedTuple):
-    """A process, and the share of the time that is its own; what an earlier one leaves is added."""
+    """A process, and its share of the time; the time that earlier stages did not use is added."""
 
     name: str
     share: float
@@ -43,7 +43,7 @@ class Stage(NamedTuple):
 
 
 def stages(options: argparse.Namespace) -> list[Stage]:
-    """In order: what is right, what the device can do, what was asked, and the rest."""
+    """The stages in order: tests, ceilings, headline shapes, and the sweep."""
 
     def bench(name: str, share: float, *more: str) -> Stage:
         return Stage(" ".join((name, *more[1:])), share, (f"bench/{name}.py", *more))
@@ -66,7 +66,7 @@ def tests(options: argparse.Namespace) -> list[str]:
     """The arguments of pytest."""
     files = [path.name for path in sorted(TESTS.glob("test_*.py")) if path.name not in NOT_HERE]
     chosen = [name for name in REHEARSED if (TESTS / name.split("::")[0]).exists()] if options.rehearse else files
-    # conftest.py one folder up imports verl with all it depends on.
+    # The conftest.py in the folder above must not be loaded, since it imports verl and all its dependencies.
     flags = ["-q", "-p", "no:cacheprovider", "--maxfail=20", f"--confcutdir={TESTS}"]
     # Most of the time is Triton's compiler.
     workers = 1 if options.rehearse else min(12, os.cpu_count() or 1)
@@ -74,24 +74,24 @@ def tests(options: argparse.Namespace) -> list[str]:
 
 
 class Run:
-    """The stages' processes: what they print goes to the screen and to gpu.txt as it comes."""
+    """Runs the stages as processes; their output goes to the screen and to gpu.txt at once."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.out: Path = options.out.resolve()
         self.out.mkdir(parents=True, exist_ok=True)
-        self.without: list[str] = []  # peers that took a bench down
+        self.without: list[str] = []  # peers that crashed a bench
         self.notes: list[str] = []
         self._log: TextIO = (self.out / "gpu.txt").open("w")
         self._start = time.monotonic()
 
     def say(self, line: str) -> None:
-        """To the screen and to gpu.txt."""
+        """Write text to the screen and to gpu.txt."""
         print(line, flush=True)
         print(line, file=self._log, flush=True)
 
     def stage(self, stage: Stage, until: float) -> None:
-        """Run it, up to the time `until`, in seconds from the start; again without a peer that took it down."""
+        """Run a stage until the time `until`, seconds from the start; if a peer crashes it, rerun it without that peer."""
         arguments = list(stage.command)
         if stage.name != "tests":
             arguments += ["--out", str(self.out)] + (["--smoke"] if self.options.rehearse else [])
@@ -134,7 +134,7 @@ class Run:
 
 
 def table(out: Path, notes: list[str]) -> str:
-    """Every case of every bench in DIR: what ran, fastest first, then what did not."""
+    """The table of all cases of all benches in DIR: contenders that ran, the fastest first, then those that did not."""
     lines = ["# One run on this machine", ""]
     lines += [f"- {note}" for note in notes]
     contents = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))}
@@ -156,7 +156,7 @@ def table(out: Path, notes: list[str]) -> str:
 
 
 def marked(rows: list[dict[str, Any]]) -> list[tuple[bool, dict[str, Any]]]:
-    """Each row, and whether it is the first."""
+    """Each row with whether it is the first one."""
     return [(row is rows[0], row) for row in rows]
 
 
@@ -170,7 +170,7 @@ def cells(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run the stages, print the table; exit code 1 if anything was red."""
+    """Run the stages and print the table; the exit code is 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything together")

@@ -1,8 +1,8 @@
-"""A folder with everything that a GPU machine without network needs to test and time the kernels: `make gpu-bundle`.
+"""Makes a folder with everything that a GPU machine without network needs to test and time the kernels.
 
-    python bench/gpu_bundle.py --wheels FOLDER --out outputs/gpu_bundle
+    python bench/gpu_bundle.py --wheels FOLDER --out outputs/gpu_bundle      (`make gpu-bundle`)
 
-The files that git knows, as they are now, the peers' wheels, and `run.sh`, the one command there.
+It holds git's tracked files in their current state, the peers' wheels, and `run.sh`, the command to run there.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ MOST_MIB = 64  # what may be carried
 
 
 def bundle(out: Path, wheels: list[Path]) -> float:
-    """Write the folder anew; its size in MiB."""
+    """Write the folder, replacing an old one, and return its size in MiB."""
     if out.exists():
         shutil.rmtree(out)
     known = ["git", "-C", str(REPOSITORY), "ls-files", "--cached", "--others", "--exclude-standard", "--", *TAKEN]
     for name in subprocess.run(known, capture_output=True, text=True, check=True).stdout.splitlines():
-        # A file that was deleted and not yet committed is still listed.
+        # git also lists files that were deleted but not yet committed.
         if (REPOSITORY / name).exists():
             target = out / ("run.sh" if name == "bench/run.sh" else name)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def bundle(out: Path, wheels: list[Path]) -> float:
 
 
 def main() -> None:
-    """Make it, say how large it is; exit code 1 if that is too much."""
+    """Make the folder and print its size; the exit code is 1 if it is too large."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheels", type=Path, required=True, help="folder of the peers' wheels")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "outputs" / "gpu_bundle")

@@ -1,9 +1,9 @@
-"""What does normalising within groups cost on the GPU: for rows, and for token- or step-level groups?
+"""How much does normalisation within groups cost on the GPU: for rows, and for groups of tokens or steps?
 
     python bench/group_norm.py [--smoke] [--out DIR] [--minutes 9]
 
-Work is the least traffic of the task: one read and one write of fp32 a score. No group size favours the kernel: rows of
-a rollout batch (groups of 8), token-level groups of mixed size, and one group that is the whole batch (whitening).
+Work is the least possible traffic: one fp32 read and one fp32 write per score. The cases cover different group sizes:
+rows of a rollout batch (groups of 8), token-level groups of mixed size, and the whole batch as one group (whitening).
 """
 
 import harness
@@ -32,7 +32,7 @@ def sizes(kind: str) -> torch.Tensor:
 
 
 def scattered(score, segment, groups: int, eps: float = 1e-6):
-    """What a trainer would write in PyTorch: two scatter-adds, two gathers."""
+    """The usual implementation in PyTorch: two scatter-adds and two gathers."""
     count = torch.bincount(segment, minlength=groups).to(score.dtype)
     mean = score.new_zeros(groups).index_add_(0, segment, score) / count.clamp(min=1)
     centred = score - mean[segment]

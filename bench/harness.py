@@ -1,4 +1,4 @@
-"""What every bench shares: the machine line, interleaved timing, ceilings of the same run, one table, one JSON file."""
+"""Code that all benches share: machine line, interleaved timing, ceilings of the same run, one table, one JSON file."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).parents[1]
 PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "quack-kernels", "nvidia-cutlass-dsl", "fla-core")
-PATIENCE_S = 60  # a peer's first call, compilers included; it is asked once
+PATIENCE_S = 60  # limit for a peer's first call, compilation included; there is no second try
 
 
 def options(
     question: str, more: Callable[[argparse.ArgumentParser], object] = lambda parser: None
 ) -> argparse.Namespace:
-    """The options of a bench. Read before torch and Triton are imported: `--smoke` turns the interpreter on."""
+    """Parse the options of a bench; call it before torch and Triton are imported, since it may set the interpreter."""
     parser = argparse.ArgumentParser(description=question)
     parser.add_argument(
         "--smoke", action="store_true", help="tiny shapes on whatever is there, seconds; no speed is claimed"
@@ -55,7 +55,7 @@ def options(
 
 
 class Prompts:
-    """A data set of `count` prompts that makes its rows when asked, as verl's reads them from disk."""
+    """A data set of `count` prompts that makes each row on access, as verl's data set reads it from disk."""
 
     def __init__(self, count: int, row: Callable[[int], dict[str, Any]]) -> None:
         self._count, self._row = count, row
@@ -94,7 +94,7 @@ def machine() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the checkout; a folder that `make gpu-bundle` made has it in a file."""
+    """The commit of the checkout; in a folder made by `make gpu-bundle` it is in a file."""
 
     def git(*command: str) -> str:
         return subprocess.run(
@@ -115,7 +115,7 @@ def version(package: str) -> str:
 
 @dataclass
 class Contender:
-    """`prepare` imports what it needs and returns the call to time; what stops it is reported in its row."""
+    """An implementation to time: `prepare` imports what it needs and returns the call; its errors go into its row."""
 
     name: str
     prepare: Callable[[], Callable[[], dict]]
@@ -127,7 +127,7 @@ class Measured:
     """One row of the table."""
 
     name: str
-    note: str = ""  # why there is no time
+    note: str = ""  # the reason if there is no time
     milliseconds: list[float] = field(default_factory=list)
     first_call_s: float = float("nan")
     peak_mib: float = float("nan")
@@ -140,14 +140,14 @@ class Measured:
 
 
 def confidence(shape: tuple[int, ...], **random) -> torch.Tensor:
-    """How far the favourite token of an LLM-like row stands above noise of deviation 1: from lost in it to certain."""
+    """Random logits, from 5 to 20, for the favourite token of LLM-like rows, above noise of deviation 1."""
     import torch
 
     return 5 + 15 * torch.rand(shape, **random)
 
 
 def drawn(logits_NV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A label from the softmax of each row."""
+    """Draw a label from the softmax of each row."""
     return logits_NV.float().softmax(1).multinomial(1, generator=generator)[:, 0]
 
 
@@ -204,11 +204,11 @@ def compare(
     budget_s: float,
     arguments: argparse.Namespace,
 ) -> list[Measured]:
-    """Time the contenders interleaved, after each has shown its error against fp64.
+    """Time the contenders interleaved, after the error of each against fp64 was measured.
 
-    One of ours that is less exact than the bound (twice the baseline's error + 1e-6 of the scale) gets no time. The
-    order is shuffled in every round, so that clocks and temperature favour nobody; between calls the L2 cache is
-    overwritten. A peer that fails gets a note in its row; one that keeps the bench waiting is asked once.
+    If one of ours is less exact than the bound (twice the baseline's error + 1e-6 of the scale), it gets no time. The
+    order is shuffled in every round, so that clocks and temperature favour none; between calls the L2 cache is
+    overwritten. A peer that fails gets a note in its row; a peer that takes too long is not tried again.
     """
     import torch
 
@@ -250,11 +250,11 @@ def compare(
 def first_call(
     contender: Contender, row: Measured, truth: dict[str, torch.Tensor], arguments: argparse.Namespace
 ) -> Callable[[], dict] | None:
-    """What is to be timed, after one call that compiles it and gives its error; None with a note in the row."""
+    """Make the call to time, and run it once to compile it and measure its error; on failure None, with a note."""
     if contender.name in arguments.without:
         row.note = f"left out: an earlier case died in it, or waited {PATIENCE_S} s for it"
         return None
-    # If this call takes the process down, `gpu.py` reads here whose it was, and starts again without it.
+    # If this call crashes the process, `gpu.py` reads here which peer it was, and starts again without that peer.
     (arguments.out / "running").write_text(contender.name)
     call = None
     with noted(contender, row), patience(contender, arguments):
@@ -272,19 +272,19 @@ def first_call(
 
 @contextlib.contextmanager
 def noted(contender: Contender, row: Measured) -> Iterator[None]:
-    """What stops a peer is a note in its row; what stops one of ours, or the device, stops the bench."""
+    """Catch an error of a peer and write it as a note into its row; errors of ours or of the device stop the bench."""
     try:
         yield
     except Exception as error:
         if contender.ours:
             raise
         row.note = one_line(error)
-        synchronize()  # raises if the device is lost with it
+        synchronize()  # raises if the device no longer works
 
 
 @contextlib.contextmanager
 def patience(contender: Contender, arguments: argparse.Namespace) -> Iterator[None]:
-    """Raises TimeoutError in a peer's first call after PATIENCE_S, and leaves the peer out from then on."""
+    """Raise TimeoutError in a peer's first call after PATIENCE_S, and leave the peer out from then on."""
 
     def stop(*_: object) -> None:
         arguments.without.append(contender.name)
@@ -300,7 +300,7 @@ def patience(contender: Contender, arguments: argparse.Namespace) -> Iterator[No
 
 
 def ceilings() -> dict[str, float]:
-    """Copy bandwidth (GB/s, read + write) and bf16 GEMM rate (TFLOP/s), measured here and now."""
+    """Measure the copy bandwidth (GB/s, read + write) and the bf16 GEMM rate (TFLOP/s) in this process."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -320,7 +320,7 @@ def ceilings() -> dict[str, float]:
 
 
 class Report:
-    """Prints a table a case, and writes it as text and JSON at once: a run cut short keeps what it has."""
+    """Prints a table for each case and writes it at once as text and JSON, so that an interrupted run loses nothing."""
 
     def __init__(self, name: str, arguments: argparse.Namespace):
         self.smoke = arguments.smoke
@@ -342,7 +342,7 @@ class Report:
             print(line, file=table)
 
     def case(self, title: str, rows: list[Measured], *, work: float, unit: str, baseline: str) -> None:
-        """`work` in flops or bytes of the task itself, the same for every contender; unit TFLOP/s or GB/s."""
+        """Add a case; `work` is in flops or bytes, the same for every contender, and `unit` is TFLOP/s or GB/s."""
         ceiling = self.content["ceilings"]["gemm_TFLOP_s" if unit == "TFLOP/s" else "copy_GB_s"]
         base = next((row.at(50) for row in rows if row.name == baseline), float("nan"))
         scale = 1e-9 if unit == "TFLOP/s" else 1e-6

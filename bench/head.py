@@ -1,13 +1,13 @@
-"""What does the policy loss cost from hidden states, against every head that can be installed?
+"""How much does the policy loss cost from hidden states, compared with every head that can be installed?
 
     python bench/head.py [--smoke] [--part headline|sweep] [--out DIR] [--minutes 9]
 
-Work is 6 T' H V flops (4 T' H V with a frozen weight, 2 T' H V for log-probabilities alone), T' the tokens that train:
-the same for every contender, whatever it does. All take bf16 hidden states and weight, and the same loss; QuACK alone
-has another, the summed cross entropy, whose gradient needs no loss of the caller: a ceiling. Each peer gets the mask in
-the way it takes one. Random rows are flat, with labels from anywhere; LLM-like ones have a favourite token, and labels
-drawn from the row.
-The error is of ∂hidden, on a sample of tokens, against fp64; the first table compares every gradient in full.
+Work is 6 T' H V flops (4 T' H V with a frozen weight, 2 T' H V for log-probabilities alone), where T' is the number of
+tokens that train. It is the same for every contender, whatever that computes. All get bf16 hidden states and weight and
+compute the same loss, except QuACK: its loss is the summed cross entropy, which needs no loss of the caller, so its
+time is a ceiling. Each peer gets the mask in its own form. Random rows have flat distributions and random labels;
+LLM-like rows have a favourite token, and labels drawn from the row. The error is that of ∂hidden against fp64, on a
+sample of tokens; the first table compares all gradients in full.
 """
 
 import itertools
@@ -33,7 +33,7 @@ CLIP = Clip(0.2, 0.28, float("inf"))  # no dual clip: not every peer has one
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 COLUMNS = 32768  # of TRL's tiles: what its trainers take
-SAMPLE = 64  # tokens whose gradient is checked in a timed case
+SAMPLE = 64  # number of tokens whose gradient is checked in a timed case
 LLM_LIKE = "LLM-like"
 FLOPS = {"train": 6, "frozen weight": 4, "log-probabilities": 2}
 
@@ -94,7 +94,7 @@ class Batch:
         self.weight = (torch.randn(case.V, case.H, **random) / case.H**0.5).to(DTYPE)
         self.label = torch.randint(0, case.V, shape, **random)
         if case.rows == LLM_LIKE:
-            # A weight has length 1: the favourite's logit is its confidence, and noise as the others'.
+            # Weights have length 1, so the favourite token's logit is its confidence plus the others' noise.
             self.hidden += (confidence(shape, **random)[..., None] * self.weight[self.label]).to(DTYPE)
             chunks = self.hidden.flatten(0, 1).split(1024)
             labels = [drawn(hidden @ self.weight.T, random["generator"]) for hidden in chunks]
@@ -126,7 +126,7 @@ class Batch:
         ).loss
 
     def outputs(self, loss_or_logp: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> dict:
-        """The timed call ends here: with the backward pass, or with the log-probabilities."""
+        """The end of the timed call: the backward pass, or the log-probabilities."""
         if self.case.task == "log-probabilities":
             return {"logp": loss_or_logp.flatten()[self.sample]}
         wanted = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
@@ -137,7 +137,7 @@ class Batch:
         return found
 
     def exact(self) -> dict:
-        """fp64, over the sampled tokens, the vocabulary in slices."""
+        """The exact result in fp64 for the sampled tokens, computed in slices of the vocabulary."""
         hidden = self.hidden.flatten(0, 1)[self.sample].double()
         slices = [slice(start, start + 16384) for start in range(0, self.case.V, 16384)]
         logits = torch.cat([hidden @ self.weight[piece].double().T for piece in slices], 1)
@@ -162,7 +162,7 @@ class Batch:
 
 
 def from_logp(batch: Batch, head):
-    """A contender that gives log-probabilities, with the loss on top. `head(hidden_NH, weight, label_N) -> logp_N`"""
+    """A contender that computes log-probabilities, then our loss. `head(hidden_NH, weight, label_N) -> logp_N`"""
 
     def call() -> dict:
         hidden, weight = batch.leaves()
@@ -234,7 +234,7 @@ def verl_triton(batch: Batch):
 
 
 def trl_chunked(batch: Batch):
-    """As its trainers call it: on a GPU masked rows are left out before, on a CPU they are computed."""
+    """As TRL's trainers call it: on a GPU masked rows are left out before, on a CPU they are computed."""
     chunked, keep = trl_chunked_logprob(), batch.mask.flatten()
 
     def head(hidden, weight, label):
@@ -265,7 +265,7 @@ def liger_grpo(batch: Batch):
 
 
 def liger_scaled_cross_entropy(batch: Batch):
-    """On Hopper a CuTe kernel, which needs nvidia-cutlass-dsl; elsewhere verl's way in PyTorch."""
+    """On Hopper a CuTe kernel, which needs nvidia-cutlass-dsl; elsewhere PyTorch code like verl's."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Function
 
     return from_logp(batch, lambda h, w, y: -Function.apply(h, w, batch.ignoring, 1.0, -100, 1, False))
@@ -286,7 +286,7 @@ def flash_attention(batch: Batch):
 
 
 def quack(batch: Batch):
-    """Not this loss: the sum of the cross entropies, its gradient computed in forward as ours."""
+    """Computes another loss: the sum of cross entropies, with the gradient computed in the forward pass like ours."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     if batch.case.task == "log-probabilities":

@@ -1,10 +1,10 @@
-"""What does a head cost on a CPU, where the quickstart runs: the reference against what else computes the loss there?
+"""How much does a head cost on a CPU, where the quickstart runs: our reference compared with others that run there?
 
     python bench/head_cpu.py [--smoke] [--rounds 3] [--out DIR]
 
-Forward and backward pass of the clipped loss from hidden states, at a small language model's shape, in fp32 and bf16,
-half of the tokens training. Seconds are this process's CPU time, so that other work on the machine counts for nobody;
-the competitors take turns in shuffled order. Memory is the peak of the process above what it held before the call.
+Forward and backward pass of the clipped loss from hidden states, with the shape of a small language model, in fp32 and
+bf16, with half of the tokens training. Seconds are this process's CPU time, so that other work on the machine does not
+count; the contenders take turns in random order. Memory is the peak above the memory of the process before the call.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Batch:
-    """Half of the tokens train; every peer gets the mask as it takes one."""
+    """The inputs; half of the tokens train, and every peer gets the mask in its own form."""
 
     def __init__(self, T: int, H: int, V: int, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -52,7 +52,7 @@ class Batch:
 
 
 def from_logp(batch: Batch, head: Head) -> Callable[[], Tensor]:
-    """The loss on a head's log-probabilities, with its backward pass; the gradient of the hidden states."""
+    """Compute the loss from a head's log-probabilities, and its backward pass; returns ∂hidden."""
 
     def call() -> Tensor:
         hidden, weight = batch.leaves()
@@ -133,7 +133,7 @@ CONTENDERS = {
 
 
 def resident_mib(peak: bool = False) -> float:
-    """What the process holds, or has held at most since `forget_peak`."""
+    """The memory of the process in MiB: now, or the peak since `forget_peak`."""
     name = "VmHWM" if peak else "VmRSS"
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1024
@@ -144,7 +144,7 @@ def forget_peak() -> None:
 
 
 def measure(batch: Batch, rounds: int) -> dict[str, dict]:
-    """Seconds, peak and error of each contender: the error of ∂hidden against fp32 eager, in units of its largest."""
+    """Seconds, peak and error of each contender; the error is that of ∂hidden, relative to fp32 eager's largest."""
     rows: dict[str, dict] = {name: {"cpu_s": [], "wall_s": []} for name in CONTENDERS}
     calls = {}
     single = Batch.__new__(Batch)
@@ -153,7 +153,7 @@ def measure(batch: Batch, rounds: int) -> dict[str, dict]:
     for name, prepare in CONTENDERS.items():
         try:
             call = prepare(batch)
-            # The first call also warms up; what it takes is not counted.
+            # The first call is a warm-up and is not counted.
             found = call().float()
         except Exception as error:
             rows[name]["note"] = one_line(error)

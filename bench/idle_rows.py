@@ -1,10 +1,10 @@
-"""What do rows without a gradient cost? Old log-probs and update of one step, verl's GRPO against HAPO's trainer.
+"""How much do rows without a gradient cost? Old log-probs and update of one step, in verl's GRPO and HAPO's trainer.
 
     python bench/idle_rows.py [--smoke] [--out DIR]
 
-Real: both trainers' `_step_once`, verl's training worker and its FSDP2 engine with a small Qwen2 on one rank (gloo,
-CPU). A dictionary stands in for TransferQueue, and rollouts are drawn (`tests/driver/step_process.py`). Both sides
-get the same rows, without demonstrations, of which a given share has an advantage; the sides take turns.
+Both trainers' `_step_once`, verl's training worker and its FSDP2 engine are real, with a small Qwen2 on one rank (gloo,
+CPU). TransferQueue is replaced by a dictionary, and rollouts are random (`tests/driver/step_process.py`). Both sides
+get the same rows, without demonstrations, of which a given share has a nonzero advantage; the sides take turns.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tests.driver import step_process
 from tests.driver.step_process import Queue, Run
 
 N, PROMPT = 4, 16
-# Of 36 groups those that have a signal.
+# Numbers of groups, of 36, that have a signal.
 SHARES = {"1/9": 4, "1/4": 9, "1/2": 18, "1": 36}
 _SIZES = (
     f"actor_rollout_ref.rollout.n={N}",

@@ -1,10 +1,10 @@
-"""Which launch settings are fastest on this GPU? Every candidate of the table, kernel by kernel and dtype by dtype.
+"""Which launch settings are fastest on this GPU? Measures every candidate of the table for each kernel and dtype.
 
     python bench/launch_settings.py --out DIR [--minutes 2] [--write] [--smoke]
 
-DIR gets launch_settings.json, every time that was measured, and launch_table.json, the table with the fastest candidate
-of each kernel. `--write` puts that table in the place of the package's. What the time does not reach keeps its entry. A
-candidate that is less than 2 % faster than the entry that is there does not replace it.
+It writes DIR/launch_settings.json, with all measured times, and DIR/launch_table.json, the table with the fastest
+candidates. `--write` also replaces the package's table. Entries that the time does not suffice for are kept, and a
+candidate replaces an entry only if it is at least 2 % faster.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Timer = Callable[[Callable[[], object]], float]
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Median of 20 calls behind 3, the L2 cache overwritten between them."""
+    """The median of 20 calls after 3 warm-up calls; the L2 cache is overwritten between calls."""
     import torch
 
     flush = torch.empty(2**26, dtype=torch.float32, device="cuda") if torch.cuda.is_available() else None
@@ -47,7 +47,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def calls(device: str, dtype: torch.dtype, *, tiny: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """Each kernel of the table, the storage dtype of its entry, and a call that is little else than this kernel."""
+    """Each kernel of the table with the storage dtype of its entry, and a call that does little beside this kernel."""
     import torch
 
     from hapo_kernels.launch import DTYPES
@@ -97,7 +97,7 @@ def calls(device: str, dtype: torch.dtype, *, tiny: bool) -> Iterator[tuple[str,
 
 
 def measure(candidates: list[Launch], kernel: str, call: Callable[[], object], timer: Timer) -> dict[Launch, float]:
-    """Milliseconds of every candidate, interleaved twice; the better time of each counts."""
+    """The milliseconds of every candidate: the better of two interleaved measurements."""
     from hapo_kernels.launch import trying
 
     found: dict[Launch, float] = {}
@@ -109,7 +109,7 @@ def measure(candidates: list[Launch], kernel: str, call: Callable[[], object], t
 
 
 def chosen(settings: Settings, kernel: str, dtype: str, times: dict[Launch, float], source: str) -> Settings:
-    """The settings with the fastest candidate; the one that is there stays unless another is faster by GAIN."""
+    """The settings with the fastest candidate; the present one is kept unless another is faster by GAIN."""
     from hapo_kernels.launch import Chosen
 
     present = settings.chosen[kernel][dtype].launch
@@ -131,9 +131,9 @@ def run(
     deadline: float,
     report: Callable[[list], None] = lambda rows: None,
 ) -> tuple[dict[str, Settings], list[dict]]:
-    """The table with an architecture's entries as they were measured, and every time; `report` gets these as they come.
+    """Measure an architecture's entries; returns the new table and all times, which `report` also gets one by one.
 
-    A storage dtype is measured as a whole before the next one: bf16, that of training, first.
+    All kernels are measured for one storage dtype before the next; bf16, which training uses, is first.
     """
     from hapo_kernels.launch import DTYPES
 
@@ -155,7 +155,7 @@ def run(
 
 
 def source_of(machine: dict[str, str]) -> str:
-    """Where a measured entry comes from, in one line."""
+    """The source of a measured entry, in one line."""
     return (
         f"measured on {machine['device']}, torch {machine['torch']}, triton {machine['triton']}, {machine['date']}, "
         f"commit {machine['commit']}"

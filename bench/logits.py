@@ -1,10 +1,10 @@
-"""What does the policy loss cost from logits that the model has already made: forward, and with ∂logits?
+"""How much does the policy loss cost from existing logits: forward only, and with ∂logits?
 
     python bench/logits.py [--smoke] [--out DIR] [--minutes 9]
 
-Work is the least traffic of the task: bf16 logits read once, ∂logits written once. The error is of ∂logits, on a
-sample of tokens, against fp64. Random rows are flat, with labels from anywhere; LLM-like ones have a favourite token,
-and labels drawn from the row.
+Work is the least possible traffic: bf16 logits read once, ∂logits written once. The error is that of ∂logits against
+fp64, on a sample of tokens. Random rows have flat distributions and random labels; LLM-like rows have a favourite
+token, and labels drawn from the row.
 """
 
 import harness
@@ -98,7 +98,7 @@ def hapo(batch: Batch):
 def liger(batch: Batch):
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-    # It takes one position more than there are labels.
+    # It needs one more position than there are labels.
     padded = torch.cat([batch.logits, batch.logits[:, :1]], 1)
     settings = {"temperature": 1.0, "beta": 0.0, "eps_low": CLIP.low, "eps_high": CLIP.high, "inplace": False}
 
@@ -115,7 +115,7 @@ def liger(batch: Batch):
 
 
 def fla(batch: Batch):
-    """Not this loss: one update a batch, so that the ratio is 1 and nothing is clipped. As much traffic."""
+    """Computes another loss: one update per batch, so that the ratio is 1 and nothing is clipped. Same traffic."""
     if not CUDA:
         raise RuntimeError("needs a GPU")
     from fla.modules.grpo.ops import fused_grpo_loss

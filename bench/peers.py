@@ -1,7 +1,7 @@
-"""How a peer's kernels are imported where the rest of the peer cannot be: without Ray for verl's, data sets for TRL's.
+"""Imports a peer's kernels without the rest of the peer, which may need more packages, such as Ray for verl.
 
-A peer that is not there, or that needs more than torch, Triton and transformers, raises ModuleNotFoundError: a line in
-a bench's table.
+If a peer is not installed, or needs more than torch, Triton and transformers, ModuleNotFoundError is raised, which
+becomes a line in the bench's table.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 
 def without_init(*packages: str) -> None:
-    """Let modules of these packages be imported without running the packages' `__init__`, parents first.
+    """Let modules of these packages be imported without running the packages' `__init__`; parents come first.
 
-    A package that is imported already stays what it is.
+    A package that is already imported is not changed.
 
     Raises:
-        ModuleNotFoundError: it is not installed.
+        ModuleNotFoundError: if a package is not installed.
     """
     for name in packages:
         if name in sys.modules:
@@ -34,7 +34,7 @@ def without_init(*packages: str) -> None:
 
 
 def verl_kernels() -> None:
-    """Makes `verl.utils.kernel`, `.groupwise` and `.experimental` importable: they need torch and Triton, verl Ray."""
+    """Make `verl.utils.kernel`, `.groupwise` and `.experimental` importable without Ray, which verl itself needs."""
     without_init("verl", "verl.utils")
 
 
@@ -42,7 +42,7 @@ def trl_chunked_logprob() -> Any:
     """TRL's `ChunkedLogProbFunction`, since 1.15: hidden, weight, bias, label, τ, columns, softcap, scale, outputs."""
     without_init("trl", "trl.trainer")
     if "trl.trainer.utils" not in sys.modules:
-        # The backward pass takes one function from a module that imports datasets, accelerate and pandas. It gathers a
+        # The backward pass uses one function of a module that imports datasets, accelerate and pandas. It gathers a
         # weight that DeepSpeed has sharded; here no weight is.
         utils: Any = ModuleType("trl.trainer.utils")
         utils.maybe_gather_lm_head_ctx = lambda *parameters: contextlib.nullcontext()

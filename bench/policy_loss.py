@@ -1,8 +1,8 @@
-"""What does the policy loss cost from per-token log-probabilities: loss, gradient and metrics, one launch against many?
+"""How much does the policy loss cost from log-probabilities: loss, gradient and metrics in one launch or in many?
 
     python bench/policy_loss.py [--smoke] [--out DIR] [--minutes 9]
 
-Work is the least traffic of the task: 4 B policy + 4 B behaviour + 1 B mask + 4 B gradient a token.
+Work is the least possible traffic: 4 B policy + 4 B behaviour + 1 B mask + 4 B gradient per token.
 """
 
 import harness

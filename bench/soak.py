@@ -1,11 +1,11 @@
-"""Does a long run stay as it is? Each process's memory over 1,000 steps of verl's trainer, and what is left behind.
+"""Does memory grow in a long run? Measures each process over 1,000 steps of verl's trainer, and what is left behind.
 
     python bench/soak.py                  ten to twenty minutes on two cores
-    python bench/soak.py --steps 4        a look whether it runs
+    python bench/soak.py --steps 4        a quick check that it runs
 
-A tiny model, 4 prompts x 4 rollouts a step, the gate that remembers prompts, a checkpoint every 250 steps. Memory is
-that which is a process's own (USS): pages that it shares belong to nobody. A process is flat where the median of no
-tenth of the run, from a fifth of it on, is more than 5 % (of a small process 2 MiB) from that of the first of them.
+A tiny model, 4 prompts x 4 rollouts per step, the gate that remembers prompts, and a checkpoint every 250 steps. Memory
+is the unshared memory of a process (USS). The first fifth of the run does not count; of each later tenth the median is
+taken. A process is flat if no median differs from the first one by more than 5 %, or 2 MiB for a small process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SETTINGS = [
 
 
 def prepared(folder: Path, steps: int) -> Launch:
-    """The run, its model and its data in a folder."""
+    """Write the model and the data of the run into a folder, and return its launch."""
     tiny_model.write(folder / "model", alphabet="0123456789", hidden=64, layers=2, seed=1)
     digits.write(folder / "data", digits=3, train=512, heldout=16, seed=1)
     settings = {"data.max_response_length": 4}
@@ -60,12 +60,12 @@ def prepared(folder: Path, steps: int) -> Launch:
 def windows(
     samples: Sequence[tuple[float, dict[str, int]]], times: Sequence[float], steps: int
 ) -> dict[str, list[float | None]]:
-    """Of each process the median MiB of its own in each tenth of the run, from a fifth of it on.
+    """The median of each process's unshared MiB in each tenth of the run, without the first two tenths.
 
     Args:
-        samples: seconds, and bytes by process.
+        samples: pairs of seconds, and bytes by process.
         times: seconds at which step 1, 2, ... had ended.
-        steps: of the run.
+        steps: number of steps of the run.
     """
     tenths: dict[str, list[list[int]]] = {}
     for seconds, own in samples:
@@ -82,24 +82,24 @@ def windows(
 
 
 def drift(medians: Sequence[float | None]) -> float:
-    """The largest deviation from the first median, relative to it."""
+    """The largest relative deviation from the first median."""
     held = [value for value in medians if value is not None]
     return max(abs(value - held[0]) for value in held) / held[0]
 
 
 def is_flat(medians: Sequence[float | None]) -> bool:
-    """No median is farther from the first than 5 % of it or 2 MiB."""
+    """Whether no median differs from the first one by more than 5 % or 2 MiB."""
     first = next(value for value in medians if value is not None)
     return drift(medians) * first <= max(FLAT * first, FLAT_MIB)
 
 
 def listing() -> set[Path]:
-    """Files of shared memory and of the temporary folder."""
+    """List the files of shared memory and of the temporary folder."""
     return {path for folder in ("/dev/shm", tempfile.gettempdir()) for path in Path(folder).glob("*")}
 
 
 def unused(paths: Iterable[Path]) -> list[str]:
-    """Those that no process has mapped or as its temporary folder: other runs may go on on this machine."""
+    """The files that no process uses, as mapped memory or temporary folder, since other runs may be using some."""
     used = ""
     for process in psutil.process_iter():
         try:
@@ -110,7 +110,7 @@ def unused(paths: Iterable[Path]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 0 when every process is flat and nothing is left behind."""
+    """Run the command line and return the exit code: 0 if every process is flat and nothing is left behind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def environment(process: psutil.Process) -> list[str]:
-    """Of a process, as `name=value`; empty where it may not be read."""
+    """The environment of a process, as `name=value`; empty if it may not be read."""
     try:
         return [f"{name}={value}" for name, value in process.environ().items()]
     except psutil.Error:

@@ -1,11 +1,11 @@
-"""What does HAPO itself cost in a step? One step of verl's own trainer and of HAPO's, without model and GPU.
+"""How much does HAPO itself cost in a step? One step of verl's own trainer and of HAPO's, without model and GPU.
 
     python bench/step_cost.py [--smoke] [--out DIR]
 
-Real: the agent loop worker with its agent loop, tokenizer and reward worker, TransferQueue with its Ray actors, and the
-trainer's methods. Replaced by random numbers: vLLM's tokens and the actor's log-probs, neither counted.
-Every rollout fails and every demonstration holds, so that every group is injected; `append` writes a row more a group,
-and the gate `posterior` knows a million prompts: nothing that HAPO offers costs more.
+The agent loop worker with its agent loop, tokenizer and reward worker, TransferQueue with its Ray actors, and the
+trainer's methods are real. vLLM's tokens and the actor's log-probs are replaced by random numbers, whose time does not
+count. The case is the most expensive one: every rollout fails and every demonstration is verified, so that every group
+is injected; `append` writes one more row per group, and the gate `posterior` knows a million prompts.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ import tiny_model
 N, KNOWN, WAVE, MIB = 16, 1_000_000, 16, 2**20
 SOURCE, ANSWER = "openai/gsm8k", "#### 42"
 RANKS = 8
-# Twice the tokens that 24 GiB hold beside TransferQueue.
+# Twice the tokens that fit into 24 GiB beside TransferQueue.
 FULL_P, FULL_T = 1024, 8192
 DRIVER = ("submit", "balance", "old log-probs", "advantage")
 Found = dict[str, dict[str, float]]
 
 
 class Wire:
-    """Bytes of TransferQueue's messages that this process sends and receives."""
+    """Counts the bytes of TransferQueue's messages that this process sends and receives."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -80,19 +80,19 @@ class Wire:
 
 
 class Server:
-    """In vLLM's place: random tokens, N sessions at a time. The last session of every prompt comes after all others."""
+    """Replaces vLLM: random tokens, N sessions at a time. The last session of every prompt ends after all others."""
 
     def __init__(self, tokens: range) -> None:
         self._tokens, self._rng = tokens, np.random.default_rng(0)
         self.start(0, 0)
 
     def start(self, prompts: int, T: int) -> None:
-        """A wave of prompts, to be answered with up to T tokens."""
+        """Start a wave of prompts, to be answered with up to T tokens."""
         self._T, self._asked, self._left = T, Counter(), prompts * (N - 1)
         self._others_ended, self._slots = asyncio.Event(), asyncio.Semaphore(N)
 
     def ended(self) -> None:
-        """A session has ended."""
+        """Count a session that has ended."""
         self._slots.release()
         self._left -= 1
         if self._left == 0:
@@ -114,14 +114,14 @@ class Server:
 
 
 class Waves:
-    """What the bench adds to an agent loop worker: an end of each wave, and what it has used by then."""
+    """Methods that the bench adds to an agent loop worker: waiting for a wave, and measuring it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._wire = Wire()
         super().__init__(*args, **kwargs)
 
     async def roll(self, batch: TensorDict, T: int) -> tuple[int, float]:
-        """Rollouts of these prompts, put into TransferQueue; bytes on the wire, and the peak of memory in MiB."""
+        """Roll out these prompts into TransferQueue; returns bytes on the wire and the peak of memory in MiB."""
         worker: Any = self
         worker.llm_client.start(len(batch), T)
         before, floor = self._wire.bytes, reset_peak()
@@ -147,7 +147,7 @@ class HapoWorker(Waves, HapoAgentLoopWorker):
 
 
 class Actor:
-    """In the actor's place: random log-probs, and smaller rows where nothing to come reads them."""
+    """Replaces the actor: random log-probs, and smaller rows once nothing reads them any more."""
 
     def __init__(self) -> None:
         tq.init()
@@ -155,14 +155,14 @@ class Actor:
     def ready(self) -> None: ...
 
     def put_jagged(self, keys: list[str], lengths: list[int], names: list[str]) -> None:
-        """A float of each token in each of these fields."""
+        """Write these fields, with a float for each token."""
         for start in range(0, len(keys), 64):
             part = slice(start, start + 64)
             rows = [{name: -torch.rand(length) for name in names} for length in lengths[part]]
             tq.kv_batch_put(keys=keys[part], partition_id="train", fields=tu.list_of_dict_to_tensordict(rows))
 
     def copy(self, keys: list[str], uids: list[str], names: list[str]) -> None:
-        """A group's rows, these fields of them, once more for each of these prompts."""
+        """Copy these fields of a group's rows for each of these prompts."""
         tags = tq.kv_list("train")["train"]
         fields = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=names)
         for uid in uids:
@@ -175,13 +175,13 @@ class Actor:
             )
 
     def shrink(self, keys: list[str], names: list[str]) -> None:
-        """One token in the place of each of these fields."""
+        """Replace each of these fields by one token."""
         ones = TensorDict({name: torch.ones(len(keys), 1, dtype=torch.int64) for name in names}, batch_size=len(keys))
         tq.kv_batch_put(keys=keys, partition_id="train", fields=ones)
 
 
 def reset_peak() -> float:
-    """MiB resident now, which become the peak."""
+    """Reset the peak of memory to the current MiB, and return these."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return peak_mib(0.0)
@@ -193,7 +193,7 @@ def peak_mib(floor: float) -> float:
 
 
 def remote(actor: type) -> Any:
-    """As a Ray actor that asks for no CPU."""
+    """Make the class a Ray actor that needs no CPU."""
     return ray.remote(num_cpus=0)(actor)
 
 
@@ -202,7 +202,7 @@ def cpu_seconds(processes: list[psutil.Process]) -> float:
 
 
 def write_model(folder: Path) -> None:
-    """A tiny model with a tokenizer that has some thousand tokens: pairs of letters."""
+    """Write a tiny model with a tokenizer of some thousand tokens, pairs of letters."""
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [(a, b) for a in string.ascii_uppercase for b in string.ascii_lowercase]
     vocabulary = {token: i for i, token in enumerate([*symbols, *(a + b for a, b in merges)])}
@@ -216,7 +216,7 @@ def write_model(folder: Path) -> None:
 
 
 def a_row(index: int) -> dict[str, Any]:
-    """What verl's data set gives of a prompt."""
+    """A row as verl's data set returns it."""
     messages = [{"role": "user", "content": f"Question number {index}, and what is needed to answer it."}]
     return {
         "data_source": SOURCE,
@@ -231,14 +231,14 @@ def a_row(index: int) -> dict[str, Any]:
 
 
 def prompts(P: int, T: int, *, known: int, demonstrations: bool) -> TensorDict:
-    """P prompts as verl's dataloader hands them out, of a data set of `known`, with demonstrations of T tokens."""
+    """P prompts in the form of verl's dataloader, from a data set of `known` rows, with demonstrations of T tokens."""
     rng = random.Random(0)
     rows = [a_row(rng.randrange(known)) for _ in range(P)]
     if demonstrations:
         pairs = [a + b for a in string.ascii_uppercase for b in string.ascii_lowercase]
         words = ["".join(rng.choices(pairs, k=4)) for _ in range(4096)]
         for row in rows:
-            # A word is its space and four pairs of letters.
+            # A word is a space and four pairs of letters.
             row["demonstration"] = " ".join([*rng.choices(words, k=(T - 32) // 5), ANSWER])
     columns: dict[str, Any] = {
         name: np.array([row[name] for row in rows] + [None], dtype=object)[:-1] for name in rows[0]
@@ -251,12 +251,12 @@ def prompts(P: int, T: int, *, known: int, demonstrations: bool) -> TensorDict:
 
 
 class Bench:
-    """Ray, TransferQueue and the actors of both sides, and the meters."""
+    """Holds Ray, TransferQueue, the actors of both sides, and the meters."""
 
     def __init__(self, folder: Path, known: int) -> None:
         write_model(folder)
         self._folder, self._known, self._wire, self._not_counted = folder, known, Wire(), np.zeros(4)
-        # Ray would add 15 to the bench's own niceness: on a busy machine its actors would hardly run.
+        # Ray would add 15 to the bench's niceness, so that on a busy machine its actors would hardly run.
         os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False)
         tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 2}}}))
@@ -272,7 +272,7 @@ class Bench:
         ray.get(self.actor.ready.remote())
         self.processes = {"queue": []}
         for side in self.workers:
-            # What is slow only once: imports, the first calls.
+            # Warm-up: imports and first calls are slow only once.
             self.shrink(self._first_wave(side), "prompts")
         tq.kv_clear(keys=list(tq.kv_list("train")["train"]), partition_id="train")
         children = psutil.Process().children(recursive=True)
@@ -328,16 +328,16 @@ class Bench:
         )
 
     def keeper(self, known: int) -> Gatekeeper:
-        """A gatekeeper that knows so many prompts."""
+        """A gatekeeper that knows this many prompts."""
         keeper = Gatekeeper(HapoConfig.parse({"gate": {"name": "posterior"}}), total_steps=500)
         keeper.know(Prompts(known, a_row), prompt_column="prompt")
         return keeper
 
     def trainer(self, side: str, P: int) -> Any:
-        """verl's trainer or HAPO's, with random numbers in the place of the model."""
+        """verl's or HAPO's trainer, with random numbers instead of a model."""
         trainer: Any = (HapoTrainerSync if side == "hapo" else PPOTrainerSync)(self.config(side, P))
         trainer.global_steps, trainer.tokenizer, trainer.gatekeeper = 1, self.tokenizer, self.gatekeeper
-        # The way of the prompts to the workers: Ray serialises them once.
+        # Prompts go to the workers through Ray, which serialises them once.
         trainer.agent_loop_manager = SimpleNamespace(generate_sequences=ray.put)
         trainer.actor_rollout_wg = SimpleNamespace(
             _dispatch_info={"actor": list(range(RANKS))}, compute_log_prob=self._compute_log_prob
@@ -352,7 +352,7 @@ class Bench:
 
     @contextlib.contextmanager
     def meter(self, found: Found, part: str) -> Iterator[None]:
-        """What the driver does in here: seconds, bytes on the wire and the peak of memory above what it had."""
+        """A context that measures the driver: seconds, bytes on the wire, and the peak of memory above the start."""
         floor, before = reset_peak(), self._reading()
         yield
         wall, cpu, queue, wire = self._reading() - before
@@ -360,7 +360,7 @@ class Bench:
         found[part] = {"cpu s": cpu, "wall s": wall, "queue cpu s": queue, "wire MiB": wire / MIB, "peak MiB": peak}
 
     def stand_in(self, method: Any, *arguments: Any) -> None:
-        """A call of the actor, which no meter counts."""
+        """Call the actor without counting it in a meter."""
         before = self._reading()
         ray.get(method.remote(*arguments))
         self._not_counted += self._reading() - before
@@ -370,7 +370,7 @@ class Bench:
         return np.array([time.perf_counter(), time.process_time(), queue, self._wire.bytes]) - self._not_counted
 
     def rollouts(self, side: str, batch: TensorDict, T: int) -> dict[str, float]:
-        """The worker's part, in waves; what nobody reads any more leaves TransferQueue behind each wave."""
+        """Run the worker's part in waves; after each wave, data that nothing reads any more leaves TransferQueue."""
         before = {role: cpu_seconds(self.processes[role]) for role in (side, "reward")}
         queue = wall = wire = peak = 0.0
         for wave in batch.split(WAVE):
@@ -390,7 +390,7 @@ class Bench:
         }
 
     def update(self, side: str, uids: list[str]) -> Found:
-        """The driver's part of a step over these prompts' groups."""
+        """Run the driver's part of a step over the groups of these prompts."""
         trainer, found, metrics = self.trainer(side, len(uids)), {}, {}
         tags, keys = tq.kv_list("train")["train"], self.keys(uids)
         batch = tq.KVBatchMeta(partition_id="train", keys=keys, tags=[tags[key] for key in keys])
@@ -405,30 +405,30 @@ class Bench:
         return found
 
     def keys(self, uids: list[str]) -> list[str]:
-        """Keys of the rows of these prompts."""
+        """The keys of the rows of these prompts."""
         wanted = set(uids)
         return [key for key in tq.kv_list("train")["train"] if "_" in key and key.split("_")[0] in wanted]
 
     def shrink(self, uids: list[str], *names: str) -> None:
-        """Let go of these fields of these prompts' rows."""
+        """Drop these fields of these prompts' rows."""
         ray.get(self.actor.shrink.remote(self.keys(uids), list(names)))
 
     def resident_mib(self) -> dict[str, float]:
-        """Of every process of the bench, now."""
+        """The current memory of all processes of the bench, in MiB."""
         processes = {"driver": [psutil.Process()], **self.processes}
         return {role: sum(p.memory_info().rss for p in found) / MIB for role, found in processes.items()}
 
     def step(self, side: str, sizes: list[int], T: int, rolled: int) -> dict[int, Found]:
-        """Steps of so many prompts, the smaller ones a part of the largest.
+        """Run steps of these numbers of prompts, where the smaller ones are a part of the largest.
 
-        The worker rolls out `rolled` prompts; the rows of further groups are copies of theirs.
+        The worker rolls out only `rolled` prompts; the rows of all other groups are copies of theirs.
         """
         batch = prompts(max(sizes), T, known=self._known, demonstrations=side == "hapo")
         uids: Any = list(batch["uid"])
         found: dict[int, Found] = {}
         for P in sizes:
             found[P], trainer = {}, self.trainer(side, P)
-            # The last one's situations reach the worker: those of the whole batch.
+            # The worker gets the situations of the last one, the whole batch.
             part = batch[:P] if len(batch) > P else batch
             with self.meter(found[P], "submit"):
                 trainer._submit_batch_to_rollout(part)
@@ -458,7 +458,7 @@ class Bench:
             ray.get(self.actor.copy.remote(keys, more[number :: len(of_prompt)], names))
 
     def memory_of_prompts(self, P: int, known: int) -> dict[str, float]:
-        """CPU milliseconds of the gatekeeper in a step of P prompts, when it knows so many."""
+        """CPU milliseconds of the gatekeeper in a step of P prompts, when it knows `known` prompts."""
         keeper, spent = self.keeper(known), []
         rows = [a_row(random.Random(index).randrange(known)) for index in range(P)]
         columns = {name: [row[name] for row in rows] for name in ("raw_prompt", "data_source", "extra_info", "prompt")}
@@ -477,7 +477,7 @@ def total(parts: Found, name: str, of: tuple[str, ...] = DRIVER) -> float:
 
 
 def step_seconds(P: int, T: int, gpus: int) -> float:
-    """A step of 7B, computed: `recipes/README.md` says how, with rows of T tokens, and prompts of 250."""
+    """Computed seconds of a step of a 7B model, with rows of T tokens and prompts of 250; see `recipes/README.md`."""
     rows, parameters = P * N, 7.62e9
     training = 10 * parameters * rows * (T + 250) / (gpus * 312e12 * 0.4)
     generation = max(rows * T / (gpus * 2500), T / 40)
@@ -538,7 +538,7 @@ def report(content: dict, say: Callable[[str], None]) -> None:
 
 
 def shares(cases: dict) -> list[dict[str, float]]:
-    """The driver's seconds for 1,024 prompts of 8,192 tokens, in proportion to the largest batch, beside a step."""
+    """The driver's seconds for 1,024 prompts of 8,192 tokens, scaled from the largest batch, relative to a step."""
     T = max(cases)
     P = max(cases[T]["verl"])
     factor, rows = FULL_P * FULL_T / (P * T), []
@@ -583,7 +583,7 @@ def main() -> None:
         try:
             for T, batches in sizes.items():
                 content["cases"][T] = {side: bench.step(side, batches, T, rolled) for side in ("verl", "hapo")}
-                # A run cut short keeps what it has.
+                # Written each time, so that an interrupted run loses nothing.
                 (arguments.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
                 content["load"].append(os.getloadavg()[0])
             largest = max(batches[-1] for batches in sizes.values())

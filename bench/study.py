@@ -1,16 +1,16 @@
-"""Which gate, replace or append, which method? Settings and seeds on tasks that a tiny model learns in a minute.
+"""Which gate, which mode and which method learn best? Runs settings and seeds on tasks that a tiny model learns fast.
 
-    python bench/study.py gates                             gates and modes, one line a run; goes on where it stopped
+    python bench/study.py gates                             gates and modes, one line a run; continues where it stopped
     python bench/study.py methods                           GRPO, DAPO, LUFFY, SRFT, REAL, HAPO; three seeds
     python bench/study.py language                          the methods, the losses of a demonstration and SFT on
                                                             SmolLM2-135M-Instruct; 10 minutes a run on one core
     python bench/study.py gates --task digits4 --seeds 2    a part of it
-    python bench/study.py trainer                           those that decide in verl's trainer, 10 minutes a run
-    python bench/study.py gates --report                    tables, picture and page of the runs that there are
+    python bench/study.py trainer                           the most important ones in verl's trainer, 10 minutes a run
+    python bench/study.py gates --report                    tables, picture and page of the finished runs
 
-Every other run is the plain loop (`recipes/plain_loop/plain_loop.py`): `hapo_verl.algo` without verl. Cells
-of one task differ in what is compared only: same model, questions and steps at each seed. The gates share a learning
-rate; each method runs at every rate of `RATES` and is shown, task by task, at its best.
+All runs but those of `trainer` use the plain loop (`recipes/plain_loop/plain_loop.py`): `hapo_verl.algo` without verl.
+The cells of a task differ only in what is compared: model, questions and steps are the same for each seed. The gates
+share one learning rate; each method runs at every rate of `RATES`, and for each task its best rate is shown.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ SHOWN = 120
 TASKS = {
     "digits3": Settings(digits=3, hidden=64, steps=120),
     "digits4": Settings(digits=4, hidden=128, steps=180),
-    # The demonstrations take a detour of a dot, for which half of the questions leave no room.
+    # The demonstrations start with a dot, which only half of the questions allow.
     "detour3": Settings(digits=3, detour=1, hidden=128, steps=200),
 }
 GATES = ("paper", "zero", "annealed", "adaptive", "posterior", "always")
-# Held-out success of the policy before the run: about none, one in a hundred, one in five.
+# Tasks named by the held-out success of the policy before the run: about none, one in a hundred, one in five.
 METHOD_TASKS = {
     "never": Settings(digits=3, hidden=64, steps=200),
     "rarely": Settings(digits=3, hidden=64, steps=200, warm=0.01),
@@ -121,7 +121,7 @@ DECIDING = [cell for cell in EVERY if cell[1] == "append"] + [("paper", "replace
 
 
 class Run(NamedTuple):
-    """One training run: the settings and the row of the report that it belongs to."""
+    """One training run: its settings, and the row of the report that it belongs to."""
 
     task: str
     cell: str
@@ -129,7 +129,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the run, by which it is known to be done."""
+        """The name of the run, which marks it as done in the results."""
         normalised = "" if self.settings.scale_by_std else "-nostd"
         cell = self.cell.replace("/", "-").replace(", ", "-").replace(" ", "-")
         return f"{self.task}-{cell}{normalised}-seed{self.settings.seed}"
@@ -144,7 +144,7 @@ def gate_runs(tasks: Iterable[str], seeds: int) -> list[Run]:
                 base = replace(TASKS[task], scale_by_std=scale_by_std, seed=seed)
                 for gate, mode in EVERY if task == "digits3" and scale_by_std else DECIDING:
                     runs.append(Run(task, f"{gate}/{mode}", replace(base, gate=gate, mode=mode)))
-                # Why append is faster: the worst rollout is dropped, but the others are not compared with the teacher.
+                # To see why append is faster: replace the worst rollout, but compare the others with each other only.
                 runs.append(Run(task, "paper/replace on_policy", replace(base, statistics="on_policy")))
     return runs
 
@@ -161,7 +161,7 @@ def method_runs(tasks: Iterable[str], seeds: int) -> list[Run]:
 
 
 def language_runs(tasks: Iterable[str], seeds: int, rates: Sequence[float]) -> list[Run]:
-    """Every run on the language model, one seed of all methods in front of the next."""
+    """Every run on the language model; all methods of one seed come before the next seed."""
     return [
         Run(task, f"{method} {lr:g}", replace(LANGUAGE_TASKS[task], **fields, lr=lr, seed=seed))
         for seed in range(seeds)
@@ -174,7 +174,7 @@ def language_runs(tasks: Iterable[str], seeds: int, rates: Sequence[float]) -> l
 def train_one(one: Run) -> dict[str, Any]:
     """The record of a run."""
     torch.set_num_threads(1)
-    # Of this process, which has one thread: the clock of a machine that does other things as well says less.
+    # CPU time of this process, which has one thread, since other work on the machine would distort the clock time.
     started = time.process_time()
     history = train(one.settings, probe=probe(one.settings)) if one.task in LANGUAGE_TASKS else train(one.settings)
     return {
@@ -197,7 +197,7 @@ def _first_reaching(points: Sequence[tuple[int, float]], level: float) -> float:
 
 
 def _late(points: Sequence[tuple[int, float]], share: float = 0.2) -> float:
-    """Mean over the last fifth; where the policy's own rows gave no gradient there is nothing to compare with."""
+    """The mean over the last fifth of the run, without steps in which the policy's own rows gave no gradient."""
     finite = [value for _, value in points[-max(1, int(len(points) * share)) :] if value != float("inf")]
     return statistics.fmean(finite) if finite else float("nan")
 
@@ -206,7 +206,7 @@ def _area(record: dict[str, Any]) -> float:
     return statistics.fmean(value for _, value in record["history"]["heldout_success"])
 
 
-# Column and how to take it from a run.
+# Column → function that computes it from a run.
 CURVE = {
     "held-out, last": lambda r: r["history"]["heldout_success"][-1][1],
     "area under held-out": _area,
@@ -254,13 +254,13 @@ class Section(NamedTuple):
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    """The records of every run that is done, in the order of their names."""
+    """The records of all finished runs, in the order of their names."""
     lines = path.read_text().splitlines() if path.exists() else []
     return sorted((json.loads(line) for line in lines), key=lambda record: record["name"])
 
 
 def gate_sections(records: Iterable[dict[str, Any]]) -> list[Section]:
-    """A section a task and normalisation."""
+    """One section for each task and normalisation."""
     found: dict[tuple[str, bool], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         found[record["task"], record["settings"]["scale_by_std"]][record["cell"]].append(record)
@@ -274,7 +274,7 @@ def gate_sections(records: Iterable[dict[str, Any]]) -> list[Section]:
 def method_sections(
     records: Iterable[dict[str, Any]], study: str = "methods", titles: Mapping[str, str] | None = None
 ) -> list[Section]:
-    """A section a task, each method at the learning rate of its largest area under the held-out curve."""
+    """One section for each task; each method at the learning rate with the largest area under its held-out curve."""
     found: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
@@ -295,12 +295,12 @@ def method_sections(
 
 
 def trainer_file(preset: str, seed: int) -> Path:
-    """Where the result of a run of verl's trainer lies; `make quickstart` writes the same."""
+    """The path of the result of a run in verl's trainer, in the format that `make quickstart` writes."""
     return RESULTS / "quickstart" / f"{preset}-seed{seed}.json"
 
 
 def trainer_sections() -> list[Section]:
-    """The runs of verl's trainer, as far as all presets have gone."""
+    """The runs in verl's trainer, up to the last step that all presets have reached."""
     cells: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for preset in TRAINER:
         for path in sorted((RESULTS / "quickstart").glob(f"{preset}-seed*.json")):
@@ -319,7 +319,7 @@ def trainer_sections() -> list[Section]:
 
 
 def train_in_verl(seeds: int) -> None:
-    """Run what is missing, one trainer at a time."""
+    """Run the missing runs in verl's trainer, one at a time."""
     jobs = [(preset, seed) for seed in range(1, seeds + 1) for preset in TRAINER]
     missing = [job for job in jobs if not trainer_file(*job).exists()]
     print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are done", flush=True)
@@ -332,7 +332,7 @@ def train_in_verl(seeds: int) -> None:
 
 
 def summary(values: Sequence[float]) -> str:
-    """Mean and deviation over seeds; how many seeds where some never got there."""
+    """Mean and deviation over seeds; if some seeds have no value, the number of those that have one."""
     there = [value for value in values if value == value]
     if not there:
         return "–"
@@ -343,7 +343,7 @@ def summary(values: Sequence[float]) -> str:
 
 
 def table(section: Section) -> list[list[str]]:
-    """Header and rows, cells in the order of the area under their held-out curve."""
+    """A table, with the cells in the order of the area under their held-out curve."""
     order = sorted(section.cells, key=lambda cell: -statistics.fmean(map(_area, section.cells[cell])))
     return [["", *section.columns]] + [
         [cell, *(summary([measure(run) for run in section.cells[cell]]) for measure in section.columns.values())]
@@ -359,7 +359,7 @@ def heading(section: Section) -> str:
 
 
 def panels(study: str, sections: Sequence[Section]) -> list[list[Section]]:
-    """Rows of the picture; the gates' one row a mode, GRPO in both."""
+    """The rows of the picture; for the gates one row per mode, with GRPO in both."""
     if study != "gates":
         return [list(sections)]
     scaled = [section for section in sections if section.title.endswith(", std")]
@@ -381,7 +381,7 @@ def panels(study: str, sections: Sequence[Section]) -> list[list[Section]]:
 
 
 def draw(rows: Sequence[Sequence[Section]], labels: Sequence[str], path: Path) -> None:
-    """Held-out success: mean over seeds and its 95 % band."""
+    """Draw the held-out success: the mean over seeds with its 95 % band."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -415,7 +415,7 @@ def draw(rows: Sequence[Sequence[Section]], labels: Sequence[str], path: Path) -
 
 
 def report(study: str, out: Path) -> None:
-    """`<study>.md`, `.png` and `.html` from the curves in `<study>.jsonl`."""
+    """Write `<study>.md`, `.png` and `.html` from the curves in `<study>.jsonl`."""
     records = load(out / f"{study}.jsonl")
     sections = {
         "gates": lambda: gate_sections(records),

@@ -1,12 +1,12 @@
-"""Do both trainers tell the same story? The quickstart's word problems in TRL's trainer, with HAPO and without.
+"""Does TRL's trainer show the same as verl's? The quickstart's word problems in TRL's trainer, with and without HAPO.
 
     python bench/trl_words.py --trainer hapo --steps 24     recipes/trl/words.py, tested every sixth step
     python bench/trl_words.py --trainer grpo --steps 6      TRL's own GRPOTrainer, the same settings
 
-    python bench/trl_words.py --table                       results/trl/README.md of what lies there
+    python bench/trl_words.py --table                       write results/trl/README.md from the results there
 
-Runs in the environment of TRL. Writes results/trl/NAME-seedS.json after every test, and goes on from its last
-checkpoint (--checkpoints) when it is started again.
+Runs in the environment with TRL. It writes results/trl/NAME-seedS.json after every test; when started again, it
+continues from its last checkpoint (--checkpoints).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NOTED = ("hapo/on_policy_success", "hapo/injected/group_share", "hapo/demonstrat
 
 
 class Record(TrainerCallback):
-    """Held-out success every so many steps, and the trainer's own metrics of each."""
+    """A callback that records held-out success every few steps, and the trainer's own metrics of each step."""
 
     def __init__(self, path: Path, every: int, about: dict[str, Any]) -> None:
         self._path, self._every, self._started = path, every, time.monotonic()
@@ -63,7 +63,7 @@ class Record(TrainerCallback):
 
 
 def table(folder: Path) -> str:
-    """A row a run: held-out success over the steps, on-policy success, time, machine, commit and command."""
+    """A table with a row for each run: held-out and on-policy success, time, machine, commit and command."""
     lines = [
         "# Word problems in TRL's trainer",
         "",
@@ -93,7 +93,7 @@ def table(folder: Path) -> str:
 
 
 def main() -> None:
-    """Train, or go on training."""
+    """Train, or continue a training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--trainer", choices=("hapo", "grpo"))

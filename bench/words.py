@@ -1,7 +1,7 @@
-"""The quickstart's runs on word problems as one table and one picture, from the `result.json` of each.
+"""Makes one table and one picture of the quickstart's runs on word problems, from the `result.json` of each run.
 
-make quickstart PRESET=plus SEED=1     # a run; its result.json goes to bench/results/quickstart_words/plus-seed1.json
-python bench/words.py                  # table and picture of all that lie there
+make quickstart PRESET=plus SEED=1     # a run; copy its result.json to bench/results/quickstart_words/plus-seed1.json
+python bench/words.py                  # table and picture of all results there
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(found: Mapping[str, Iterable[Mapping[str, Any]]]) -> str:
-    """A row a preset and number of steps: of each seed the first and last held-out success, new templates, costs."""
+    """The table, with a row for each preset and number of steps: success before and after for each seed, and costs."""
     lines = [
         "| preset | seeds | steps | held-out success, first | last | new templates | minutes | peak GiB | commit |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -59,7 +59,7 @@ def table(found: Mapping[str, Iterable[Mapping[str, Any]]]) -> str:
 
 
 def by_steps(found: Mapping[str, Iterable[Mapping[str, Any]]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """Runs of a preset that took as many steps, which its schedules of rate and gate depend on; the longest first."""
+    """A preset's runs grouped by their number of steps, on which the schedules depend; the longest come first."""
     return [
         (preset, [run for run in results if run["steps"] == steps])
         for preset, results in found.items()
@@ -72,7 +72,7 @@ def _all(values: Iterable[str]) -> str:
 
 
 def draw(found: Mapping[str, Iterable[Mapping[str, Any]]], path: Path) -> None:
-    """Held-out success over steps, a line a run."""
+    """Draw the held-out success over the steps, one line per run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -93,7 +93,7 @@ def draw(found: Mapping[str, Iterable[Mapping[str, Any]]], path: Path) -> None:
 
 
 def transcript(run: Mapping[str, Any]) -> str:
-    """A run's held-out problems, answered before and after."""
+    """The held-out problems of a run with the answers before and after training."""
     parts = [
         f"{question}  [{right}]\n--- before\n{before.strip()}\n--- after\n{after.strip()}\n"
         for question, right, before, after in run.get("answers", [])

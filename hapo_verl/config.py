@@ -1,8 +1,8 @@
-"""The `hapo:` block of a verl configuration: the only defaults and the only range checks. No verl, and no torch
-before a configuration is made.
+"""The `hapo:` block of a verl configuration, with all defaults and all range checks.
 
-`HapoConfig.parse({"gate": {"threshold": 0.7}})` fills in the defaults and refuses what it does not know, in one line:
-the key as typed, the rule, the fix.
+`HapoConfig.parse({"gate": {"threshold": 0.7}})` fills in the defaults and refuses unknown keys and bad values with one
+line: the key as typed, the rule, the fix. Importing this module imports neither verl nor torch; making a configuration
+imports torch.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 
 class ConfigError(ValueError):
-    """A launch that cannot work; the message is one line: key=value, the rule, the fix."""
+    """Raised for a launch that cannot work; the message is one line: key=value, the rule, the fix."""
 
 
 def checked(default: Any, ok: Callable[[Any], bool], rule: str) -> Any:
-    """A dataclass field whose value `ok` has to accept; the rule ends with the fix."""
+    """A dataclass field that is checked: `ok` must accept the value; `rule` is the error text and ends with the fix."""
     return field(default=default, metadata={"ok": ok, "rule": rule})
 
 
 def _is_number(value: Any) -> bool:
-    # Finite, and no integer that is too large for a float.
+    # Finite, and not an integer that is too large for a float.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def positive(value: Any) -> bool:
-    """A finite number above 0."""
+    """Whether the value is a finite number above 0."""
     return _is_number(value) and value > 0
 
 
@@ -71,21 +71,21 @@ def _horizon() -> Any:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """A gate without keys: `never` (GRPO), `always` (LUFFY), `zero` (only groups in which no rollout succeeded)."""
+    """A gate without keys: `never` (GRPO), `always` (LUFFY), `zero` (fires if no rollout of the group succeeded)."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class PaperGate(GateConfig):
-    """Injects while the posterior mean of the group's success rate lies below `threshold`."""
+    """Injects if the posterior mean of the group's success rate is below `threshold`."""
 
     name: str = "paper"
-    # gamma: a group is injected while the posterior mean of its success rate lies below it.
+    # gamma: a group is injected if the posterior mean of its success rate is below it.
     threshold: float = _threshold()
-    # a0: successes that the Beta prior pretends to have seen.
+    # a0: pseudo-count of successes of the Beta prior.
     prior_success: float = checked(1.0, positive, _PRIOR)
-    # b0: failures that the Beta prior pretends to have seen.
+    # b0: pseudo-count of failures of the Beta prior.
     prior_failure: float = checked(1.0, positive, _PRIOR)
 
 
@@ -96,41 +96,41 @@ class AnnealedGate(PaperGate):
     name: str = "annealed"
     # Steps until the threshold is 0; null: all steps of the run.
     horizon: int | None = _horizon()
-    # k of (1 - step / horizon) ** k.
+    # Exponent k of (1 - step / horizon) ** k.
     power: float = checked(1.0, positive, "the schedule's exponent must be positive. Use 1.0 for a straight line.")
 
 
 @dataclass(frozen=True)
 class AdaptiveGate(PaperGate):
-    """`paper` with a threshold that falls as the running on-policy success rises."""
+    """`paper` with a threshold that falls as the running mean of on-policy success rises."""
 
     name: str = "adaptive"
-    # Share of the running mean of success that a step keeps.
+    # Share of the running mean of success that each step keeps.
     memory: float = _memory()
 
 
 @dataclass(frozen=True)
 class PosteriorGate(GateConfig):
-    """`paper` with a prior of the prompt's own: what its earlier visits and its data source say."""
+    """`paper` with a separate prior for each prompt, learned from its earlier visits and from its data source."""
 
     name: str = "posterior"
-    # gamma: a group is injected while the posterior mean of its success rate lies below it.
+    # gamma: a group is injected if the posterior mean of its success rate is below it.
     threshold: float = _threshold()
-    # Rollouts that the prior of a prompt's data source is worth.
+    # Weight of the data source's prior, as a number of rollouts.
     strength: float = checked(2.0, positive, "the pooled prior needs a positive count. Use 2.0, as Beta(1, 1) has.")
-    # Share of what earlier visits of the prompt have shown that counts at the next one.
+    # Factor by which the counts of a prompt's earlier visits are multiplied at its next visit.
     discount: float = checked(
         0.5,
         lambda v: _is_number(v) and 0 <= v <= 1,
         "the share of earlier visits that counts lies in [0, 1]. Use 0.5.",
     )
-    # Share of the running mean of the data source's success that a step keeps.
+    # Share of the running counts of the data source's successes that each step keeps.
     memory: float = _memory()
 
 
 @dataclass(frozen=True)
 class ThompsonGate(PosteriorGate):
-    """Injects when a draw from the posterior of `posterior` lies below `threshold`."""
+    """Injects if a random draw from the posterior of the gate `posterior` is below `threshold`."""
 
     name: str = "thompson"
 
@@ -152,12 +152,12 @@ GATES: dict[str, GateConfig] = {
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """At most this share of a step's groups is injected, whatever the gate says."""
+    """The largest share of a step's groups that can be injected, whatever the gate decides."""
 
     share: float = checked(
         1.0, lambda v: _is_number(v) and 0 <= v <= 1, "a share of groups lies in [0, 1]. Use 1.0 for no limit."
     )
-    # Steps until the share has fallen to 0 along a straight line; null keeps it.
+    # Steps until the share has fallen to 0 along a straight line; null keeps it constant.
     horizon: int | None = checked(
         None,
         lambda v: v is None or _whole(v),
@@ -170,9 +170,9 @@ MODES = ("replace", "append")
 
 @dataclass(frozen=True)
 class InjectionConfig:
-    """What becomes of the group's worst rollout."""
+    """How a demonstration joins its group."""
 
-    # replace: the demonstration takes its place. append: it stays, the demonstration is one row more.
+    # replace: it replaces the group's worst rollout. append: every rollout stays, the demonstration is an extra row.
     mode: str = checked("replace", lambda v: v in MODES, "no such mode. Use one of: replace, append.")
 
 
@@ -215,16 +215,17 @@ STATISTICS = ("all", "on_policy")
 
 @dataclass(frozen=True)
 class AdvantageConfig:
-    """With whom the policy's own rows are compared."""
+    """The rows with which the policy's own rows are compared."""
 
-    # all: every row of the group; on_policy: rollouts only; null: all in mode replace, on_policy in mode append.
+    # The rows whose mean and deviation give the rollouts' advantages. all: every row of the group; on_policy: rollouts
+    # only; null: all in mode replace, on_policy in mode append.
     statistics: str | None = checked(
         None, lambda v: v is None or v in STATISTICS, "no such statistics. Use one of: all, on_policy, null."
     )
 
 
 SHAPES = ("power", "trsft", "chord")
-# A command line reads a bare inf as a number and .inf as a string, YAML the other way round.
+# Hydra's command line reads inf as a number and .inf as a string; in YAML files it is the other way round.
 _INFINITE = (math.inf, "inf", ".inf")
 
 
@@ -232,24 +233,24 @@ _INFINITE = (math.inf, "inf", ".inf")
 class LossConfig:
     """The policy loss."""
 
-    # What weighs a demonstration's token of probability q. power: lambda * q^kappa / (q + lambda)^(kappa + 1), the
-    # paper's and LUFFY's at kappa = 1; trsft: min(q/lambda, 1); chord: q(1 - q).
+    # Weight of a demonstration's token of probability q. power: lambda * q^kappa / (q + lambda)^(kappa + 1), the
+    # paper's and LUFFY's weight at kappa = 1; trsft: min(q/lambda, 1); chord: q(1 - q).
     shape: str = checked("power", lambda v: v in SHAPES, "no such shape. Use one of: power, trsft, chord.")
-    # lambda; inf: power is then q^kappa; not read by chord.
+    # lambda of the shape. With inf, power is q^kappa. Not used by chord.
     shaping: float = checked(
         0.1,
         lambda v: positive(v) or v in _INFINITE,
         "lambda of q/(q+lambda) must be positive, or inf. Use 0.1, the value of the paper.",
     )
-    # kappa: 1 is the paper's and LUFFY's q/(q+lambda); 0 is its logarithm, which also teaches what the policy would
-    # never write. Read by power alone.
+    # kappa of the shape power. 1: the paper's and LUFFY's q/(q+lambda). 0: its logarithm, which
+    # also teaches what the policy would never write. Not used by the other shapes.
     exponent: float = checked(
         1.0,
-        # Between 0 and that it is the logarithm, too, until fp32 cannot hold it.
+        # A smaller kappa would not differ from the logarithm, and fp32 could not divide by it.
         lambda v: _is_number(v) and (v == 0 or 1e-6 <= v <= 1),
         "kappa is 0, or lies in [1e-6, 1]. Use 1.0, the value of the paper, or 0.0.",
     )
-    # false: the ratio of the policy's own rows is clipped nowhere, as in LUFFY's published script.
+    # Whether the ratio of the policy's own rows is clipped; false is LUFFY's published script.
     clip: bool = checked(True, lambda v: isinstance(v, bool), "either true or false. Use true.")
 
     def __post_init__(self) -> None:
@@ -264,21 +265,23 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    """Which implementations of `hapo_kernels` the actor runs."""
+    """The implementations of `hapo_kernels` that the actor runs."""
 
-    # auto: the Triton kernel on a GPU, the PyTorch reference elsewhere.
+    # Implementation of the policy loss. auto: the Triton kernel on a GPU, the PyTorch reference elsewhere.
     policy_loss: str = checked(
         "auto", lambda v: v in ("auto", "reference", "triton"), "no such kernel. Use one of: auto, reference, triton."
     )
-    # off: verl's own; linear_logprob: log-probs from hidden states, a chunk of logits at a time, trained tokens only;
-    # policy_head: in training also the loss, with its gradient computed in the forward pass.
+    # Language-model head. off: verl's own; linear_logprob: computes log-probs from hidden states, of trained tokens
+    # only, one chunk of logits at a time; policy_head: in training also computes the loss, and its gradient in the
+    # forward pass.
     head: str = checked(
         "off",
         lambda v: v in HEADS or v is False,  # YAML reads a bare `off` as false
         "no such head. Use one of: off, linear_logprob, policy_head.",
     )
-    # GiB for the head's logits, their gradients and the head's own gradient in fp32, on each rank; picks how many rows
-    # are taken at once. null: up to 1,024 rows of logits, twice, and 4,096 of their gradient, at 150,000 tokens.
+    # GiB per rank for the head's logits, their gradients and the head's own gradient in fp32; it decides how many rows
+    # are processed at once. null: for a vocabulary of 150,000, up to two chunks of 1,024 rows of logits, and 4,096 rows
+    # of their gradient.
     memory_gib: float | None = checked(
         None,
         lambda v: v is None or positive(v),
@@ -316,12 +319,12 @@ class HapoConfig:
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
-    # A rollout is a success when its `acc` (its score, where the reward function returns no `acc`) is at least this.
+    # A rollout is a success if its `acc`, or its score if the reward function returns no `acc`, is at least this.
     success_threshold: float = checked(1.0, _is_number, "the least score of a success is a number. Use 1.0.")
-    # Rows whose gradient is exactly 0 are left out of the update; loss, gradient and parameters stay those of all rows.
+    # Leave rows whose gradient is exactly 0 out of the update; loss, gradient and parameters do not change.
     skip_idle_rows: bool = checked(True, lambda v: isinstance(v, bool), "either true or false. Use true.")
-    # auto: log-probabilities before the update only of rows that are trained on, and from the update itself where it is
-    # the step's only one; all: of every row in a pass of their own, with verl's metrics of that pass.
+    # How the old log-probs are obtained. auto: if the step has one update, from that update itself; else by a pass over
+    # the rows that are trained on. all: by a pass over every row, with verl's metrics of that pass.
     old_log_probs: str = checked(
         "auto", lambda v: v in ("auto", "all"), "neither auto nor all. Use auto, or all for verl's own pass."
     )
@@ -329,21 +332,22 @@ class HapoConfig:
     demonstration_key: str = checked(
         "demonstration", lambda v: isinstance(v, str) and bool(v), "a column name is needed. Use demonstration."
     )
-    # Breaks the last ties in the choice of the worst rollout.
+    # Seed of HAPO's random choices, such as the last ties between worst rollouts.
     seed: int = checked(0, lambda v: isinstance(v, int) and not isinstance(v, bool), "a seed is an integer. Use 0.")
-    # Seconds between two looks of the trainer at the replay buffer; null keeps verl's own (2.0).
+    # Seconds between two polls of the replay buffer by the trainer; null keeps verl's own (2.0).
     poll_interval: float | None = checked(
         None,
         lambda v: v is None or positive(v),
         "seconds between two polls must be positive. Use null for verl's 2.0.",
     )
-    # Seconds between two looks at the actors and servers that the run needs; null does not look.
+    # Seconds between two checks whether the actors and servers of the run are alive; null switches the checks off.
     watch_interval: float | None = checked(
         5.0,
         lambda v: v is None or positive(v),
         "seconds between two looks must be positive. Use 5.0, or null to wait for ever where a worker has died.",
     )
-    # Seconds without progress until a line says what the trainer waits for, and where the stacks of all processes are.
+    # Seconds without progress until the log says what the trainer waits for and where the stacks of all processes are;
+    # null never does.
     stall_report: float | None = checked(
         1800.0,
         lambda v: v is None or positive(v),
@@ -355,29 +359,29 @@ class HapoConfig:
         lambda v: v is None or positive(v),
         "seconds without progress must be positive. Use 7200.0, or null to wait for ever.",
     )
-    # Seconds until a call of the reward function has failed; null waits for ever.
+    # Seconds after which a call of the reward function counts as failed; null waits for ever.
     reward_timeout: float | None = checked(
         3600.0,
         lambda v: v is None or positive(v),
         "seconds that a reward function may take must be positive. Use 3600.0, or null to wait for ever.",
     )
-    # Folder for one JSON line a group and step, and the rows that reached the loss; null writes nothing. The presets
-    # name the folder `trace` beside the run's checkpoints.
+    # Folder for the trace: JSON lines about every group of every step, and about the rows that reached the loss; null
+    # writes nothing. The presets name the folder `trace` beside the run's checkpoints.
     trace_dir: str | None = checked(
         None, lambda v: v is None or (isinstance(v, str) and bool(v)), "a folder is needed. Use null to write no trace."
     )
-    # Groups a step whose rows are traced, the same prompts wherever they come again; null traces those of all.
+    # Number of groups per step whose rows are traced; a prompt that was traced is traced again. null traces all groups.
     trace_groups: int | None = checked(
         4, lambda v: v is None or _whole(v), "a number of groups is a positive integer. Use null for all."
     )
-    # MiB that each of a trace's files may take, its beginning and its end; null has no limit.
+    # MiB that each file of the trace may take; of a longer one the beginning and the end are kept. null sets no limit.
     trace_limit: float | None = checked(
         64.0, lambda v: v is None or positive(v), "a size in MiB is positive. Use null for no limit."
     )
 
     @classmethod
     def parse(cls, block: Mapping[str, Any] | HapoConfig | None) -> HapoConfig:
-        """The checked configuration of a `hapo:` block.
+        """Check a `hapo:` block and fill in its defaults.
 
         Args:
             block: the keys under `hapo:` (nested mappings of plain values); absent keys take their defaults.
@@ -420,7 +424,7 @@ def _objectives() -> Mapping[str, Objective]:
 
 
 def _parse_choice(block: Any, path: str, choices: Mapping[str, Any], *, first: str) -> Any:
-    """The choice that `name` names, with its own keys only; null stands for its own default of a key."""
+    """Parse a block whose `name` selects one of `choices`: only that choice's keys; null takes a key's default."""
     if any(type(block) is type(choice) for choice in choices.values()):
         return block
     if not isinstance(block, Mapping):
@@ -447,7 +451,7 @@ def _parse_choice(block: Any, path: str, choices: Mapping[str, Any], *, first: s
 
 
 def _typed(key: Any) -> str:
-    """A key as it was typed; one that would break the line as Python writes it."""
+    """A key as it was typed, or its `repr` if it has unprintable characters."""
     return str(key) if str(key).isprintable() else repr(key)
 
 
@@ -456,7 +460,10 @@ def _keys(choice: Any) -> list[str]:
 
 
 def defaults() -> dict[str, Any]:
-    """Every key, as nested plain dictionaries: what a preset starts from. A choice's keys are null, its own default."""
+    """All keys with their defaults as nested dictionaries, for presets to start from.
+
+    Keys of the gate and the objective are null, which stands for the default of the chosen gate or objective.
+    """
     choices = {"gate": GATES, "objective": _objectives()}
     return dataclasses.asdict(HapoConfig()) | {
         kind: {"name": next(iter(of))} | dict.fromkeys(sorted({key for choice in of.values() for key in _keys(choice)}))

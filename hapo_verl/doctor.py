@@ -1,4 +1,4 @@
-"""Checks an installation and, if its overrides are given, a launch: a line each, exit code 1 if one is wrong.
+"""Checks an installation and, if overrides are given, a launch. Prints one line per check; exit code 1 if one fails.
 
 python -m hapo_verl.doctor
 python -m hapo_verl.doctor +hapo=paper data.train_files=train.parquet actor_rollout_ref.model.path=...
@@ -11,7 +11,7 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 0 when everything is right."""
+    """Run the command line and return the exit code: 0 if every check passed, else 1."""
     parser = argparse.ArgumentParser(
         prog="python -m hapo_verl.doctor", description="Checks an installation of hapo-verl and a launch, a line each."
     )

@@ -1,9 +1,9 @@
-"""verl's door to this package: importing it registers everything (entry point group `verl.plugins`).
+"""The plugin that verl loads (entry point group `verl.plugins`): importing this module registers everything.
 
-verl imports it at the end of `import verl`, in every process that does so: driver, trainer, actors, agent loops,
-reward workers, vLLM servers. Three things follow. verl is half imported here, so what needs verl's modules waits until
-verl itself imports them; a worker that never trains pays nothing for the trainer classes; and verl logs a plugin's
-failure at DEBUG only, so a failure is written to stderr before it is raised.
+verl imports it at the end of `import verl`, in every process: driver, trainer, actors, agent loops, reward workers,
+vLLM servers. At this point verl is only half imported, so code that needs verl's modules runs when verl imports them;
+a worker that never trains thus never loads the trainer classes. verl logs the failure of a plugin at DEBUG only, so a
+failure is written to stderr before it is raised.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from types import ModuleType
 def register() -> None:
     """Register estimator, trainers, training engine, presets and, with VERL_PLATFORM=cpu, the CPU platform.
 
-    And what a hang leaves to be read: errors of weight updates, and stacks.
+    Also prepares the diagnosis of hangs: errors of weight updates are kept, and processes can report their stacks.
     """
     from wrapt import when_imported
 
@@ -45,7 +45,7 @@ def register() -> None:
 
         keep_errors(module)
 
-    # In Ray's processes, and those that they start; nothing of a user's own process is touched.
+    # Only in Ray's processes and those they start; a user's own process is left alone.
     if "RAY_RAYLET_PID" in os.environ:
         from hapo_verl.protocol.stacks import answer_the_signal
 

@@ -1,4 +1,4 @@
-"""Shared by all tests: the configuration that a launch line composes to, without starting anything."""
+"""Fixtures of all tests, such as the composed configuration of a launch, without starting it."""
 
 import socket
 from collections.abc import Callable

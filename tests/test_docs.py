@@ -1,4 +1,4 @@
-"""The front door: limits of the README, links that lead somewhere, pages that say what the code says."""
+"""The documentation: limits of the README, working links, and pages that agree with the code."""
 
 import ast
 import dataclasses
@@ -29,7 +29,7 @@ def hooks():
 
 
 def links(page: Path) -> set[Path]:
-    """Files of the repository that a page links to."""
+    """The files of the repository that a page links to."""
     targets = (target for target in LINK.findall(page.read_text()) if target and "://" not in target)
     return {(page.parent / target).resolve() for target in targets}
 

@@ -1,4 +1,4 @@
-"""The doctor: a line for each thing, the fix where one is wrong, and an exit code to build on."""
+"""The doctor: one line per check, with the fix if a check fails, and an exit code."""
 
 import os
 import subprocess

@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hapo_verl"
 
-# Each room and what it may import beside itself. The rooms of the workers know nothing of each other: what one of them
-# hands to another is written down in `protocol`.
+# Each folder ("room") and what it may import beside itself. The folders of the workers do not import each other; what
+# they exchange is defined in `protocol`.
 ROOMS = {
     "algo": set(),
     "protocol": {"algo"},
@@ -29,7 +29,7 @@ ENTRY_POINTS = {"plugin", "doctor"}
 
 
 def imports(path: Path) -> set[str]:
-    """First names below `hapo_verl` of everything that a module imports, at its top or later."""
+    """The first names below `hapo_verl` of everything that a module imports, at module level or inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hapo_verl"):
@@ -62,7 +62,7 @@ def test_a_room_imports_only_what_is_below_it(room):
 
 
 def test_nothing_else_imports_trl():
-    """Not even where it is installed: verl 0.9.1 loads no model beside it."""
+    """verl 0.9.1 cannot load models in an environment with TRL, so nothing else may import it."""
     wrong = {
         f"{path.relative_to(PACKAGE)} imports {name}"
         for path in PACKAGE.rglob("*.py")

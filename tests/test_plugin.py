@@ -1,4 +1,4 @@
-"""What importing verl does to a process, with the plugin and without it."""
+"""The effect of importing verl on a process, with and without the plugin."""
 
 import os
 import subprocess

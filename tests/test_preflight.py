@@ -1,4 +1,4 @@
-"""A wrong launch ends in the process that was started: before Ray, one sentence, exit code 2."""
+"""A wrong launch ends in the process that was started, before Ray, with one sentence and exit code 2."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ SENTENCE = "hapo.gate.threshold=1.5: a success rate lies in [0, 1]. Use 0.0 to s
 
 
 def launched(folder, *overrides, **environment):
-    """`python -m verl.trainer.main_ppo ...`: exit code, the lines of stderr that are no log, seconds."""
+    """Run `python -m verl.trainer.main_ppo ...`; returns exit code, stderr without log lines, and seconds."""
     command = [sys.executable, "-W", "ignore", "-m", "verl.trainer.main_ppo", "+hapo=plus", "+hapo_platform=cpu"]
     given = {"VERL_PLATFORM": "cpu", "RAY_TMPDIR": str(folder), "TMPDIR": str(folder)}
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | given | environment
@@ -49,7 +49,7 @@ def test_the_traceback_is_there_for_who_asks(tmp_path):
 
 @pytest.fixture
 def composed(tmp_path, launch):
-    """A launch that passes, but for its overrides; with Hydra's own block."""
+    """The configuration of a launch that passes the checks, apart from its overrides; with Hydra's own block."""
     from tests.launch.test_files import ROW, write
 
     (tmp_path / "model").mkdir()
@@ -73,7 +73,7 @@ def composed(tmp_path, launch):
 
 
 def started(config, capsys):
-    """What a launch says before it is started, and with which exit code it ends there: None where it goes on."""
+    """The output of a launch before it starts, and its exit code; None if it continues."""
     try:
         Preflight().on_run_start(config)
         code = None

@@ -1,4 +1,4 @@
-"""The wheel by itself: built from the tracked files, unpacked into an environment in which the checkout is unknown."""
+"""The wheel alone: built from the tracked files and unpacked into an environment without the checkout."""
 
 import shutil
 import subprocess
@@ -43,7 +43,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory) -> Path:
-    """An interpreter that sees this environment's libraries, the wheel and, by any path of its own, nothing of ours."""
+    """An interpreter that sees this environment's libraries and the wheel, but not the checkout."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False)
     (site,) = (folder / "lib").glob("python*/site-packages")

@@ -1,1 +1,1 @@
-"""Runs in the actor's training process: engine, head, loss, likelihoods."""
+"""Code that runs in the actor's training process: engine, head, loss, likelihoods."""

@@ -1,13 +1,14 @@
-"""verl's FSDP2 engine with a head of ours, `hapo.kernels.head`, and with objectives that weigh likelihoods.
+"""verl's FSDP2 engine, extended by our language-model heads (`hapo.kernels.head`) and by objectives with likelihoods.
 
-verl's engine registry asks for a hardware vendor first, and verl itself registers none: this engine takes those places
-and is verl's own, unless the model's `fused_kernel_options.impl_backend` names one of our heads, or the loss is a HAPO
-trainer's with another `hapo.objective` than the surrogate. A HAPO trainer writes the head's name before the actors are
-started (`choose_head`), so it reaches actor and reference model with verl's own configuration.
+verl's engine registry looks up an engine by hardware vendor first, and verl registers none with a vendor. This engine
+registers with the vendors and so replaces verl's. It behaves exactly like verl's engine, unless the model's
+`fused_kernel_options.impl_backend` names one of our heads, or the loss is that of a HAPO trainer whose `hapo.objective`
+weights likelihoods. A HAPO trainer writes the head's name before the actors start (`choose_head`), so it reaches the
+actor and the reference model through verl's own configuration.
 
-Our heads score only tokens that train. What verl reads from the others, it masks. How many they are is counted while
-the micro-batch is on the CPU, so that no head waits for the GPU to say. What is left in a step waits before the model
-runs, for the lengths of the micro-batch's rows, and behind it, where verl itself logs each micro-batch's loss.
+Our heads compute log-probabilities only for tokens that train; verl masks the other values. The number of such tokens
+is counted while the micro-batch is still on the CPU, so that the head need not wait for the GPU. Two waits remain in a
+step: before the model runs, for the lengths of the micro-batch's rows, and after it, where verl logs the loss.
 """
 
 # verl's decorator hides its engine's type.
@@ -37,16 +38,16 @@ logger = logging.getLogger("verl." + __name__)
 
 @EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cuda", vendor=["nvidia", "amd", "cpu"])
 class HapoFSDPEngine(FSDPEngineWithLMHead):
-    """verl's engine; with one of our heads the model's output carries log-probabilities in the place of logits."""
+    """verl's engine; with one of our heads the model's output holds log-probabilities instead of logits."""
 
     hapo_head: Head | None = None
-    # The loss of the micro-batch at hand, where the head is to compute it.
+    # The loss function of the current micro-batch, if the head computes the loss.
     _hapo_loss: Any = None
-    # How many tokens of it train.
+    # Token counts of the current micro-batch.
     _hapo_counts: Counts | None = None
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
-        # Adapters are in place, and parameters not sharded yet.
+        # At this point adapters are in place and parameters are not sharded yet.
         name = chosen_head(self.model_config.fused_kernel_options)
         if name is not None:
             self.hapo_head = install(module)
@@ -56,14 +57,14 @@ class HapoFSDPEngine(FSDPEngineWithLMHead):
         return super()._build_fsdp_module(module)
 
     def train_batch(self, data: TensorDict, loss_function: Any) -> Any:
-        """verl's; in front of it, the weights of the likelihoods, where the objective has some."""
+        """verl's method; computes the weights of the likelihoods first, if the objective has some."""
         hapo = getattr(loss_function, "keywords", {}).get("hapo")
         if hapo is not None and hapo.objective.weighs_likelihood:
             weigh_likelihoods(self, data, hapo.objective)
         return super().train_batch(data, loss_function)
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
-        """verl's; and remembers the loss, which verl shows to what comes after the model only."""
+        """verl's method; stores the loss function for our head, since verl passes it only to code after the model."""
         if self.hapo_head is not None and self._loss_in_head and not forward_only:
             self._hapo_loss = loss_function
         if self.hapo_head is not None:
@@ -74,7 +75,7 @@ class HapoFSDPEngine(FSDPEngineWithLMHead):
             self._hapo_loss = self._hapo_counts = None
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
-        """verl's inputs; and tells the head which tokens to score at which temperature, or the whole loss."""
+        """verl's inputs; also tells the head which tokens to score at which temperature, or to compute the loss."""
         model_inputs, output_args = super().prepare_model_inputs(micro_batch)
         if self.hapo_head is not None:
             for name in ("calculate_sum_pi_squared", "distillation_use_topk"):
@@ -87,7 +88,7 @@ class HapoFSDPEngine(FSDPEngineWithLMHead):
                     label_N,
                     temperature_N,
                     with_entropy=_setting(micro_batch, "calculate_entropy"),
-                    # Ranks that share the rows' tokens count their own.
+                    # With sequence parallelism a rank has only part of the tokens, so the total does not apply.
                     kept_rows=None if counts is None or self.ulysses_sequence_parallel_size > 1 else counts.active,
                     memory_gib=self._hapo_memory_gib,
                 )
@@ -104,7 +105,7 @@ class HapoFSDPEngine(FSDPEngineWithLMHead):
     def prepare_model_outputs(
         self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
     ) -> dict[str, Any]:
-        """Log-probabilities and, where wanted, entropy over whole sequences, jagged like `input_ids`; or the loss."""
+        """The loss if the head computed it; else log-probabilities and, if asked, entropy, jagged like `input_ids`."""
         if self.hapo_head is None:
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         self.hapo_head.score = None
@@ -126,7 +127,10 @@ class HapoFSDPEngine(FSDPEngineWithLMHead):
         return {"log_probs": logp} | ({"entropy": entropy} if _setting(micro_batch, "calculate_entropy") else {})
 
     def _labels_and_temperatures(self, micro_batch: TensorDict, output_args: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """One a position of the model's input, flattened; the label is `IGNORED` where no token that trains follows."""
+        """The label and the temperature of each position of the model's input, flattened.
+
+        The label is `IGNORED` unless the next token trains.
+        """
         label = output_args["input_ids_rmpad_rolled"]
         keep = _predicts_a_trained_token(micro_batch)
         if _is_packed(micro_batch):
@@ -142,19 +146,19 @@ class HapoFSDPEngine(FSDPEngineWithLMHead):
                 within_BT, label.masked_fill(~keep, IGNORED)
             )
             temperature = output_args["temperature"].unsqueeze(1).expand(label.shape)
-        # verl's floor, where the logits are divided.
+        # The same lower bound as in verl's division of the logits.
         return label.flatten(), temperature.flatten().clamp(min=1e-8)
 
 
 class Counts(NamedTuple):
-    """Tokens of a micro-batch."""
+    """Token counts of a micro-batch."""
 
-    active: int  # that train
-    training: int | None  # of these, with an advantage other than 0; None where nobody asks
+    active: int  # tokens that train
+    training: int | None  # of these, tokens with a nonzero advantage; None if not needed
 
 
 def count_tokens(micro_batch: TensorDict, *, with_gradient: bool) -> Counts | None:
-    """Counted on the CPU; None where the micro-batch is on a device already, and the count would wait for it."""
+    """Count tokens on the CPU; None if the micro-batch is already on a device, since counting would wait for it."""
     name = "response_mask" if with_gradient else "loss_mask"
     names = [name, "advantages"] if with_gradient else [name]
     values: list[Any] = [micro_batch[name] for name in names]
@@ -175,13 +179,13 @@ def _is_packed(micro_batch: TensorDict) -> bool:
 
 
 def _within(micro_batch: TensorDict) -> Tensor:
-    """(B, T) bool: True up to the length of each row."""
+    """A mask, (B, T) bool: True up to the length of each row."""
     length_B = jagged.offsets(micro_batch["input_ids"]).diff()
     return torch.arange(int(length_B.max()), device=length_B.device) < length_B.unsqueeze(1)
 
 
 def _predicting_positions(micro_batch: TensorDict) -> Tensor:
-    """(B, T) position in the model's flattened input that predicts a row's token; 0 behind the end of a row."""
+    """The position in the model's flattened input that predicts each token, (B, T); 0 after the end of a row."""
     end_B = jagged.offsets(micro_batch["input_ids"])[1:]
     length_B = jagged.lengths(micro_batch["loss_mask"])
     if not _is_packed(micro_batch):
@@ -193,11 +197,11 @@ def _predicting_positions(micro_batch: TensorDict) -> Tensor:
 
 
 def _predicts_a_trained_token(micro_batch: TensorDict) -> Tensor:
-    """(tokens,) bool over the packed sequences: the position whose next token has a nonzero `loss_mask`."""
+    """A mask over the packed sequences, (tokens,) bool: True where the next token has a nonzero `loss_mask`."""
     mask: Any = micro_batch["loss_mask"]
     end_B = jagged.offsets(micro_batch["input_ids"])[1:]
     length_B = mask.offsets().diff()
-    # Responses end their sequences.
+    # A response is the end of its sequence.
     shift_B = end_B - 1 - mask.offsets()[1:]
     position = torch.arange(mask.values().shape[0], device=end_B.device) + shift_B.repeat_interleave(length_B)
     keep = torch.zeros(int(end_B[-1]), dtype=torch.bool, device=end_B.device)

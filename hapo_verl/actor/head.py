@@ -1,7 +1,7 @@
-"""A language-model head that hands out log-probabilities instead of logits, in the place of `lm_head.forward`.
+"""A language-model head that returns log-probabilities, or the loss, instead of logits; it replaces `lm_head.forward`.
 
-The model's own forward stays as it is and calls `self.lm_head(hidden)`. FSDP2 gathers an untied head in front of
-exactly that call and frees it behind, so whoever reads `lm_head.weight` anywhere else finds a shard.
+The model's own forward is unchanged and calls `self.lm_head(hidden)`. FSDP2 gathers an untied head just before this
+call and frees it just after, so code that reads `lm_head.weight` anywhere else finds a shard.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from hapo_kernels.linear_logprob import linear_logprob
 from hapo_verl.algo.policy_loss import PolicyHead, hapo_policy_head
 from hapo_verl.config import ConfigError, HapoConfig
 
-# Settings of Hugging Face models that change logits behind the head; ours has no logits to change.
+# Settings of Hugging Face models that change the logits after the head; our heads give no logits to change.
 _AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "vision_config")
 
 
-# Marks our heads among the values of verl's key, which knows torch, triton and liger.
+# Marks our heads among the values of verl's key, whose own values are torch, triton and liger.
 _PREFIX = "hapo_"
 _MEMORY = "hapo_memory_gib"
 
 
 def choose_head(config: DictConfig, hapo: HapoConfig) -> None:
-    """Write `hapo.kernels.head` and `.memory_gib` where the engines of actor and reference model find them."""
+    """Write `hapo.kernels.head` and `.memory_gib` into the model's configuration, where the engines read them."""
     if hapo.kernels.head != "off":
         block = "actor_rollout_ref.model.fused_kernel_options"
         OmegaConf.update(config, f"{block}.impl_backend", _PREFIX + hapo.kernels.head, force_add=True)
@@ -36,35 +36,35 @@ def choose_head(config: DictConfig, hapo: HapoConfig) -> None:
 
 
 def chosen_head(fused_kernel_options: Mapping[str, Any] | None) -> str | None:
-    """The head that `choose_head` wrote; None where verl's own is to run."""
+    """The head that `choose_head` wrote; None for verl's own head."""
     backend = str((fused_kernel_options or {}).get("impl_backend"))
     return backend.removeprefix(_PREFIX) if backend.startswith(_PREFIX) else None
 
 
 def chosen_memory(fused_kernel_options: Mapping[str, Any] | None) -> float | None:
-    """The budget that `choose_head` wrote, in GiB."""
+    """The memory budget that `choose_head` wrote, in GiB; None for the default."""
     return (fused_kernel_options or {}).get(_MEMORY)
 
 
 class Scores(NamedTuple):
-    """What takes the place of logits, for the N positions of the hidden states, flattened.
+    """The head's output instead of logits, for the N flattened positions of the hidden states.
 
-    Flat because FSDP2 watches what a module returns, and warns of views.
+    Flat, because FSDP2 inspects what a module returns and warns about views.
     """
 
-    logp: Tensor  # nats; 0 on positions that are not scored
-    entropy: Tensor  # nats; 0 on positions that are not scored, and everywhere if it was not asked for
+    logp: Tensor  # (N,) nats; 0 on positions that are not scored
+    entropy: Tensor  # (N,) nats; 0 on positions that are not scored, and everywhere if it was not asked for
 
 
-# From hidden states (..., H), weight (V, H) and bias (V,) to what the model's output carries as `logits`.
+# Hidden states (..., H), weight (V, H), bias (V,) → the value of `logits` in the model's output.
 Score = Callable[[Tensor, Tensor, "Tensor | None"], Any]
 
 
 class Head:
-    """The forward of an `lm_head`: `score` where one is set, else the logits.
+    """The forward of an `lm_head`: calls `score` if it is set, else computes the logits.
 
     Attributes:
-        score: set before a forward pass of the model, taken away behind it.
+        score: set before a forward pass of the model and reset to None after it.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -80,7 +80,7 @@ class Head:
                 "hapo.kernels.head: lm_head.weight is sharded where the head runs (tensor parallelism). "
                 "Use hapo.kernels.head=off."
             )
-        # What a Linear would multiply in; the head's own precision rules hold from there on.
+        # The dtype in which a Linear would multiply; inside, the head follows its own precision rules.
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else linear.weight.dtype
         bias = None if linear.bias is None else linear.bias.to(dtype)
@@ -89,10 +89,10 @@ class Head:
 
 
 def install(model: nn.Module) -> Head:
-    """Put a `Head` before the `lm_head` of a Hugging Face causal language model, PEFT-wrapped or not.
+    """Replace the forward of the `lm_head` of a Hugging Face causal language model, PEFT-wrapped or not, by a `Head`.
 
     Raises:
-        ConfigError: where the model's head is not one matrix, or its logits are changed behind the head.
+        ConfigError: if the model's head is not a plain Linear, or the model changes its logits after the head.
     """
     config: Any = model.config
     for name in _AFTER_THE_HEAD:
@@ -121,13 +121,13 @@ def logprob_score(
     kept_rows: int | None = None,
     memory_gib: float | None = None,
 ) -> Score:
-    """Log-probability of each label, and entropy, straight from hidden states.
+    """A `Score` that computes the log-probability of each label, and the entropy, from hidden states.
 
     Args:
-        label_N: int64, one for each position of the hidden states, flattened; -100 is not scored.
-        temperature_N: > 0, likewise.
-        with_entropy: also the entropy.
-        kept_rows: how many labels are scored, where that is known without asking the device.
+        label_N: (N,) int64, one for each flattened position of the hidden states; -100 is not scored.
+        temperature_N: (N,) > 0, one for each position.
+        with_entropy: whether to compute the entropy.
+        kept_rows: how many labels are scored, if known without waiting for the device.
         memory_gib: `hapo.kernels.memory_gib`.
     """
 
@@ -149,12 +149,12 @@ def logprob_score(
 
 
 def policy_score(label_N: Tensor, temperature_N: Tensor, position_BT: Tensor, terms: Mapping[str, Any]) -> Score:
-    """The HAPO loss of the rows' tokens, in the place of logits.
+    """A `Score` that computes the HAPO loss of the rows' tokens.
 
     Args:
         label_N, temperature_N: as for `logprob_score`.
-        position_BT: int64, which of the N positions predicts a row's token; any where the mask is 0.
-        terms: arguments of `hapo_policy_head` that do not come from the model.
+        position_BT: (B, T) int64, which of the N positions predicts each token; any position where the mask is 0.
+        terms: the arguments of `hapo_policy_head` that do not come from the model.
     """
 
     def score(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> PolicyHead:

@@ -1,8 +1,8 @@
-"""Weights of the likelihoods in front of an optimizer step, for the objectives that have some.
+"""Computes the weights of the likelihoods before an optimizer step, for the objectives that have such weights.
 
-A row's weight depends on what the policy in training makes of other rows, which lie in other micro-batches and on other
-ranks: one pass without gradients over this rank's rows, a few numbers a row exchanged, then every rank weighs all rows
-and keeps its own. However the step is cut, the weights are the same.
+A row's weight depends on the policy's log-probabilities or entropy on other rows, which may be in other micro-batches
+and on other ranks. So each rank makes one pass without gradients over its rows, the ranks exchange a few numbers per
+row, and every rank computes all weights and keeps its own. The weights do not depend on how the step is divided.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def weigh_likelihoods(engine: Any, data: TensorDict, objective: Objective) -> No
     """Write `hapo_likelihood_weight` and `hapo_objective_loss` into the data of an optimizer step.
 
     Args:
-        engine: verl's, about to train on the data.
-        data: this rank's rows, one jagged tensor a field.
-        objective: one that weighs likelihoods.
+        engine: verl's engine, about to train on the data.
+        data: this rank's rows, one jagged tensor per field.
+        objective: an objective that weights likelihoods.
     """
     mask = data["response_mask"]
     tokens_B = jagged.row_sums(mask).cpu()
@@ -56,7 +56,7 @@ def weigh_likelihoods(engine: Any, data: TensorDict, objective: Objective) -> No
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, own, group=group)
     everyone = [row for rank in gathered for row in rank]
-    # A row without a token that trains is padding, or was refused by rollout correction.
+    # A row without a token that trains is padding, or was masked out by rollout correction.
     training = [i for i, row in enumerate(everyone) if row[3] > 0]
     weight_B, loss = torch.zeros(len(everyone), dtype=torch.float64), None
     if training:
@@ -79,7 +79,7 @@ def weigh_likelihoods(engine: Any, data: TensorDict, objective: Objective) -> No
 
 
 def _policy_means(engine: Any, data: TensorDict, tokens_B: Tensor, reads: frozenset[str]) -> tuple[Tensor, Tensor]:
-    """Of each row of this rank the mean log π − log π_old and the mean entropy, 0 where they are not read."""
+    """The mean log π − log π_old and the mean entropy of each of this rank's rows; 0 if `reads` does not name them."""
     nothing_B = torch.zeros(len(data), dtype=torch.float64)
     single_update = tu.get_non_tensor_data(data=data, key=SINGLE_UPDATE, default=False)
     if reads == {"log_ratio"} and single_update:

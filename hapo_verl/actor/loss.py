@@ -1,6 +1,6 @@
-"""The HAPO loss in verl's actor: a loss function for `set_loss_fn`, which sees every field of a micro-batch.
+"""The HAPO loss in verl's actor: a loss function for `set_loss_fn`, which gets every field of a micro-batch.
 
-verl's own policy losses are handed seven tensors and could not tell a demonstration from a rollout.
+verl's own policy losses get seven fixed tensors, none of which tells a demonstration from a rollout.
 """
 
 from __future__ import annotations
@@ -40,34 +40,34 @@ from hapo_verl.protocol.rows import (
 from hapo_verl.protocol.shape import demonstration_shape, untaught_below
 from hapo_verl.protocol.trace import Trace
 
-# Prefix of token sums on their way to the trainer, which turns them into means once all micro-batches are added up.
+# Prefix of sums over tokens. The trainer turns them into means after all micro-batches are added up.
 TOKEN_SUM = "hapo_token_sum/"
-# Prefix of what is counted of the demonstrations, on the same way.
+# Prefix of the counts of `teachability.count`, which reach the trainer the same way.
 COUNT = "hapo_count/"
-# Prefix of metrics over the rows that were trained on, where verl's are over all rows of the batch.
+# Prefix of metrics over the rows that were trained on, while verl's metrics are over all rows of the batch.
 TRAINED = "hapo/trained/"
-# Where `hapo.kernels.head=policy_head` leaves the loss in the model's output.
+# Key in the model's output under which `hapo.kernels.head=policy_head` puts the loss.
 POLICY_HEAD = "hapo_policy_head"
 
 
 def hapo_loss(
     config: ActorConfig, hapo: HapoConfig, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None
 ) -> tuple[Tensor, dict[str, Any]]:
-    """verl's loss contract: the micro-batch's loss, to be differentiated, and its metrics.
+    """The loss of a micro-batch, to be differentiated, and its metrics, with the signature that verl requires.
+
+    If rows without a gradient were left out, the normalisers are those of the mini-batch including these rows
+    (`hapo_mini_batch`), and verl's counts of the remaining rows are not used.
 
     Args:
         config: verl's actor configuration; clip ranges, `loss_agg_mode`, entropy and KL settings are read.
         hapo: the `hapo:` block.
-        model_output: `log_probs` and, where wanted, `entropy`, over whole sequences; or the loss itself, where the
-            head has computed it. It is taken out: verl's bookkeeping knows tensors only.
-        data: the micro-batch, one jagged tensor a field.
+        model_output: `log_probs` and, if asked for, `entropy`, over whole sequences; or the loss itself, if the head
+            has computed it. That entry is removed, since verl's later code handles only tensors.
+        data: the micro-batch, one jagged tensor per field.
         dp_group: not used; the normalisers in `data` are global already.
 
-    Where rows without a gradient are left out, the normalisers are those of the mini-batch with them in it
-    (`hapo_mini_batch`), and verl's counts of what is left are not read.
-
     Raises:
-        RuntimeError: when a row did not pass HAPO's agent loop.
+        RuntimeError: if a row did not come from HAPO's agent loop.
     """
     fused: PolicyHead | None = model_output.pop(POLICY_HEAD, None)  # pyright: ignore[reportAssignmentType]
     likelihood: dict[str, Any] = {}
@@ -108,9 +108,9 @@ def hapo_loss(
 
 
 def loss_terms(config: ActorConfig, hapo: HapoConfig, data: TensorDict, device: torch.device) -> dict[str, Any]:
-    """What the loss of a micro-batch takes beside the policy's own log-probabilities and entropy.
+    """The arguments of `hapo_policy_loss` for a micro-batch, except the policy's log-probabilities and the entropy.
 
-    `old_logp_BT` is None where it is the policy's own.
+    `old_logp_BT` is None if it equals the policy's own log-probabilities.
     """
     demonstration_B, whole = demonstration_flags(data), mini_batch(data)
     names = ["response_mask", "old_log_probs", "advantages", "rollout_is_weights", "ref_log_prob"]
@@ -143,13 +143,13 @@ def _has_no_old_log_probs(data: TensorDict) -> bool:
 
 
 def _own_tokens(data: TensorDict, *, demonstrations: bool) -> Tensor:
-    """(B, T) bool: the tokens that train, of demonstrations too or of the policy's own rows only."""
+    """A mask of the tokens that train, (B, T) bool; with or without those of demonstrations."""
     active_BT = data.select("response_mask").to_padded_tensor()["response_mask"].bool()
     return active_BT if demonstrations else active_BT & ~demonstration_flags(data).to(active_BT.device).unsqueeze(1)
 
 
 def _token_sums(values: dict[str, Tensor], where_BT: Tensor) -> dict[str, Any]:
-    """Sums over these tokens, for `token_means`; in fp64, since differences are taken of some."""
+    """Sums over these tokens, for `token_means`; in fp64, since some sums are subtracted from each other later."""
     return {
         TOKEN_SUM + name: Metric(AggregationType.SUM, value_BT.detach()[where_BT].double().sum())
         for name, value_BT in values.items()
@@ -157,7 +157,10 @@ def _token_sums(values: dict[str, Tensor], where_BT: Tensor) -> dict[str, Any]:
 
 
 def _comparison(policy_logp_BT: Tensor, data: TensorDict) -> dict[str, Any]:
-    """Of the probabilities of the policy's own tokens, rollout engine against actor: verl compares these in a pass."""
+    """Sums that compare the rollout engine's and the actor's probabilities of the policy's own tokens.
+
+    verl makes this comparison in its separate pass for old log-probs, which did not run.
+    """
     own_BT = _own_tokens(data, demonstrations=False)
     rollout_BT = data.select("rollout_log_probs").to_padded_tensor()["rollout_log_probs"].to(policy_logp_BT).exp()
     actor_BT = policy_logp_BT.exp()
@@ -175,7 +178,10 @@ def _comparison(policy_logp_BT: Tensor, data: TensorDict) -> dict[str, Any]:
 
 
 def _metrics(values: dict[str, Tensor], config: ActorConfig, *, has_entropy: bool) -> dict[str, Any]:
-    """verl's names for what verl logs too; every contribution carries the global normaliser, so all are added up."""
+    """The metrics of a micro-batch, under verl's names where verl logs them too.
+
+    Every value is already divided by the global normaliser, so micro-batches are summed.
+    """
     named = {
         "actor/pg_loss": values.pop("on_policy_loss") + values["teacher_loss"],
         "hapo/loss/demonstration": values.pop("teacher_loss"),
@@ -208,15 +214,15 @@ def _demonstration_counts(hapo: HapoConfig, data: TensorDict, policy_logp_BT: Te
         demonstration_flags(data).to(policy_logp_BT.device),
         untaught_below=untaught_below(hapo),
     )
-    # One copy from the device, and every name in every micro-batch: verl adds up by position.
+    # A single copy from the device. Every micro-batch reports every name, since verl adds up by position.
     return {f"{COUNT}{i}": Metric(AggregationType.SUM, value) for i, value in enumerate(counts.tolist())}
 
 
 def demonstration_means(metrics: dict[str, Any]) -> dict[str, float]:
-    """What the counts of `hapo_loss` say of the demonstrations; takes the counts out of `metrics`.
+    """Metrics of the demonstrations from the counts of `hapo_loss`; removes the counts from `metrics`.
 
     Args:
-        metrics: as for `token_means`. What verl makes of a count is the same multiple of its sum for all counts.
+        metrics: as for `token_means`. verl has scaled all counts by the same factor, which does not matter.
     """
     prefix = "actor/" + COUNT
     counts = [metrics.pop(name) for name in [f"{prefix}{i}" for i in range(teachability.COUNTED)] if name in metrics]
@@ -225,11 +231,12 @@ def demonstration_means(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def token_means(metrics: dict[str, Any]) -> dict[str, float]:
-    """The token means that the sums of `hapo_loss` stand for; takes the sums out of `metrics`.
+    """Means over tokens from the sums of `hapo_loss`; removes the sums from `metrics`.
 
-    What holds of every row that was left out is 0: no clip holds where the advantage is 0. So `pg_clipfrac` is over all
-    tokens of the policy's own, as if they had been trained on. Other means are over the tokens that were, and say so.
-    Without a demonstration there is no mean over its tokens.
+    A row that was left out has advantage 0, and a token with advantage 0 is never clipped. So `pg_clipfrac` is over all
+    of the policy's own tokens, as if they had been trained on. The other means are over the tokens that were trained
+    on; if rows were left out, their names start with `hapo/trained/`.
+    There is no mean over the tokens of demonstrations in a step without one.
 
     Args:
         metrics: the actor's metrics after verl has added up micro-batches and averaged mini-batches and ranks.
@@ -256,7 +263,7 @@ def token_means(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _compared(sums: dict[str, float]) -> dict[str, float]:
-    """verl's comparison of rollout and actor, by its names of it, from the sums of `_comparison`."""
+    """verl's comparison of rollout engine and actor, under verl's names with our prefix, from `_comparison`'s sums."""
     tokens = sums["on_policy_tokens"] if "difference_sum" in sums else 0
     if not tokens:
         return {}

@@ -1,17 +1,18 @@
-"""Advantages relative to the group, demonstrations included.
+"""Group-relative advantages for batches with demonstrations.
 
     A_i = (r_i − mean) / (std + ε)      over the rows of the group after injection, std with N − 1, ε = 1e-6
     A_i =  r_i − mean                   without the division (Dr. GRPO, arXiv 2503.20783)
 
-A group of one row, or with equal scores, gets exactly 0. With no injected row this is GRPO (arXiv 2402.03300).
+A group with a single row, or with all scores equal, gets exactly 0. Without an injected row this is GRPO
+(arXiv 2402.03300).
 
-Where the demonstration was appended instead of put in a rollout's place, the policy's own rows are compared with each
-other only, and the demonstration with them:
+When a demonstration was appended instead of replacing a rollout, the policy's own rows are compared with each other
+only (`on`), and the demonstration is compared with them:
 
     A_i = (r_i − mean_on) / (std_on + ε),    A_demonstration = (r − mean_on) / (std_all + ε)
 
-std_all is over all N + 1 rows, since std_on is 0 exactly where the demonstration is needed: after N = 8 failures it is
-1/3 and A = 3, while the failures get exactly 0. This rule is ours.
+std_all is over all N + 1 rows, because std_on is 0 exactly when the demonstration is needed. After N = 8 failures
+std_all is 1/3, so the demonstration gets A = 3 and the failures get exactly 0. This rule is ours.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def group_advantage(score_B: Tensor, group_B: Tensor, *, scale_by_std: bool) -> 
     """Advantage of every row.
 
     Args:
-        score_B: (B,) rewards; of a demonstration the reward that verified it.
+        score_B: (B,) rewards; for a demonstration, the reward it got when it was verified.
         group_B: (B,) int64 id of each row's prompt, in any order.
         scale_by_std: `algorithm.norm_adv_by_std_in_grpo`.
 
@@ -39,16 +40,16 @@ def group_advantage(score_B: Tensor, group_B: Tensor, *, scale_by_std: bool) -> 
 
 
 def appended_advantage(score_B: Tensor, group_B: Tensor, demonstration_B: Tensor, *, scale_by_std: bool) -> Tensor:
-    """Advantage of every row where demonstrations are rows of their own beside all N rollouts.
+    """Advantage of every row when demonstrations are extra rows beside all N rollouts.
 
     Args:
         score_B: (B,) rewards.
         group_B: (B,) int64 id of each row's prompt, in any order.
-        demonstration_B: (B,) bool, True on appended rows; one in a group without rollouts gets exactly 0.
+        demonstration_B: (B,) bool, True on appended rows. An appended row in a group without rollouts gets exactly 0.
         scale_by_std: `algorithm.norm_adv_by_std_in_grpo`.
 
     Returns:
-        (B,) advantages; those of the policy's own rows are `group_advantage` of these rows alone, bit for bit.
+        (B,) advantages. For the policy's own rows they equal, bit for bit, `group_advantage` of those rows alone.
     """
     on_B = ~demonstration_B
     advantage_B = torch.empty_like(score_B)
@@ -57,7 +58,7 @@ def appended_advantage(score_B: Tensor, group_B: Tensor, demonstration_B: Tensor
     gap_B = score_B - on.mean_B
     if scale_by_std:
         gap_B = gap_B / (segment_stats(score_B, group_B).std_B + EPS)
-    # Alone, as a padding row is, it has nothing to be compared with.
+    # A demonstration without rollouts in its group (a padding row) has nothing to be compared with.
     gap_B = torch.where(on.count_B > 0, gap_B, 0.0)
     advantage_B[demonstration_B] = gap_B[demonstration_B]
     return advantage_B
@@ -66,14 +67,14 @@ def appended_advantage(score_B: Tensor, group_B: Tensor, demonstration_B: Tensor
 def scored_advantage(
     score_B: Tensor, group_B: Tensor, demonstration_B: Tensor, *, apart: bool, scale_by_std: bool
 ) -> Tensor:
-    """Advantages where a row may have no score: it gets exactly 0, and no row is compared with it.
+    """Advantages when some rows have no score: such a row gets exactly 0 and is left out of the statistics.
 
     Args:
-        score_B: (B,) rewards, NaN where there is none.
+        score_B: (B,) rewards, NaN for a row without a score.
         group_B: (B,) int64 id of each row's prompt.
         demonstration_B: (B,) bool, True on demonstrations.
         apart: whether the policy's own rows are compared with each other only, as in `appended_advantage`.
-        scale_by_std: whether to divide by the deviation.
+        scale_by_std: whether to divide by the standard deviation.
     """
     known_B, advantage_B = ~score_B.isnan(), torch.zeros_like(score_B)
     score, group, demonstration = score_B[known_B], group_B[known_B], demonstration_B[known_B]
@@ -93,7 +94,9 @@ def session_advantage(
     scale_by_std: bool,
     apart_B: Tensor | None = None,
 ) -> Tensor:
-    """Advantages where a session may have written several outputs: the last one counts, the others inherit.
+    """Advantages when a session (a multi-turn rollout) may consist of several rows.
+
+    Only the last row of each session takes part in the statistics; the session's other rows get its advantage.
 
     Args:
         score_B: (B,) rewards.
@@ -101,7 +104,8 @@ def session_advantage(
         session_B: (B,) int64 id of each row's session, unique over the batch.
         output_B: (B,) int64 position of the row among its session's outputs.
         scale_by_std: `algorithm.norm_adv_by_std_in_grpo`.
-        apart_B: (B,) bool, demonstrations with which no rollout is compared; None: all rows of a group are compared.
+        apart_B: (B,) bool, True on demonstrations that are treated as in `appended_advantage`. None: all rows of a
+            group are compared with each other.
 
     Returns:
         (B,) advantages.

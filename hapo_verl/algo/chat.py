@@ -1,8 +1,8 @@
-"""How a Hugging Face tokenizer writes an assistant's turn: what a demonstration needs of a chat template.
+"""The format of an assistant's turn, read from a Hugging Face tokenizer and its chat template.
 
     prompt ⊕ generation prompt ⊕ text ⊕ ⟨end of turn⟩
 
-Everything is read off the template by rendering a marked conversation with it, so no template is known by its name.
+The parts are found by rendering a conversation of marker texts, so any template works and none is known by name.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _MARK, _QUESTION = "hapo-marks-the-assistant", "hapo-marks-the-question"
 
 @dataclass(frozen=True)
 class TurnFormat:
-    """An assistant's turn, as a run writes it.
+    """The format of an assistant's turn in a run.
 
     Attributes:
-        encode: text → token ids, nothing added.
+        encode: text → token ids, without special tokens added.
         generation_prompt: what the template writes between the question and the policy's first token.
         end_token: id that closes a turn.
         end_tokens: ids at which generation stops.
-        control_tokens: ids that no text of an assistant's turn is made of.
+        control_tokens: ids that must not occur in the text of an assistant's turn, such as the header of another turn.
     """
 
     encode: Callable[[str], list[int]]
@@ -51,9 +51,10 @@ class TurnFormat:
 
         Args:
             tokenizer: with a chat template and an end-of-sequence token.
-            generation_config: the model's, whose `eos_token_id` (an id or several) generation stops at; or None.
-            template_kwargs: what the run gives its chat template.
-            more: fields of a subclass.
+            generation_config: the model's generation config, or None. Generation stops at its `eos_token_id` (an id or
+                a list of ids).
+            template_kwargs: the keyword arguments that the run passes to its chat template.
+            more: values of a subclass's own fields.
         """
         encode = _encoder(tokenizer)
 
@@ -69,7 +70,7 @@ class TurnFormat:
 
         chat = render([*question, {"role": "assistant", "content": _MARK}, *question], add_generation_prompt=True)
         opening, closing = around_text()
-        # Some templates know thoughts by one of these names, and write them in front of the text.
+        # Some templates take the thought under one of these names and write it before the text.
         opening_with_thought, _ = around_text(reasoning_content="?", thinking="?")
 
         configured = getattr(generation_config, "eos_token_id", None)
@@ -86,7 +87,7 @@ class TurnFormat:
 
     @classmethod
     def of_text(cls, tokenizer: Any, *, end_tokens: Collection[int]) -> Self:
-        """The format of prompts that are texts and no chats: the answer goes on from the prompt's last character.
+        """The format for prompts that are plain text, not chats: the answer continues right after the prompt.
 
         Args:
             tokenizer: with an end-of-sequence token.
@@ -101,11 +102,13 @@ class TurnFormat:
         )
 
     def single_turn(self, value: Any, *, max_tokens: int) -> Response | Refusal:
-        """A data set's demonstration as a response of one turn, or why there is none; several turns are malformed.
+        """Turn a data set's demonstration into a response of one turn, or give the reason why that fails.
+
+        A demonstration of several turns is refused as malformed.
 
         Args:
             value: as in `demonstration_turns`.
-            max_tokens: the longest response, its end of sequence included.
+            max_tokens: the largest allowed number of response tokens, end of sequence included.
         """
         turns = demonstration_turns(value)
         if isinstance(turns, Refusal):
@@ -136,9 +139,14 @@ def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
 
 
 def _control_tokens(tokenizer: Any, chat: Sequence[int]) -> frozenset[int]:
-    """What a Hugging Face tokenizer calls special, and what stands around the messages of a chat.
+    """The ids of the tokenizer's special tokens and of the added tokens that the template writes around messages.
 
-    Some name the headers of turns special, some do not. Tags of thoughts are text.
+    Both are needed, since some tokenizers mark the headers of turns as special and some do not. Tags of thoughts
+    (`<think>`) count as text, not as control tokens.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        chat: the token ids of a rendered conversation.
     """
     added = {token: str(entry) for token, entry in tokenizer.added_tokens_decoder.items()}
     special = {*tokenizer.all_special_ids, *(t for t, entry in tokenizer.added_tokens_decoder.items() if entry.special)}

@@ -1,13 +1,13 @@
-"""A demonstration as the exact tokens that are trained on.
+"""Turns a demonstration into the exact tokens that are trained on.
 
-    tokens = encode(text) ⊕ ⟨end of sequence⟩                  what the policy itself would have sampled
-    response = tokens₁ ⊕ answers₁ ⊕ tokens₂ ⊕ ... ⊕ tokensₖ     where tools answer; mask 1 on tokens, 0 on answers
+    tokens = encode(text) ⊕ ⟨end of sequence⟩                  one turn, as the policy itself would have sampled it
+    response = tokens₁ ⊕ answers₁ ⊕ tokens₂ ⊕ ... ⊕ tokensₖ     with tools; mask 1 on tokens, 0 on tools' answers
 
-A turn's text follows the generation prompt of the run's chat template, whose thought it goes on with (`thought.py`);
-the end-of-sequence token stands there exactly once, at its end, and no other control token that the run would not have
-written; nothing is ever truncated but a tool's answer, where the run truncates it too. A demonstration that cannot be
-written this way is not used, with a reason.
-(Synthetic Success Injection, arXiv 2603.11321v1, section 4; several turns are ours.)
+The text of a turn follows the generation prompt of the run's chat template and continues a thought that the template
+has opened (`thought.py`). A turn has exactly one end-of-sequence token, at its end, and no other control token that the
+policy would not have written. Nothing is truncated, except a tool's answer where the run truncates it too. A
+demonstration that cannot be written this way is refused with a reason and not used.
+(Synthetic Success Injection, arXiv 2603.11321v1, section 4; demonstrations of several turns are ours.)
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import Any, TypeGuard
 
 from hapo_verl.algo.thought import continued
 
-# Why a group that the gate wanted to inject was not injected.
+# The reasons why a group got no demonstration although the gate fired.
 REASONS = ("missing", "empty", "overlong", "malformed", "thought", "rejected", "error")
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why there is no demonstration row; `reason` is one of `REASONS`."""
+    """The result when a demonstration cannot be used; `reason` is one of `REASONS`."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a tool in OpenAI's form; the id is kept for templates that write it."""
+    """A tool call in OpenAI's format; the id is kept for chat templates that write it."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -41,12 +41,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the assistant writes until it waits for answers or is done.
+    """One turn of the assistant: what it writes before tools answer or before it is done.
 
     Attributes:
-        text: its own words; a call may stand there as text.
-        calls: to be written as the chat template writes them, behind the text.
-        answers: the tools' answers, one a call in the order of the calls; none in the last turn.
+        text: the assistant's text; it may contain tool calls written as plain text.
+        calls: tool calls that the chat template writes after the text.
+        answers: the tools' answers, one per call in the order of the calls; empty in the last turn.
     """
 
     text: str
@@ -56,13 +56,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Response:
-    """What is trained on.
+    """A response row: the tokens after the prompt.
 
     Attributes:
-        tokens: of the response.
-        mask: 1 where the policy would have written the token, 0 where tools or the chat template would.
-        turns: of the policy.
-        answers: of the tools.
+        tokens: token ids of the response.
+        mask: for each token, 1 if the policy writes it and 0 if a tool or the chat template does.
+        turns: number of turns of the policy.
+        answers: number of tools' answers.
     """
 
     tokens: list[int]
@@ -72,22 +72,23 @@ class Response:
 
     @property
     def num_turns(self) -> int:
-        """As verl counts: the question, the policy's turns, and one for all answers between two of them."""
+        """The number of turns as verl counts them: the question, the policy's turns, and one for the tools' answers
+        between two of those."""
         return 2 * self.turns
 
     def written(self, tokens: Sequence[int]) -> Response:
-        """With a turn of the policy behind it."""
+        """The response with one more turn of the policy, `tokens`, at its end."""
         return Response([*self.tokens, *tokens], [*self.mask, *[1] * len(tokens)], self.turns + 1, self.answers)
 
 
 def demonstration_turns(value: Any) -> list[Turn] | Refusal:
-    """The turns of a data set's demonstration.
+    """Parse a data set's demonstration into turns, or give the reason why it is refused.
 
     Args:
-        value: the assistant's text, or a sequence of chat messages: of the assistant, then, as often as it likes, of
-            tools and of the assistant again. `None` where the row has none. An assistant's message may carry
-            `tool_calls`, each with `function.name` and `function.arguments`: a JSON object as text, or a mapping whose
-            null values are left out, since parquet writes one for every key of the column.
+        value: the assistant's text, or a sequence of chat messages that starts and ends with an assistant's message,
+            with messages of tools between two of those; `None` for a row without a demonstration. An assistant's
+            message may have `tool_calls`, each with `function.name` and `function.arguments`: a JSON object as text,
+            or a mapping. Null values of a mapping are dropped, since parquet writes one for every key of the column.
     """
     if value is None:
         return Refusal("missing")
@@ -114,13 +115,13 @@ def demonstration_turns(value: Any) -> list[Turn] | Refusal:
 
 
 def _items(value: Any) -> list[Any] | None:
-    """The items of a list, also of one that a file of arrays holds; None where it is none."""
+    """The items of a list, tuple or array (parquet files give arrays); None for any other value."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return list(value) if isinstance(value, list | tuple) else None
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
-    """A string of whole characters: half of a surrogate pair, as JSON may spell one, has no tokens."""
+    """Whether the value is a string that can be tokenized: JSON may contain half a surrogate pair, which cannot."""
     return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
@@ -165,14 +166,14 @@ def demonstration_response(
     answer: Callable[[Response, Sequence[int], Turn], Response | Refusal],
     max_tokens: int,
 ) -> Response | Refusal:
-    """The demonstration's response, or the first reason why there is none.
+    """Build the response of a demonstration, or give the first reason why that fails.
 
     Args:
-        turns: of the assistant, in order.
+        turns: the assistant's turns, in order.
         write: a turn → its tokens.
-        answer: (response so far, tokens of its last turn, that turn) → the response with the tools' answers behind it
-            and what opens the next turn; unchanged behind the last one.
-        max_tokens: `response_length`, answers included.
+        answer: (response so far, tokens of its last turn, that turn) → the response with the tools' answers and the
+            opening of the next turn added; unchanged after the last turn.
+        max_tokens: `response_length`, tools' answers included.
     """
     response = Response([], [])
     for turn in turns:
@@ -198,18 +199,19 @@ def demonstration_tokens(
     stop_tokens: Collection[int] = (),
     control_tokens: Collection[int] = (),
 ) -> list[int] | Refusal:
-    """The tokens of a turn, end of sequence included.
+    """The tokens of one turn, end of sequence included, or the reason why it is refused.
 
     Args:
         text: the assistant's text.
-        encode: text → token ids, without special tokens of its own.
+        encode: text → token ids, without special tokens added.
         generation_prompt: what the chat template writes before the policy's first token; see `thought.continued`.
         end_token: id that ends an assistant's turn in this run.
-        end_tokens: all ids at which generation stops; none may stand inside the demonstration.
+        end_tokens: all ids at which generation stops; none may occur inside the demonstration.
         max_tokens: `response_length`, end of sequence included.
-        calls: what the chat template writes behind the text for its calls.
-        stop_tokens: further ids at which generation stops, as the closing tag of a call; behind one nothing is written.
-        control_tokens: ids that the policy has no reason to write in a text, as the header of another turn.
+        calls: what the chat template writes after the text for the turn's tool calls.
+        stop_tokens: further ids at which generation stops, such as the closing tag of a call. Everything that the
+            template writes after one is dropped.
+        control_tokens: ids that must not occur in a text, such as the header of another turn.
     """
     continuation = continued(text, generation_prompt)
     if continuation is None:
@@ -222,7 +224,7 @@ def demonstration_tokens(
         if any(token in stops for token in tokens):
             return Refusal("malformed")
         tokens = encode(continuation + calls)
-        # The template may have closed the turn already.
+        # The template may have closed the turn already: keep the tokens up to the first stop.
         tokens = tokens[: next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))]
     else:
         while tokens and tokens[-1] in end_tokens:
@@ -240,8 +242,8 @@ def turn_end_token(turn_tokens: Sequence[int], end_tokens: Collection[int], defa
     """The id with which the chat template closes an assistant's turn.
 
     Args:
-        turn_tokens: the tokens that the template writes for an assistant's message, from its text on.
+        turn_tokens: the tokens that the template writes for an assistant's message, starting at its text.
         end_tokens: the ids at which generation stops.
-        default: the tokenizer's end-of-sequence id, for templates that close a turn with none of them.
+        default: the tokenizer's end-of-sequence id, returned if the template closes a turn with none of `end_tokens`.
     """
     return next((token for token in turn_tokens if token in end_tokens), default)

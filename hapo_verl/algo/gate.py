@@ -1,15 +1,15 @@
-"""The gate: is the policy stuck on this prompt?
+"""The gate: decides for each group whether the policy needs a demonstration for this prompt.
 
     c = (a + S) / (a + b + N)          posterior mean of Beta(a, b) after S successes in N rollouts
     inject  ⟺  c < γ  and  S < N
 
-(arXiv 2603.11321v1, section 4, with a = b = 1 and γ = 0.8 in every step: the gate `paper`.) At N = 8 that fires for
-S ≤ 6; S = 7 gives c = γ exactly and does not fire. Two floats would have to be equal for that, so the comparison is
-made between integers: S against the largest success count that still fires.
+This is the gate `paper` (arXiv 2603.11321v1, section 4), with a = b = 1 and γ = 0.8 in every step. At N = 8 it fires
+for S ≤ 6; S = 7 gives c = γ exactly and does not fire. A comparison of floats could get this case wrong, so integers
+are compared: S with the largest success count that still fires.
 
-The other gates are ours. `annealed`, `adaptive` and `posterior` are the same rule at another γ, a or b (`schedule.py`,
-`posterior.py`); `thompson` draws θ ~ Beta(a + S, b + N − S) and compares the draw; `zero`, `never` and `always` look at
-no posterior. Each is the probability of firing at every success count, so that all of them can be enumerated.
+The other gates are ours. `annealed`, `adaptive` and `posterior` are the same rule with another γ, a or b
+(`schedule.py`, `posterior.py`). `thompson` draws θ ~ Beta(a + S, b + N − S) and fires if θ < γ. `zero`, `never` and
+`always` use no posterior. Every gate is a list of firing probabilities, one for each success count.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Situation:
         threshold: γ of this step, in [0, 1].
         prior_success: a > 0 of the prompt's Beta prior.
         prior_failure: b > 0 of the prompt's Beta prior.
-        admitted: False where the step's budget is spent on other prompts; then nothing is injected.
+        admitted: False if the budget of the step leaves this prompt out; then nothing is injected.
     """
 
     threshold: float = 0.8
@@ -53,8 +53,8 @@ def confidence(successes: int, rollouts: int, *, prior_success: float, prior_fai
 def injection_bound(rollouts: int, *, threshold: float, prior_success: float, prior_failure: float) -> int:
     """The largest success count S for which the gate fires: ⌈γ(a₀ + b₀ + N) − a₀⌉ − 1, capped at N − 1.
 
-    Numbers are taken as the decimals they are written as (0.8 is 4/5), so the result is exact. −1 means that the gate
-    never fires; γ = 0 always gives −1.
+    Arguments are read as the decimals they print as (0.8 is 4/5), so the result is exact. −1 means that the gate never
+    fires; γ = 0 always gives −1.
 
     Args:
         rollouts: N ≥ 1.
@@ -71,9 +71,9 @@ def injection_bound(rollouts: int, *, threshold: float, prior_success: float, pr
 def thompson_probability(
     successes: int, rollouts: int, *, threshold: float, prior_success: float, prior_failure: float
 ) -> float:
-    """P(θ < γ), θ ~ Beta(a + S, b + N − S): how often a Thompson draw fires after S successes in N rollouts.
+    """Probability that a Thompson draw fires after S successes in N rollouts: P(θ < γ), θ ~ Beta(a + S, b + N − S).
 
-    Args and ranges as for `injection_bound`.
+    The other arguments and their ranges are those of `injection_bound`.
     """
     from scipy.special import betainc
 
@@ -81,7 +81,7 @@ def thompson_probability(
 
 
 def firing_probabilities(gate: str, rollouts: int, situation: Situation) -> list[float]:
-    """P(fire | S) for S = 0 … N, the budget left aside; never rises with S.
+    """The probabilities of firing, P(fire | S) for S = 0 … N, before the budget; they never increase with S.
 
     Args:
         gate: a name of `hapo_verl.config.GATES`.
@@ -94,7 +94,7 @@ def firing_probabilities(gate: str, rollouts: int, situation: Situation) -> list
         "prior_failure": situation.prior_failure,
     }
     if gate == "thompson":
-        # As in `paper`, a group in which all succeed is left alone.
+        # As in `paper`, a group in which every rollout succeeds gets no demonstration.
         return [thompson_probability(s, rollouts, **posterior) for s in range(rollouts)] + [0.0]
     bound = {"zero": 0, "never": -1, "always": rollouts}.get(gate)
     if bound is None:
@@ -103,7 +103,7 @@ def firing_probabilities(gate: str, rollouts: int, situation: Situation) -> list
 
 
 def fires(probabilities: Sequence[float], successes: int, rng: random.Random) -> bool:
-    """The decision at S successes; one number is drawn, whatever the gate.
+    """Decide whether the gate fires after S successes; draws exactly one random number for every gate.
 
     Args:
         probabilities: the result of `firing_probabilities`.
@@ -114,11 +114,11 @@ def fires(probabilities: Sequence[float], successes: int, rng: random.Random) ->
 
 
 def expected_firing(success_rate: float, probabilities: Sequence[float]) -> float:
-    """Σ_S P(S) P(fire | S), S ~ Binomial(N, p): how often the gate fires at true success rate p.
+    """Probability that the gate fires at true success rate p: Σ_S P(S) P(fire | S), S ~ Binomial(N, p).
 
     Args:
         success_rate: p in [0, 1].
-        probabilities: the result of `firing_probabilities`, N + 1 of them.
+        probabilities: the result of `firing_probabilities`, N + 1 numbers.
     """
     p, rollouts = success_rate, len(probabilities) - 1
     return math.fsum(

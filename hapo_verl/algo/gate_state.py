@@ -1,7 +1,7 @@
-"""What a gate knows besides the group at hand: the step, the running success, the prompts' earlier visits, the budget.
+"""The state of a gate over a run: the step, the running success, the prompts' earlier visits, and the budget.
 
-One state a run, kept where all groups are seen and checkpoints are written; the rules are those of `schedule.py` and
-`posterior.py`. It reads the gate's part of the configuration, which says which rule that is.
+A run has one such state, in the process that sees all groups and writes checkpoints. The configuration names the gate,
+and so the rule; the rules themselves are in `schedule.py` and `posterior.py`.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from hapo_verl.config import AdaptiveGate, AnnealedGate, ConfigError, HapoConfig
 
 logger = logging.getLogger("hapo_verl")
 
-# In the folder of a checkpoint.
+# File name inside a checkpoint folder.
 STATE_FILE = "hapo_gate.npz"
 
 
 class GateState:
-    """Situations for prompts about to be judged, and the memory of what came of those before."""
+    """Gives the gate's `Situation` for prompts about to be sampled, and learns from the outcomes of earlier groups."""
 
     def __init__(self, hapo: HapoConfig, *, total_steps: int, resume_key: str, data_key: str) -> None:
-        """A gate that has seen nothing.
+        """Start without any outcomes.
 
         Args:
             hapo: the `hapo:` block; gate, budget and seed are read.
-            total_steps: of the run; the horizon of a schedule that names none.
-            resume_key: the trainer's key that names a checkpoint, for the text of errors.
-            data_key: the trainer's key that names the training data, for the text of errors.
+            total_steps: steps of the run; used as the horizon of a schedule without a horizon of its own.
+            resume_key: the trainer's configuration key for the checkpoint to resume from; used in error messages.
+            data_key: the trainer's configuration key for the training data; used in error messages.
         """
         self._hapo, self.total_steps = hapo, total_steps
         self._resume_key, self._data_key = resume_key, data_key
@@ -47,16 +47,16 @@ class GateState:
 
     @property
     def remembers_prompts(self) -> bool:
-        """Whether `know` is to be told of the training data."""
+        """Whether the gate keeps a posterior per prompt, so that `know` must be called first."""
         return isinstance(self._hapo.gate, PosteriorGate)
 
     @property
     def posterior(self) -> PromptPosterior | None:
-        """The prompts' posteriors, where the gate keeps them."""
+        """The prompts' posteriors; None if the gate keeps none, or before `know`."""
         return self._posterior
 
     def know(self, keys: Sequence[int] | NDArray[np.uint64], sources: Sequence[str]) -> None:
-        """Take note of the training data's prompts; needed only where `remembers_prompts`.
+        """Register the prompts of the training data; needed only if `remembers_prompts`.
 
         Args:
             keys: `prompt_key` of each row.
@@ -68,8 +68,8 @@ class GateState:
         """What the gate knows of each of P prompts before their rollouts are scored.
 
         Args:
-            keys: of the prompts; not read where no prompt is remembered.
-            step: 1 for the first update.
+            keys: `prompt_key` of each prompt; not read by gates without a posterior per prompt.
+            step: training step, 1 for the first update.
         """
         threshold, priors = self.threshold(step), [self._constant_prior()] * len(keys)
         gate = self._hapo.gate
@@ -81,7 +81,7 @@ class GateState:
         return [Situation(threshold, *prior, admitted=allow) for prior, allow in zip(priors, allowed, strict=True)]
 
     def threshold(self, step: int) -> float:
-        """γ of a step; 0 for gates without one."""
+        """The threshold γ of a step (1 for the first update); 0 for gates without a threshold."""
         gate = self._hapo.gate
         if isinstance(gate, AnnealedGate):
             horizon = gate.horizon or self.total_steps
@@ -91,12 +91,12 @@ class GateState:
         return gate.threshold if isinstance(gate, PaperGate | PosteriorGate) else 0.0
 
     def observe(self, successes: Sequence[int], rollouts: Sequence[int], keys: Sequence[Any]) -> None:
-        """Learn from the judged groups of one update; demonstrations are not among their rollouts.
+        """Learn from the outcomes of one update's groups.
 
         Args:
-            successes: S of each group.
-            rollouts: N of each group.
-            keys: of each group's prompt; not read where no prompt is remembered.
+            successes: S of each group, demonstrations not counted.
+            rollouts: N of each group, demonstrations not counted.
+            keys: `prompt_key` of each group; not read by gates without a posterior per prompt.
         """
         gate = self._hapo.gate
         if isinstance(gate, AdaptiveGate) and successes:
@@ -105,7 +105,7 @@ class GateState:
             self._posterior.observe(keys, successes, rollouts, discount=gate.discount, memory=gate.memory)
 
     def save(self, folder: Path) -> None:
-        """Write the state into a checkpoint folder, whole or not at all; nothing where the gate keeps none."""
+        """Write the state into a checkpoint folder, atomically; does nothing for gates without state."""
         if not self._has_state:
             return
         running = [np.nan if value is None else value for value in (self._running.first, self._running.mean)]
@@ -115,10 +115,10 @@ class GateState:
         write_arrays(folder / STATE_FILE, arrays)
 
     def load(self, folder: Path) -> None:
-        """Continue from a checkpoint folder.
+        """Restore the state from a checkpoint folder; a folder without a state file only logs a warning.
 
         Raises:
-            ConfigError: when the state is another gate's or another data set's, or cannot be read.
+            ConfigError: if the state belongs to another gate or another data set, or cannot be read.
         """
         path = folder / STATE_FILE
         if not self._has_state:

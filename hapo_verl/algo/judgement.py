@@ -1,6 +1,6 @@
-"""A batch of groups through the gate: which of them get a demonstration, in whose place, and what is said of it.
+"""Applies the gate to a whole batch of groups: which groups get a demonstration, which rollout it replaces, metrics.
 
-For trainers that hold a whole batch of scored completions at once; group g is the rows g·N … (g + 1)·N − 1.
+For trainers that hold a whole batch of scored completions at once. Group g is the rows g·N … (g + 1)·N − 1.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from hapo_verl.algo.injection import Rollout, worst_rollout
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the gate says of a group.
+    """The gate's decision on one group.
 
     Attributes:
-        gated: every rollout has a score, so that there was something to judge.
+        gated: whether the gate was applied; False if a rollout has no score.
         successes: S.
-        fired: the gate wants a demonstration.
-        admitted: the budget has room for it.
-        worst: row of the batch that the demonstration replaces; None where it is to replace none.
+        fired: whether the gate fired, that is, wants a demonstration.
+        admitted: whether the budget allows one.
+        worst: row of the batch that the demonstration replaces; None unless the gate fired and the budget allows it.
     """
 
     gated: bool
@@ -38,14 +38,14 @@ class Judgement:
 def judged(
     rollouts: Sequence[Rollout], per_group: int, situations: Sequence[Situation], *, gate: str, seed: str
 ) -> list[Judgement]:
-    """The gate's decision on each group, and whom a demonstration would replace.
+    """The gate's decision on each group, and the rollout that a demonstration would replace.
 
     Args:
-        rollouts: B rows; one whose score is NaN leaves its group unjudged.
+        rollouts: B rows. The gate is not applied to a group with a NaN score.
         per_group: N ≥ 2, a divisor of B.
         situations: what the gate knows of each of the B / N prompts.
         gate: a name of `hapo_verl.config.GATES`.
-        seed: of this batch; each group's generator is made of it and the group's number.
+        seed: seed of this batch; each group's generator is seeded with it and the group's number.
     """
     judgements = []
     for number, situation in enumerate(situations):
@@ -64,13 +64,13 @@ def judged(
 def described(
     judgements: Sequence[Judgement], per_group: int, *, injected: int, reasons: Sequence[str]
 ) -> dict[str, float]:
-    """Shares in [0, 1] of a batch, under the names that a verl run logs them by.
+    """The gate's metrics for a batch, shares in [0, 1], under the same names as in a verl run.
 
     Args:
-        judgements: of the batch's groups, at least one.
+        judgements: the decisions on the batch's groups, at least one.
         per_group: N.
-        injected: groups with a demonstration.
-        reasons: of `REASONS`, one a demonstration that was wanted and not used.
+        injected: number of groups that got a demonstration.
+        reasons: one of `REASONS` for each demonstration that was wanted but not used.
     """
     gated, groups, refused = (
         [judgement for judgement in judgements if judgement.gated],

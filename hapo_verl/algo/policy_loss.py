@@ -6,14 +6,18 @@
 
     loss = agg(ℓ) − c_H · agg(H) + c_KL · agg(KL of the policy's own rows)
 
-Nobody sampled a demonstration, so it has no ratio, no clip and no KL estimate; the probability of its author is taken
-as 1. κ = 1 is LUFFY's policy shaping f (arXiv 2504.14945), which is also the paper's: its gradient is largest, A/4, at
-π = λ and fades like π/λ for tokens that the policy would never write, so that a demonstration with one such token is
-never learned. κ = 0 is log f, whose gradient λ/(π + λ) is A for those tokens and fades where the policy knows the token
-already. λ = inf takes π in the place of f: κ = 0 is then log-likelihood, κ = 1 the likelihood itself. `trsft`
-(TRAPO, arXiv 2512.17636) and `chord` (arXiv 2508.11408) are weights of log π outside of this family; their F is the
-weight's integral, so that gradients are those of the papers and values are not. Whose weight is whose: `THEORY.md`.
-Both kinds of rows go through one aggregation.
+A demonstration was not sampled from a known policy: it has no ratio, no clip and no KL estimate, and the probability
+under its author is taken as 1. The cases of κ and λ:
+
+- κ = 1 is LUFFY's policy shaping f (arXiv 2504.14945), which the HAPO paper uses too. Its gradient is largest, A/4, at
+  π = λ and falls like π/λ for tokens that the policy would never write; a demonstration with one such token is never
+  learned.
+- κ = 0 is log f. Its gradient A·λ/(π + λ) is about A for those tokens, and small for tokens that the policy knows.
+- λ = inf replaces f by π: κ = 0 is then the log-likelihood, κ = 1 the likelihood itself.
+
+`trsft` (TRAPO, arXiv 2512.17636) and `chord` (arXiv 2508.11408) are weights of log π outside this family. Their F is
+the integral of the weight, so the gradients are those of the papers but the values of the loss are not. `THEORY.md`
+lists the weights of all methods. Both kinds of rows go through one aggregation.
 """
 
 from __future__ import annotations
@@ -46,12 +50,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class DemonstrationShape:
-    """How hard a demonstration's token of probability q is pushed: its weight ∂F/∂log π.
+    """The weight ∂F/∂log π of a demonstration's token as a function of its probability q.
 
     Attributes:
-        name: `power`, λq^κ/(q+λ)^(κ+1), with λ = inf q^κ; `trsft`, min(q/λ, 1); `chord`, q(1 − q).
-        shaping: λ > 0; `chord` does not read it.
-        exponent: κ in [0, 1]; read by `power` alone.
+        name: `power`: λq^κ/(q+λ)^(κ+1), or q^κ if λ = inf; `trsft`: min(q/λ, 1); `chord`: q(1 − q).
+        shaping: λ > 0; not used by `chord`.
+        exponent: κ in [0, 1]; used by `power` only.
     """
 
     name: str
@@ -59,11 +63,11 @@ class DemonstrationShape:
     exponent: float
 
     def teacher(self, demonstration_B: Tensor) -> Teacher:
-        """The rows of this shape, as the kernels take them."""
+        """The kernels' argument for demonstration rows with this shape; `demonstration_B` is (B,) bool."""
         return Teacher(demonstration_B, self.shaping, exponent=self.exponent, shape=self.name)
 
     def weight(self, logp: Tensor) -> Tensor:
-        """∂F/∂log π at each log-probability, nats, of the tensor's shape; no gradient flows through it."""
+        """∂F/∂log π at each log-probability (nats), in the shape of `logp`; no gradient flows through it."""
         with torch.enable_grad():
             leaf = logp.detach().clone().requires_grad_()
             value = shaped(leaf, self.teacher(torch.ones(1, dtype=torch.bool)))
@@ -75,7 +79,7 @@ class DemonstrationShape:
         return self.teacher(torch.ones(1, dtype=torch.bool)).largest_weight
 
 
-# A ratio that is clipped nowhere; the bounds on log ρ, ±20, remain.
+# No clipping of the ratio; only the bounds ±20 on log ρ remain.
 UNCLIPPED = Clip(low=math.inf, high=math.inf, dual=math.inf)
 
 
@@ -98,16 +102,17 @@ def hapo_policy_loss(
 
     Args:
         policy_logp_BT: (B, T) log-probabilities of the rows' tokens under the policy in training, nats.
-        old_logp_BT: (B, T) under the policy that sampled; not read on demonstrations. None: the policy in training.
+        old_logp_BT: (B, T) log-probabilities under the policy that sampled, nats; not read on demonstrations. None
+            means that they equal `policy_logp_BT`.
         advantage_BT: (B, T), or (B,) with one advantage a row.
         mask_BT: (B, T), nonzero on the tokens that train.
         demonstration_B: (B,) bool, True on demonstrations.
-        shape: how hard a demonstration's token is pushed.
+        shape: the weight of a demonstration's tokens.
         clip: clip range of the policy's own rows.
         aggregation: verl's `loss_agg_mode` with the normalisers of the global batch.
         importance_weight_BT: (B, T) weights of a rollout correction, for the policy's own rows.
-        kl: penalty towards a reference model, with its coefficient.
-        entropy: bonus, with its coefficient.
+        kl: KL penalty towards a reference model, with its coefficient.
+        entropy: entropy bonus, with its coefficient.
         impl: `hapo.kernels.policy_loss`.
     """
     return policy_loss(
@@ -147,13 +152,13 @@ def hapo_policy_head(
     training_tokens: int | None = None,
     impl: Impl = "auto",
 ) -> PolicyHead:
-    """`hapo_policy_loss` straight from hidden states, its gradient computed in the forward pass.
+    """`hapo_policy_loss` computed from hidden states; the gradient is already computed in the forward pass.
 
     Args:
-        hidden_BTH: the states that predict `label_BT`, position for position.
-        weight_VH, bias_V: the language-model head.
-        label_BT: ids of the rows' tokens.
-        temperature: (B, T), > 0.
+        hidden_BTH: (B, T, H) hidden states; the one at a position predicts `label_BT` at the same position.
+        weight_VH, bias_V: weight (V, H) and bias (V,) of the language-model head.
+        label_BT: (B, T) ids of the rows' tokens.
+        temperature: (B, T) sampling temperatures, > 0.
         old_logp_BT ... kl: as for `hapo_policy_loss`.
         entropy_coefficient ... training_tokens: as for `hapo_kernels.policy_head.policy_head`.
         impl: `hapo.kernels.policy_loss`.
@@ -181,11 +186,11 @@ def hapo_policy_head(
 
 
 def likelihood_loss(policy_logp_BT: Tensor, weight_B: Tensor, mask_BT: Tensor, aggregation: Aggregation) -> Tensor:
-    """−agg(W · log π) of one micro-batch, a scalar: the term of the objectives that weigh likelihoods.
+    """The likelihood term −agg(W · log π) of one micro-batch, a scalar, for objectives that weight likelihoods.
 
     Args:
         policy_logp_BT: (B, T) log-probabilities of the rows' tokens under the policy in training, nats.
-        weight_B: (B,) W; no gradient flows through it.
+        weight_B: (B,) weight W of each row; no gradient flows through it.
         mask_BT: (B, T), nonzero on the tokens that train.
         aggregation: as for `hapo_policy_loss`.
     """

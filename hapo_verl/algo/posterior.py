@@ -1,14 +1,15 @@
-"""What earlier visits say about a prompt: the Beta posterior of its success rate, over steps and epochs.
+"""The Beta posterior of each prompt's success rate, learned from the prompt's earlier visits.
 
     prior of a visit    a = κ μ + ρ A,    b = κ (1 − μ) + ρ B
     after the visit     A ← ρ A + S,      B ← ρ B + (N − S)
 
-A and B are the prompt's own discounted counts of on-policy successes and failures. A run visits a prompt once or twice,
-so most of the prior is pooled over the prompt's data source: κ pseudo-rollouts at the source's running success rate μ
-(empirical Bayes). The gates `posterior` and `thompson` use it. It is ours; arXiv 2603.11321v1 looks at one group only.
+A and B are the prompt's own discounted counts of on-policy successes and failures. A run visits a prompt only once or
+twice, so most of the prior is pooled over the prompt's data source: κ pseudo-rollouts at the source's running success
+rate μ (empirical Bayes). The gates `posterior` and `thompson` use it. It is ours; the gate of arXiv 2603.11321v1 uses
+the current group only.
 
-The state is a few arrays as long as the data set (33 MB for a million prompts), updated in place, independent of
-the order of the groups within a step.
+The state is a few arrays with one entry per prompt of the data set (33 MB for a million prompts). It is updated in
+place and does not depend on the order of the groups within a step.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from numpy.typing import NDArray
 
 
 def prompt_key(*parts: Any) -> int:
-    """64 bits that name a prompt, the same in every process and on every machine.
+    """A 64-bit id of a prompt, the same in every process and on every machine.
 
     Args:
-        parts: what the prompt is known by, such as its data source and index.
+        parts: the values that identify the prompt, such as its data source and index.
     """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
@@ -35,7 +36,7 @@ class PromptPosterior:
     """Beta posteriors of a data set's prompts."""
 
     def __init__(self, keys: Sequence[int] | NDArray[np.uint64], sources: Sequence[str]) -> None:
-        """No visits yet.
+        """Start with the prompts of a data set and no visits.
 
         Args:
             keys: `prompt_key` of each row of the data set; rows with one key share a posterior.
@@ -50,7 +51,7 @@ class PromptPosterior:
         self.source_names = names
         self.success_K = np.zeros(len(self.key_K), dtype=np.float64)
         self.failure_K = np.zeros(len(self.key_K), dtype=np.float64)
-        # Of each source: running successes and rollouts, on top of one success in two.
+        # Running counts of each source; `priors` adds one success and one failure to them.
         self.source_success_D = np.zeros(len(names), dtype=np.float64)
         self.source_rollouts_D = np.zeros(len(names), dtype=np.float64)
 
@@ -58,7 +59,7 @@ class PromptPosterior:
         """Positions of prompts in the arrays.
 
         Raises:
-            KeyError: on a key that is not one of the data set's.
+            KeyError: if a key is not in the data set.
         """
         wanted = np.asarray(keys, dtype=np.uint64)
         found = np.minimum(np.searchsorted(self.key_K, wanted), len(self.key_K) - 1)
@@ -67,12 +68,15 @@ class PromptPosterior:
         return found
 
     def priors(self, keys: Sequence[int], *, strength: float, discount: float) -> tuple[list[float], list[float]]:
-        """(a, b) of each prompt's next visit, both positive.
+        """The prior Beta(a, b) of each prompt's next visit: a list of a > 0 and a list of b > 0.
 
         Args:
-            keys: P prompts; one may occur several times.
+            keys: `prompt_key` of P prompts; a prompt may occur several times.
             strength: κ > 0.
             discount: ρ in [0, 1].
+
+        Raises:
+            KeyError: if a key is not in the data set.
         """
         slot_P = self.slots(keys)
         source_P = self.source_K[slot_P]
@@ -90,14 +94,17 @@ class PromptPosterior:
         discount: float,
         memory: float,
     ) -> None:
-        """Count one step's on-policy outcomes; a prompt that occurs twice is discounted once.
+        """Add one step's on-policy outcomes; a prompt that occurs twice in the step is discounted once.
 
         Args:
-            keys: P prompts of the step.
+            keys: `prompt_key` of the step's P prompts.
             successes: S of each.
             rollouts: N of each.
-            discount: ρ in [0, 1], kept of a prompt's counts at each visit.
+            discount: ρ in [0, 1], the share of a prompt's counts that a visit keeps.
             memory: share of a source's running counts that a step keeps, in [0, 1).
+
+        Raises:
+            KeyError: if a key is not in the data set.
         """
         if not len(keys):
             return
@@ -116,14 +123,14 @@ class PromptPosterior:
             np.add.at(total_D, source_P, values_P)
 
     def fingerprint(self) -> str:
-        """Names the data set: its prompts and their sources."""
+        """A hash that identifies the data set: its prompts and their sources."""
         digest = hashlib.blake2b(self.key_K.tobytes(), digest_size=16)
         digest.update(self.source_K.tobytes())
         digest.update(repr(self.source_names).encode())
         return digest.hexdigest()
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """What a checkpoint holds: only visited prompts, and the data set's fingerprint."""
+        """The arrays for a checkpoint: the data set's fingerprint and the counts of visited prompts."""
         (visited,) = np.nonzero(self.success_K + self.failure_K)
         return {
             "fingerprint": np.array(self.fingerprint()),
@@ -135,10 +142,10 @@ class PromptPosterior:
         }
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Continue from `arrays`.
+        """Restore the state that `arrays` returned.
 
         Raises:
-            ValueError: when they belong to another data set.
+            ValueError: if the state belongs to another data set.
         """
         if str(arrays["fingerprint"]) != self.fingerprint():
             raise ValueError("the state was kept for other prompts")

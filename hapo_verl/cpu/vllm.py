@@ -1,4 +1,4 @@
-"""vLLM on a laptop's CPU, under verl (entry point group `vllm.general_plugins`; runs in vLLM's own processes)."""
+"""Patches for vLLM on a CPU under verl (entry point group `vllm.general_plugins`; runs in vLLM's own processes)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    """Adapt vLLM's CPU build where VERL_PLATFORM=cpu; do nothing elsewhere."""
+    """Patch vLLM's CPU build if VERL_PLATFORM=cpu; else do nothing."""
     if os.environ.get("VERL_PLATFORM", "").strip().lower() != "cpu":
         return
     from vllm.platforms import current_platform
@@ -22,11 +22,11 @@ def register() -> None:
 
 
 def keep_plain_linear_weights() -> None:
-    """Keep the plain Linear, whose weights verl can replace.
+    """Keep plain Linear layers, whose weights verl can replace.
 
     vLLM's CPU build packs each Linear weight into a oneDNN handle and leaves `layer.weight` empty. verl writes new
-    weights into `layer.weight` after every step: the worker would die at the first one and the trainer would wait for
-    it forever.
+    weights into `layer.weight` after every step, so the worker would die at the first step, and the trainer would wait
+    for it for ever.
     """
     import torch
     import vllm.model_executor.layers.utils as layers
@@ -40,8 +40,8 @@ def keep_plain_linear_weights() -> None:
 def wait_without_spinning() -> None:
     """Let vLLM's processes sleep until they are notified.
 
-    By default the process that schedules asks for the worker's answer in a loop for a second before it sleeps. A step
-    of decoding is shorter than that, so on two cores the loop takes one of them from the worker.
+    By default the scheduling process polls for the worker's answer in a busy loop for a second before it sleeps. A
+    decoding step is shorter than that, so on a machine with two cores the loop takes one of them from the worker.
     """
     import vllm.distributed.device_communicators.shm_broadcast as broadcast
 

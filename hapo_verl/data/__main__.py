@@ -1,4 +1,4 @@
-"""The command line of the data tools: exit code 0 when at least one row was written."""
+"""The command line of the data tools; the exit code is 0 if at least one row was written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hapo_verl.data.parquet import DataError, read_parquet, write_parquet
 
 
 def gsm8k(args: argparse.Namespace) -> None:
-    """GSM8K with its human solutions."""
+    """Write GSM8K with its human solutions as demonstrations."""
     from tqdm import tqdm
 
     from hapo_verl.rollout.reward import default_score
@@ -33,7 +33,10 @@ def gsm8k(args: argparse.Namespace) -> None:
 
 
 def demonstrations(args: argparse.Namespace) -> None:
-    """Other projects' columns, verified; rows without a usable demonstration stay, with none."""
+    """Write a data set whose demonstrations, from other projects' columns, are verified.
+
+    Rows without a usable demonstration stay, with null.
+    """
     from tqdm import tqdm
 
     rows = list(read_parquet(args.input))
@@ -63,7 +66,7 @@ def demonstrations(args: argparse.Namespace) -> None:
 
 
 def reasoning_gym(args: argparse.Namespace) -> None:
-    """A task of reasoning-gym, with a demonstration column where it has worked solutions."""
+    """Write a task of reasoning-gym, with a demonstration column if the task has worked solutions."""
     rows, without = gym_.rows(args.task, size=args.size, seed=args.seed, split=args.split)
     _print_reasons(without, "without one")
     if without.total() == len(rows):
@@ -75,7 +78,7 @@ def reasoning_gym(args: argparse.Namespace) -> None:
 
 
 def teach(args: argparse.Namespace) -> None:
-    """Demonstrations from a teacher behind an OpenAI-compatible server."""
+    """Write a data set with demonstrations from a teacher model behind an OpenAI-compatible server."""
     teach_command.run(args)
 
 
@@ -92,7 +95,7 @@ def _print_kept(kept: int, rows: int, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 0 when at least one row was written."""
+    """Run the command line and return the exit code: 0 if at least one row was written, else 1."""
     parser = argparse.ArgumentParser(
         prog="python -m hapo_verl.data", description="Data sets with demonstrations for HAPO."
     )

@@ -1,14 +1,14 @@
-"""One verified demonstration a prompt, out of the columns of other projects' data sets.
+"""Selects one verified demonstration for each prompt from the columns of other projects' data sets.
 
     target       LUFFY: one demonstration, a list with one message of the assistant
     target_lst   AMPO: several, each a text or a mapping with `content`
     demos        Prefix-RFT: several texts
 
-Of a row's demonstrations the shortest is taken, in the run's tokens, that fits the run's response length and that the
-run's own reward function calls a success, token for token what a run would inject. It becomes the column
-`demonstration`; the columns it came from are left out, all others stay as they are. A row without one is counted and
-named, and stays, for the policy learns from its own rollouts there. Each demonstration may be a list of messages with
-calls of tools and their answers, and then stays one.
+Of a row's demonstrations the shortest one (in tokens of the run) is taken that a run would inject: it fits the run's
+response length, and the run's own reward function scores exactly these tokens as a success. It is written to the column
+`demonstration`; the columns above are dropped and all others are unchanged. A row without a usable demonstration is
+reported and stays in the data set, since the policy can still learn from its own rollouts. A demonstration may be a
+list of messages with tool calls and tools' answers, and then stays a list.
 """
 
 from __future__ import annotations
@@ -38,31 +38,32 @@ def _one(value: Any) -> list[Any]:
 def _several(value: Any) -> list[Any]:
     if value is None:
         return []
-    # What is no list is one demonstration, if it is one at all.
+    # A value that is not a list counts as one demonstration; later checks decide whether it is valid.
     items = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
     return [_message(item) for item in items]
 
 
 def _message(item: Any) -> Any:
-    """AMPO's mappings carry a source and a quality score beside the text, and no role."""
+    """Turn AMPO's mapping, which has a text, a source and a quality score but no role, into a list with one message."""
     return [{"role": "assistant", **item}] if isinstance(item, Mapping) else item
 
 
-# Column → the demonstrations in a value of it.
+# Column → function that lists the demonstrations in a value of the column.
 COLUMNS: dict[str, Callable[[Any], list[Any]]] = {"target": _one, "target_lst": _several, "demos": _several}
 
-# How far a demonstration came; a row with several is reported by the one that came farthest.
+# Reasons for a refusal, in the order of the checks. A row whose demonstrations were all refused is reported with the
+# latest of their reasons.
 PROGRESS = ("missing", "empty", "malformed", "thought", "overlong", "rejected")
 
 
 @dataclass(frozen=True)
 class Judge:
-    """What a run would make of a demonstration.
+    """Decides whether a run would inject a demonstration.
 
     Attributes:
-        respond: (demonstration, row) → the response of the run, or why there is none.
-        decode: tokens → the text that the run's reward function is given.
-        succeeds: (row, text, verl's `num_turns`) → success.
+        respond: (demonstration, row) → the response row that the run would make of it, or the reason for a refusal.
+        decode: tokens → the text that the run passes to its reward function.
+        succeeds: (row, text, verl's `num_turns`) → whether the reward function calls it a success.
     """
 
     respond: Callable[[Any, Mapping[str, Any]], Response | Refusal]
@@ -70,9 +71,9 @@ class Judge:
     succeeds: Callable[[Mapping[str, Any], str, int], bool]
 
     def choose(self, row: Mapping[str, Any], column: str) -> Any | Refusal:
-        """The row's shortest demonstration that a run would inject; of equally short ones the first.
+        """The row's shortest demonstration that a run would inject, the first of equally short ones; or a refusal.
 
-        One of a single turn is its text, one of several the list of messages as it was.
+        A demonstration of one turn is returned as text, one of several turns as the original list of messages.
         """
         fitting: list[tuple[Response, Any]] = []
         reasons = {"missing"}
@@ -89,14 +90,14 @@ class Judge:
         return Refusal(max(reasons, key=PROGRESS.index))
 
     def verdict(self, row: Mapping[str, Any], value: Any) -> Response | Refusal:
-        """A demonstration as the run would inject it, or why it would not; `error` where the reward function raises."""
+        """The response row that the run would inject, or why it would not; `error` if the reward function raises."""
         response = self.respond(value, row)
         if isinstance(response, Refusal):
             return response
         try:
             succeeded = self.succeeds(row, self.decode(response.tokens), response.num_turns)
         except Exception:
-            # As in a run, where the group is then trained without it.
+            # As in a run, which then trains the group without a demonstration.
             return Refusal("error")
         return response if succeeded else Refusal("rejected")
 
@@ -115,7 +116,7 @@ def judge_of(
     threshold: float,
     multi_turn: Sequence[str] | None = None,
 ) -> Judge:
-    """The judge of a run.
+    """The `Judge` for a run with these settings.
 
     Args:
         tokenizer: `actor_rollout_ref.model.path`.
@@ -123,10 +124,11 @@ def judge_of(
         reward: `reward.custom_reward_function.path`, or None for verl's own functions.
         reward_name: `reward.custom_reward_function.name`.
         threshold: `hapo.success_threshold`.
-        multi_turn: `key=value` of `actor_rollout_ref.rollout.multi_turn` in a run of verl's tool loop; None in another.
+        multi_turn: `key=value` settings of `actor_rollout_ref.rollout.multi_turn` for a run with verl's tool loop; None
+            for a run without tools.
 
     Raises:
-        ConfigError: where the reward function cannot be loaded, or `multi_turn` has no such key.
+        ConfigError: if the reward function cannot be loaded, or `multi_turn` has no such key.
     """
     from omegaconf import OmegaConf
     from transformers import AutoTokenizer
@@ -148,10 +150,14 @@ def judge_of(
 
 
 def column_of(names: Iterable[str], asked: str | None) -> str:
-    """The column with the demonstrations.
+    """The name of the column with the demonstrations.
+
+    Args:
+        names: the columns of the file.
+        asked: the column that the user has chosen; None to find it.
 
     Raises:
-        DataError: where there is none, more than one, or not the one that was asked for.
+        DataError: if the chosen column is missing, or without a choice, if there is none or more than one.
     """
     names = list(names)
     found = [name for name in COLUMNS if name in names]
@@ -168,16 +174,16 @@ def column_of(names: Iterable[str], asked: str | None) -> str:
 def choices(
     rows: Iterable[dict[str, Any]], column: str, make_judge: Callable[[], Judge], *, workers: int
 ) -> Iterator[Any | Refusal]:
-    """`Judge.choose` of each row, in order.
+    """The results of `Judge.choose` for the rows, in order.
 
     Args:
-        rows: of a data set with `column`.
+        rows: the rows of a data set with `column`.
         column: one of `COLUMNS`.
-        make_judge: called once in each process; it travels there, so it can be pickled.
-        workers: processes; 1 judges in this one.
+        make_judge: called once in each process, so it must be picklable.
+        workers: number of processes; with 1, this process does the work.
 
     Raises:
-        DataError: where the reward function raises, naming the row.
+        DataError: if the reward function raises; names the row.
     """
     numbered = enumerate(rows)
     if workers == 1:
@@ -185,7 +191,7 @@ def choices(
         for number, row in numbered:
             yield _choose(judge, number, row, column)
         return
-    # Spawned: the parent has threads of its own by now, and a forked child may wait for their locks for ever.
+    # Spawned, not forked: the parent has threads by now, and a forked child may wait for their locks for ever.
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=enter, initargs=(make_judge,)) as pool:
         yield from pool.map(_choose_here, numbered, repeat(column), chunksize=16)
 
@@ -200,10 +206,10 @@ def verdict_here(row: Mapping[str, Any], value: Any) -> Response | Refusal:
 
 
 def try_here(row: Mapping[str, Any]) -> None:
-    """Ask the reward function once.
+    """Call the reward function once, to see that it works on these rows.
 
     Raises:
-        DataError: where it raises.
+        DataError: if it raises.
     """
     assert _judge is not None
     try:
@@ -216,11 +222,11 @@ def try_here(row: Mapping[str, Any]) -> None:
 
 
 def enter(make_judge: Callable[[], Judge]) -> None:
-    """Prepare a process of a pool for its judge; it ends with its parent, however that ends."""
+    """Prepare a process of a pool: make its judge, and let the process end when its parent ends for any reason."""
     global _judge
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # A reward function may have processes of its own, as math-verify's in verl has, and this one would wait for their
-    # end for ever.
+    # A reward function may start processes, as math-verify's in verl does; this process would wait for their end for
+    # ever.
     Finalize(None, _end_children, exitpriority=0)
     _judge = make_judge()
 
@@ -256,13 +262,13 @@ def _choose(judge: Judge, number: int, row: dict[str, Any], column: str) -> Any 
 def verified(
     rows: Iterable[dict[str, Any]], chosen: Iterable[Any | Refusal], column: str, *, only_verified: bool = False
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows with their demonstration, and a report of those that have none: row, index, data_source and reason.
+    """The rows with their demonstrations, and a report about the rows without: row, index, data_source and reason.
 
     Args:
-        rows: of the data set.
-        chosen: of each row its demonstration, or why there is none.
-        column: that the demonstrations were taken from.
-        only_verified: leave out the rows that have none; else their demonstration is null.
+        rows: the rows of the data set.
+        chosen: for each row its demonstration, or the refusal.
+        column: the column that the demonstrations were taken from.
+        only_verified: whether to leave out rows without a demonstration; else their demonstration is null.
     """
     kept, rejected = [], []
     for number, (row, choice) in enumerate(zip(rows, chosen, strict=True)):
@@ -277,7 +283,7 @@ def verified(
         others = {name: value for name, value in row.items() if name not in COLUMNS}
         kept.append(others | {"demonstration": choice})
     if any(not isinstance(row["demonstration"], str | None) for row in kept):
-        # A column of a parquet file has one type.
+        # A column of a parquet file has one type: if one demonstration is a list of messages, all must be.
         for row in kept:
             if isinstance(row["demonstration"], str):
                 row["demonstration"] = [{"role": "assistant", "content": row["demonstration"]}]
@@ -285,7 +291,7 @@ def verified(
 
 
 def write_report(rejected: list[dict[str, Any]], path: Path) -> Counter[str]:
-    """Write a JSON line for each row that has no demonstration; how many for which reason."""
+    """Write a JSON line for each row without a demonstration, and return the number of rows for each reason."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in rejected))
     return Counter(line["reason"] for line in rejected)

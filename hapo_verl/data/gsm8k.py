@@ -1,7 +1,7 @@
-"""GSM8K (MIT licence): word problems with worked solutions by humans, which are the demonstrations.
+"""GSM8K (MIT licence): word problems whose human worked solutions become the demonstrations.
 
-Every row's demonstration is scored by verl's own GSM8K reward; a row whose demonstration is no success is left out,
-counted and named.
+Every demonstration is scored by verl's own GSM8K reward. Rows whose demonstration is not a success are left out and
+counted by reason.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Problem:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file in UTF-8, with or without a byte order mark; empty lines are passed over.
+    """Read the objects of a JSON Lines file in UTF-8, with or without a byte order mark; empty lines are skipped.
 
     Raises:
-        DataError: when the file is missing, or a line is not UTF-8 or not a JSON object.
+        DataError: if the file is missing, or a line is not UTF-8 or not a JSON object.
     """
     if not path.is_file():
         raise DataError(f"--input {path}: no such file. Give GSM8K as JSON lines with `question` and `answer`.")
@@ -55,7 +55,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _json_object(line: bytes) -> dict[str, Any] | None:
-    """The object that a line is; None for an empty line."""
+    """Parse one line; None for an empty line."""
     try:
         text = line.decode("utf-8").strip()
     except UnicodeDecodeError as error:
@@ -69,7 +69,7 @@ def _json_object(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        # Also a number of too many digits, and lists in lists beyond what Python can follow.
+        # A ValueError may also be a number with too many digits; a RecursionError comes from too deeply nested lists.
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
         raise DataError(f"not JSON ({reason}). One object a line.") from None
     if not isinstance(record, dict):
@@ -78,9 +78,9 @@ def _json_object(line: bytes) -> dict[str, Any] | None:
 
 
 def gsm8k_problem(record: dict[str, Any]) -> Problem | str:
-    """The problem of a GSM8K record, or why there is none: `no question`, `no answer` or `no #### line`.
+    """Parse a GSM8K record, or give the reason why that fails: `no question`, `no answer` or `no #### line`.
 
-    The calculator annotations `<<48/2=24>>` are removed: they were written for a tool, not for a reader.
+    The calculator annotations, such as `<<48/2=24>>`, are removed: they were written for a tool, not for a reader.
     """
     question, solution = record.get("question"), record.get("answer")
     if not _is_text(question):
@@ -95,12 +95,12 @@ def gsm8k_problem(record: dict[str, Any]) -> Problem | str:
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
-    """A string with something in it, of whole characters: JSON may spell half of a surrogate pair."""
+    """Whether the value is a non-empty string that UTF-8 can encode: JSON may contain half a surrogate pair."""
     return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def gsm8k_row(problem: Problem, index: int, split: str) -> dict[str, Any]:
-    """A row of verl's parquet with the demonstration."""
+    """A row of verl's parquet file, with the demonstration."""
     return {
         "data_source": GSM8K,
         "prompt": [{"role": "user", "content": f"{problem.question} {INSTRUCTION}"}],
@@ -114,10 +114,10 @@ def gsm8k_row(problem: Problem, index: int, split: str) -> dict[str, Any]:
 def verified_rows(
     records: Iterable[dict[str, Any]], score: Callable[[str, str, str], float], *, split: str
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """The rows whose demonstration is a success, and how many were left out for which reason.
+    """The rows whose demonstration is a success, and the number of rows left out for each reason.
 
     Args:
-        records: GSM8K's, in order; a row's index is its position among them.
+        records: GSM8K's records, in order; a row's index is its position among them.
         score: (data source, solution, ground truth) → score; 1 is a success.
         split: name of the split, kept in `extra_info`.
     """
@@ -134,10 +134,10 @@ def verified_rows(
 
 
 def gsm8k_records(path: Path | None) -> Iterable[dict[str, Any]]:
-    """GSM8K's training records: of a JSON Lines file, or fetched where there is none.
+    """GSM8K's training records, from a JSON Lines file, or downloaded if `path` is None.
 
     Raises:
-        DataError: when they cannot be had.
+        DataError: if they cannot be read or downloaded.
     """
     if path is not None:
         return list(read_jsonl(path))

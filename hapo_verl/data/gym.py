@@ -1,7 +1,7 @@
-"""Tasks of `reasoning-gym` (Apache-2.0) as verl's rows, with a demonstration where the task has a worked solution.
+"""Tasks of `reasoning-gym` (Apache-2.0) as rows for verl, with a demonstration if the task has worked solutions.
 
-A generated problem is verified by the task's own `score_answer`, which needs the whole entry: it travels as JSON in
-`extra_info`, and `compute_score` of this file is the run's reward function:
+An answer is scored by the task's own `score_answer`, which needs the problem's whole entry. So the entry is stored as
+JSON in `extra_info`, and `compute_score` of this file is the run's reward function:
 
     reward.custom_reward_function.path=<this file> reward.custom_reward_function.name=compute_score
 """
@@ -15,16 +15,16 @@ from typing import Any
 
 from hapo_verl.data.parquet import DataError
 
-# Where a task keeps its worked solution, in the order in which they are looked for.
+# Keys under which a task may keep its worked solution, in the order in which they are tried.
 SOLUTIONS = ("answer_cot", "solution_cot")
 _DATASETS: dict[str, Any] = {}
 
 
 def dataset(task: str, *, size: int = 1, seed: int = 0) -> Any:
-    """A data set of `reasoning_gym`.
+    """Generate a data set of `reasoning_gym`.
 
     Raises:
-        DataError: when the package is missing or has no such task.
+        DataError: if the package is missing or has no such task.
     """
     try:
         import reasoning_gym
@@ -40,7 +40,7 @@ def dataset(task: str, *, size: int = 1, seed: int = 0) -> Any:
 
 
 def final_answer(text: str) -> str:
-    """What is scored of a response: what follows its last `####`, else what stands in `<answer>`, else all of it."""
+    """The part of a response that is scored: text after its last `####`, else its last `<answer>`, else all of it."""
     marked = re.findall(r"####[ \t]*(.+)", text)
     if marked:
         return marked[-1].strip()
@@ -51,7 +51,7 @@ def final_answer(text: str) -> str:
 def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None, **kwargs: Any
 ) -> dict[str, float]:
-    """verl's custom reward function: the task's own score of the final answer; a success only where it is 1."""
+    """A custom reward function for verl: the task's own score of the final answer; it is a success only if it is 1."""
     task = data_source.rpartition("/")[2]
     if task not in _DATASETS:
         _DATASETS[task] = dataset(task)
@@ -61,13 +61,13 @@ def compute_score(
 
 
 def rows(task: str, *, size: int, seed: int, split: str) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Rows of a task, and how many have no demonstration for which reason; a row without one is kept.
+    """Rows of a task, and the number of rows without a demonstration for each reason; such rows are kept.
 
     Args:
-        task: a name of reasoning-gym.
-        size: rows.
-        seed: of the generator; another seed for the held-out rows.
-        split: kept in `extra_info`.
+        task: name of a task of reasoning-gym.
+        size: number of rows.
+        seed: seed of the generator; use another one for held-out rows.
+        split: name of the split, kept in `extra_info`.
     """
     made, without = [], Counter()
     for index, entry in enumerate(dataset(task, size=size, seed=seed)):

@@ -1,7 +1,8 @@
-"""What a teacher has answered, on disk before anything is made of it: no answer is paid for twice.
+"""A journal of a teacher's answers on disk, so that no answer is paid for twice.
 
-One JSON object a line; lines are only ever added, each is synced before the next step, and one process writes at a
-time. A line that a kill has cut off is counted and left where it is; its answer counts as never given.
+An answer is written before it is used. The file has one JSON object per line; lines are only appended, each is synced
+to disk before the program continues, and one process writes at a time. A line that was cut off by a kill stays in the
+file and is counted, and its answer is treated as never given.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from hapo_verl.data.parquet import DataError
 
 
 class Journal:
-    """The answers of earlier runs, and a file for further ones.
+    """The answers of earlier runs, and the file to which new ones are added.
 
     Attributes:
-        answers: of each request, by `request_key`, the line of its answer.
-        tokens: that all lines together have cost, in this run and earlier ones.
-        cut: lines that are no JSON.
+        answers: `request_key` → the line with the answer.
+        tokens: tokens that all lines together have cost, in this run and in earlier ones.
+        cut: number of lines that are not valid.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read a journal, or begin one.
+        """Open a journal and read it, or start a new one.
 
         Raises:
-            DataError: where another process writes it.
+            DataError: if another process is writing it.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not path.exists()
@@ -55,10 +56,10 @@ class Journal:
             self._file.write(b"\n")
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Add a line and wait until it is on disk; from any thread.
+        """Add a line and wait until it is on disk; can be called from any thread.
 
         Args:
-            line: with `request` and `tokens`; an answer has `text`, what has only cost something has `lost`.
+            line: has `request` and `tokens`; an answer also has `text`, a request that only cost tokens has `lost`.
         """
         with self._lock:
             self._file.write(json.dumps(line).encode() + b"\n")
@@ -67,7 +68,7 @@ class Journal:
             self._keep(dict(line))
 
     def close(self) -> None:
-        """Let another process write it."""
+        """Close the file, so that another process can write it."""
         self._file.close()
 
     def _read(self, line: bytes) -> None:
@@ -85,18 +86,18 @@ class Journal:
 
 
 def request_key(body: Mapping[str, Any], sample: int) -> str:
-    """The name of the `sample`-th request with this body; the same for equal prompts, wherever they stand.
+    """A hash that identifies the `sample`-th request with this body; equal prompts have the same one.
 
     Args:
         body: everything that is sent, as JSON values.
-        sample: 0 for the first of a prompt.
+        sample: 0 for the first request of a prompt.
     """
     canonical = json.dumps([body, sample], sort_keys=True, ensure_ascii=False)
     return sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def _sync_folder(folder: Path) -> None:
-    """A new file's name is on disk only when its folder is."""
+    """Sync a folder to disk; a new file's name is on disk only after that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Parquet files of verl's rows."""
+"""Reads and writes parquet files with rows for verl."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 
 class DataError(ValueError):
-    """Input that cannot be read; the message is one line: what, the rule, the fix."""
+    """Raised for input that a data tool cannot use; the message is one line: what, the rule, the fix."""
 
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, as plain mappings, lists and numbers.
+    """Read the rows of a parquet file as plain mappings, lists and numbers.
 
     Raises:
-        DataError: when the file is missing, is not parquet or is damaged.
+        DataError: if the file is missing, is not parquet, or is damaged.
     """
     import pyarrow
     from pyarrow.parquet import ParquetFile
@@ -39,10 +39,10 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write a parquet file in one step: no reader ever sees half of it.
+    """Write a parquet file atomically, so that no reader sees half of it.
 
     Raises:
-        DataError: when there is nothing to write, or a value that a parquet file cannot hold.
+        DataError: if there is no row, or a parquet file cannot hold a value.
     """
     import pandas
     import pyarrow

@@ -1,4 +1,4 @@
-"""vLLM's own server as a child of this process, on a free port of this machine; it ends with this process."""
+"""Starts vLLM's own server as a child of this process, on a free port of this machine; it ends with this process."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ _PR_SET_PDEATHSIG = 1
 def served(
     model: str, arguments: Sequence[str], log: Path, *, limit: float, command: Sequence[str] | None = None
 ) -> Iterator[str]:
-    """A server for this model while the context lasts; the address of its API.
+    """A context manager that runs a server for a model and gives the address of its API.
 
     Args:
-        model: a folder, or a name of the Hugging Face hub.
-        arguments: more of vLLM's.
-        log: receives what it prints.
-        limit: seconds until it has to be ready.
-        command: in place of vLLM's server; it gets the same arguments.
+        model: a folder, or a name on the Hugging Face hub.
+        arguments: further arguments of vLLM's server.
+        log: file for the server's output.
+        limit: seconds after which the server must be ready.
+        command: command to run instead of vLLM's server, with the same arguments.
 
     Raises:
-        DataError: where it ends, or is not ready in time.
+        DataError: if the server ends, or is not ready in time.
     """
     port = _free_port()
     log.parent.mkdir(parents=True, exist_ok=True)
     call = [
-        # Not `vllm serve`: in the CPU build, which is another distribution, it does not start.
+        # Not `vllm serve`, which does not work in vLLM's CPU build.
         *(command or (sys.executable, "-m", "vllm.entrypoints.openai.api_server")),
         *("--model", model, "--host", "127.0.0.1", "--port", str(port), *arguments),
     ]
     with log.open("wb") as output:
-        # In a session of its own: an interrupt from the terminal is for the parent alone.
+        # In its own session, so that an interrupt from the terminal reaches only the parent.
         process = subprocess.Popen(
             call, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_end_with_parent()
         )
@@ -70,7 +70,7 @@ def _free_port() -> int:
 
 def _wait(process: subprocess.Popen[bytes], health: str, log: Path, limit: float) -> None:
     end = time.monotonic() + limit
-    # A proxy of the environment is not for this machine.
+    # A proxy that the environment names must not be used for this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while True:
         if (code := process.poll()) is not None:
@@ -85,7 +85,7 @@ def _wait(process: subprocess.Popen[bytes], health: str, log: Path, limit: float
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask the server to end, then end what is left of its processes."""
+    """Terminate the server, then kill what is left of its process group."""
     if process.poll() is None:
         process.terminate()
         try:

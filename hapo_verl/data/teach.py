@@ -1,15 +1,15 @@
-"""Demonstrations from a teacher: a model behind an OpenAI-compatible server is asked where a prompt has none.
+"""Gets demonstrations from a teacher, a model behind an OpenAI-compatible server, for prompts without one.
 
-    asked      rows whose demonstration a run would refuse; with a run's trace only those whose group failed at last
-    verified   each answer, as the run would: its template, its limits, its reward function
-    kept       of a row's verified answers the one that a rule names
+The teacher is asked for every row without a demonstration that a run would inject; if the trace of a run is given, only
+for those whose last group in that run failed. Each answer is verified as the run would do it: with its template, its
+limits and its reward function. Of a row's verified answers one is kept, by one of these rules:
 
-    shortest   the fewest tokens of the run; of equally short ones the first
-    first      the first one; nothing more is asked behind it
-    likeliest  the one whose least likely token is the likeliest under a policy: what a policy would never write decides
-               whether it learns to (`hapo_verl.algo.teachability`)
+    shortest   the one with the fewest tokens of the run; of equally short ones the first
+    first      the first one; then the teacher is not asked again
+    likeliest  the one whose least likely token is most likely under a policy, since the least likely token decides
+               whether the policy can learn a demonstration (`hapo_verl.algo.teachability`)
 
-Equal prompts are asked once, and their answers are judged for each row.
+For rows with equal prompts the teacher is asked once, and the answers are verified for each row.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from hapo_verl.data.teacher import Answer, Messages, Teacher, Unanswered
 
 RULES = ("shortest", "first", "likeliest")
 
-# How far a row came; one with several answers is reported by the one that came farthest.
+# Reasons why an answer was not used, in the order of the steps. A row without a demonstration is reported with the
+# latest of its answers' reasons.
 PROGRESS = (
     "stopped", "budget", "connection", "timeout", "half an answer", "refused",
     "filtered", "missing", "empty", "truncated", "malformed", "thought", "overlong", "error", "rejected",
@@ -45,7 +46,7 @@ class Candidate(NamedTuple):
 
     Attributes:
         text: the demonstration.
-        response: what a run would train on.
+        response: the response row that a run would train on.
     """
 
     text: str
@@ -54,14 +55,14 @@ class Candidate(NamedTuple):
 
 @dataclass
 class Prompt:
-    """A prompt that has to be asked, and what came of it.
+    """A prompt for the teacher, and its answers.
 
     Attributes:
-        messages: as they are sent.
-        rows: numbers of the rows that have this prompt.
-        tokens: of the messages, estimated.
-        taught: of each row its verified answers, in the order of the samples.
-        reasons: of each row, why the other answers are none.
+        messages: the messages that are sent.
+        rows: numbers of the rows with this prompt.
+        tokens: estimated number of tokens of the messages.
+        taught: row number → sample number → verified answer.
+        reasons: row number → the reasons why other answers were not used.
     """
 
     messages: Messages
@@ -79,17 +80,17 @@ def prompts_of(
     system: str | None,
     count: Callable[[Messages], int],
 ) -> list[Prompt]:
-    """The different prompts of these rows.
+    """The distinct prompts of the wanted rows.
 
     Args:
-        rows: of the data set.
-        wanted: numbers of those that are asked.
+        rows: the rows of the data set.
+        wanted: numbers of the rows that need a demonstration.
         prompt_key: `data.prompt_key`.
-        system: written in front of every prompt, for the teacher alone.
-        count: messages → tokens.
+        system: system message before every prompt, for the teacher only; None for none.
+        count: messages → number of tokens.
 
     Raises:
-        DataError: where a row has no messages.
+        DataError: if a row has no messages.
     """
     found: dict[str, Prompt] = {}
     front = [{"role": "system", "content": system}] if system else []
@@ -121,23 +122,26 @@ async def teach(
     thoughts: bool = False,
     progress: Callable[[Prompt], None] = lambda prompt: None,
 ) -> None:
-    """Ask each prompt `samples` times and verify the answers, in place; SIGINT and SIGTERM let what is asked end.
+    """Ask the teacher for `samples` answers to each prompt, verify them, and store the results in the prompts.
+
+    After SIGINT or SIGTERM no further request is sent, and running requests are awaited; a second signal cancels them.
 
     Args:
-        prompts: to be asked.
-        rows: of the data set.
-        teacher: is asked.
-        verify: where answers are judged.
-        verdict: (row, demonstration) → the response of the run, or why there is none; called in `verify`.
-        samples: answers a prompt, one after the other and no more than needed with the rule `first`.
+        prompts: the prompts; their `taught` and `reasons` are filled.
+        rows: the rows of the data set.
+        teacher: sends the requests.
+        verify: executor in which answers are verified.
+        verdict: (row, demonstration) → the response of the run, or the reason for a refusal; called in `verify`.
+        samples: number of answers per prompt; with the rule `first`, requests are sent one after the other and only
+            until an answer is verified.
         rule: one of `RULES`.
-        concurrency: requests at a time.
-        reward_timeout: seconds for one judgement.
-        thoughts: put the thought that a server has parsed out back in front of the text, in `<think>` tags.
-        progress: is told of each prompt that is done.
+        concurrency: number of requests at a time.
+        reward_timeout: seconds for one verification.
+        thoughts: whether to put a thought that the server has separated back before the text, in `<think>` tags.
+        progress: called with each prompt that is finished.
 
     Raises:
-        DataError: where the server or the reward function cannot be worked with.
+        DataError: if the server or the reward function cannot be used.
     """
     loop, left = asyncio.get_running_loop(), {id(prompt): samples for prompt in prompts}
 
@@ -186,7 +190,7 @@ async def teach(
     workers = [asyncio.ensure_future(worker()) for _ in range(concurrency)]
 
     def stop() -> None:
-        if teacher.stopped.is_set():  # the second time: at once
+        if teacher.stopped.is_set():  # the second signal: cancel at once
             for task in workers:
                 task.cancel()
         teacher.stopped.set()
@@ -197,7 +201,7 @@ async def teach(
         done, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
         errors = [error for task in done if not task.cancelled() and (error := task.exception())]
         if errors:
-            # What the others have asked is paid for: it is waited for, and written down.
+            # Running requests are already paid for, so their answers are awaited and written to the journal.
             teacher.stopped.set()
         await asyncio.wait(workers)
     finally:
@@ -211,12 +215,12 @@ async def teach(
 def chosen(
     prompts: Sequence[Prompt], rule: str, likelihood: Callable[[Sequence[tuple[Prompt, Candidate]]], Sequence[float]]
 ) -> dict[int, Candidate]:
-    """Of each row that has verified answers the one that the rule names.
+    """Choose one verified answer by a rule for each row that has any; returns row number → answer.
 
     Args:
-        prompts: that were asked.
+        prompts: the prompts with their answers.
         rule: one of `RULES`.
-        likelihood: answers → of each the log-probability of its least likely token, nats; read by `likeliest` alone.
+        likelihood: answers → for each the log-probability (nats) of its least likely token; used by `likeliest` only.
     """
     several: list[tuple[int, list[Candidate]]] = []
     asked: list[tuple[Prompt, Candidate]] = []
@@ -238,21 +242,21 @@ def chosen(
 
 
 def farthest(reasons: Sequence[str]) -> str:
-    """The reason of a row, of those of its answers; a status counts as a failed connection."""
+    """The reason to report for a row: the latest in `PROGRESS`. An HTTP status counts as a failed connection."""
     known = [reason if reason in PROGRESS else "connection" for reason in reasons]
     place = max(range(len(known)), key=lambda i: PROGRESS.index(known[i]))
     return reasons[place]
 
 
 def failed_rows(run: Path, rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Numbers of the rows whose group had no success when a run saw it last.
+    """Numbers of the rows whose last group in a run had no success.
 
     Args:
-        run: folder of a run, or of its trace.
-        rows: of the run's data.
+        run: folder of the run, or of its trace.
+        rows: rows of the run's training data.
 
     Raises:
-        DataError: where there is no trace, or its groups cannot be found among the rows.
+        DataError: if there is no trace, or its groups cannot be matched with the rows.
     """
     from hapo_verl.protocol.trace import read_groups
 
@@ -290,7 +294,10 @@ def failed_rows(run: Path, rows: Sequence[Mapping[str, Any]]) -> list[int]:
 def report_lines(
     prompts: Sequence[Prompt], rows: Sequence[Mapping[str, Any]], kept: Mapping[int, Candidate]
 ) -> list[dict[str, Any]]:
-    """Of each row that was asked: what came of every answer, and the tokens of the one that was kept."""
+    """A report with one mapping for each row that needed a demonstration, in the order of the rows.
+
+    It counts the row's answers by result, and has the tokens of the kept one, or the reason why there is none.
+    """
     lines = []
     for prompt in prompts:
         for number in prompt.rows:
@@ -314,7 +321,7 @@ _failure: Exception | None = None
 
 
 def enter_quietly(make_judge: Callable[[], Judge]) -> None:
-    """`enter`, in a process that leaves it to its parent what an interrupt means; `ready` says what went wrong."""
+    """Run `enter` in a process that ignores interrupts, since its parent handles them; `ready` raises its error."""
     global _failure
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -324,11 +331,11 @@ def enter_quietly(make_judge: Callable[[], Judge]) -> None:
 
 
 def ready(row: Mapping[str, Any] | None) -> None:
-    """Before anything is paid for, in a process of the pool: there is a judge, and it knows these rows.
+    """Check in a process of the pool, before the first request, that the judge exists and can score these rows.
 
     Raises:
-        ConfigError: where the judge cannot be made.
-        DataError: where its reward function raises.
+        ConfigError: if the judge could not be made.
+        DataError: if its reward function raises.
     """
     if _failure is not None:
         raise _failure

@@ -1,4 +1,4 @@
-"""`python -m hapo_verl.data teach`: its arguments, and what it says on the way."""
+"""The command `python -m hapo_verl.data teach`: its arguments and its output."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from hapo_verl.data.serve import served
 from hapo_verl.data.teacher import Budget, Messages, Teacher
 
 _WIDTH = 13
-# What a server gets where there is no key; one without keys reads none.
+# Sent as the key if there is none; a server without keys ignores it.
 _NO_KEY = "none"
 
 
 def add_arguments(sub: argparse.ArgumentParser) -> None:
-    """Those of `teach`."""
+    """Add the arguments of `teach`."""
     hapo = HapoConfig()
     sub.add_argument("--input", type=Path, required=True, help="parquet file")
     sub.add_argument("--output", type=Path, required=True, help="parquet file; its .taught.jsonl lies beside it")
@@ -112,10 +112,10 @@ def _json(text: str) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Ask, verify, choose, write.
+    """Ask the teacher, verify its answers, choose one per row, and write the data set.
 
     Raises:
-        DataError, ConfigError: one line; the journal keeps what was answered.
+        DataError, ConfigError: with one line for the user; the journal keeps the answers so far.
     """
     _check(args)
     rows = list(read_parquet(args.input))
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
         args.success_threshold,
         args.multi_turn,
     )
-    # Spawned, as in `choices`.
+    # Spawned, for the same reason as in `choices`.
     pool = ProcessPoolExecutor(args.workers, get_context("spawn"), initializer=teach_.enter_quietly, initargs=(judge,))
     journal: Journal | None = None
     try:
@@ -216,7 +216,7 @@ def _prompt_ids(tokenizer: Any, messages: Messages) -> list[int]:
 
 
 def _wanted(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]], pool: Executor) -> list[int]:
-    """Numbers of the rows that a run would have no demonstration for, and wants one."""
+    """Numbers of the rows that need a demonstration: a run would not inject the one they have, if any."""
     from tqdm import tqdm
 
     numbers = range(len(rows)) if args.only_failed is None else teach_.failed_rows(args.only_failed, rows)
@@ -303,7 +303,7 @@ async def _teach(
 def _likelihoods(
     args: argparse.Namespace, tokenizer: Any, asked: Sequence[tuple[teach_.Prompt, teach_.Candidate]]
 ) -> list[float]:
-    """Of each answer the log-probability of its least likely token under `--policy`, nats."""
+    """The log-probability (nats) of each answer's least likely token under `--policy`."""
     from hapo_verl.launch.teachable import Asked, score
 
     front = 1 if args.system else 0
@@ -316,7 +316,7 @@ def _likelihoods(
 
 
 def _of_one_type(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """A column of a parquet file has one type: where some demonstrations are messages, all are."""
+    """Give the column one type, as parquet requires: if some demonstrations are lists of messages, make all so."""
     if all(isinstance(row[key], str | None) for row in rows):
         return rows
     return [

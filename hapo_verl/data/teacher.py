@@ -1,13 +1,13 @@
-"""A language model behind an OpenAI-compatible server: one question, one answer, and what becomes of it on the way.
+"""Sends requests to a language model behind an OpenAI-compatible server, with retries, a budget and a journal.
 
-    answered                          journaled, whatever it says
+    an answer                         is written to the journal, whatever it says
     time-out, connection, 429, 5xx,
-    half an answer                    asked again after 1, 2, 4, ... seconds; 429 and 503 hold all requests back
-    400, 413, 422                     this prompt is refused, and is not asked again in this run
-    401, 403, 404, no quota           the run ends: no other request would fare better
+    half an answer                    the request is repeated after 1, 2, 4, ... seconds; 429 and 503 delay all requests
+    400, 413, 422                     the prompt is refused and not sent again in this run
+    401, 403, 404, no quota           the run ends, since every other request would fail as well
 
-Every request may cost its prompt and `max_tokens`: that much of the budget is held until its cost is known. What timed
-out or came in halves may have been computed, and counts in full.
+A request can cost at most its prompt and `max_tokens`; this many tokens of the budget are reserved until its cost is
+known. After a time-out or half an answer the server may have computed the rest, so the full amount counts as spent.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from hapo_verl.data.journal import Journal, request_key
 from hapo_verl.data.parquet import DataError
 
 Messages = Sequence[Mapping[str, Any]]
-# Seconds; no wait is longer, unless the server asks for a longer one.
+# Longest wait between retries in seconds, unless the server asks for a longer one.
 LONGEST_WAIT = 60.0
-# So many requests without a single answer, each after all its retries: the server is not there.
+# The run ends after this many requests in a row without an answer, each with all its retries.
 HOPELESS = 16
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server has answered.
+    """An answer of the server.
 
     Attributes:
-        text: of the assistant; empty where there is none.
-        thought: what a server's reasoning parser has taken out of the text.
+        text: the assistant's text; empty if there is none.
+        thought: the thought that the server's reasoning parser has removed from the text.
         finish: the server's `finish_reason`.
-        tokens: prompt and completion, as the server counts them, else as they were estimated.
+        tokens: tokens of prompt and completion as counted by the server; if it gives none, an estimate.
     """
 
     text: str
@@ -50,21 +50,21 @@ class Answer:
 
 @dataclass(frozen=True)
 class Unanswered:
-    """Why there is no answer: `refused`, `budget`, `stopped`, or what the last attempt ran into."""
+    """The result without an answer; `reason` is `refused`, `budget`, `stopped`, or the error of the last attempt."""
 
     reason: str
 
 
 class Budget:
-    """Tokens that may be spent, those that requests on their way may cost included."""
+    """A token budget that also counts what running requests may still cost."""
 
     def __init__(self, limit: int | None, spent: int) -> None:
-        """A budget of `limit` tokens, None for no limit, of which `spent` are gone."""
+        """Start with a limit in tokens (None for no limit), of which `spent` are already used."""
         self._limit, self._held, self.spent = limit, 0, spent
         self._settled = asyncio.Condition()
 
     async def hold(self, tokens: int) -> bool:
-        """Hold this much, once requests on their way leave it; False where it will never fit."""
+        """Reserve this many tokens, waiting for running requests if necessary; False if they can never fit."""
         async with self._settled:
             while self._limit is not None and self.spent + self._held + tokens > self._limit:
                 if not self._held:
@@ -74,7 +74,7 @@ class Budget:
             return True
 
     async def settle(self, held: int, spent: int) -> None:
-        """Give back what was held, of which this much was spent."""
+        """Release a reservation of `held` tokens, of which `spent` were used."""
         async with self._settled:
             self._held -= held
             self.spent += spent
@@ -83,18 +83,19 @@ class Budget:
 
 @dataclass
 class Teacher:
-    """Asks, waits, asks again, and writes down what it was told.
+    """A client of the server that retries failed requests and writes every answer to the journal.
 
     Attributes:
-        client: `openai.AsyncOpenAI` without retries of its own.
-        journal: of the answers.
-        budget: of tokens.
-        body: what every request says beside its messages: model, max_tokens, temperature, ...
-        max_tokens: that an answer may have.
-        retries: of a request.
+        client: `openai.AsyncOpenAI`, with its own retries switched off.
+        journal: journal of the answers.
+        budget: budget of tokens.
+        body: fields of every request beside its messages: model, max_tokens, temperature, ...
+        max_tokens: largest number of tokens of an answer.
+        retries: number of retries of a request.
         first_wait: seconds before the first retry.
-        secret: never to be repeated, whatever a server writes into its errors.
-        counts: of attempts, by what became of them.
+        secret: the key; it is removed from error texts of the server.
+        counts: number of attempts by result.
+        stopped: once set, no further request is sent.
     """
 
     client: Any
@@ -113,15 +114,15 @@ class Teacher:
     _refusal: str = ""
 
     async def ask(self, messages: Messages, sample: int, *, prompt_tokens: int) -> Answer | Unanswered:
-        """The answer to a prompt, from the journal where it is there.
+        """Get the answer to a prompt, from the journal if it is there.
 
         Args:
             messages: the prompt.
-            sample: the how-manieth answer to it, from 0.
-            prompt_tokens: estimated.
+            sample: number of the answer among those to the same prompt, from 0.
+            prompt_tokens: estimated number of tokens of the prompt.
 
         Raises:
-            DataError: where no other request would fare better.
+            DataError: if every other request would fail as well.
         """
         key = request_key({**self.body, "messages": messages}, sample)
         if (known := self.journal.answers.get(key)) is not None:
@@ -165,7 +166,11 @@ class Teacher:
         return Unanswered(reason)
 
     async def _attempt(self, messages: Messages) -> tuple[Answer | str, float, bool]:
-        """The answer, or what went wrong; seconds that the server asks to wait; whether all requests have to."""
+        """Send one request.
+
+        Returns:
+            The answer or the error, the seconds that the server asks to wait, and whether all requests must wait.
+        """
         import openai
 
         try:
@@ -207,9 +212,9 @@ class Teacher:
         return text.replace(self.secret, "(the key)") if self.secret else text
 
     async def _may_ask(self) -> bool:
-        """After the wait that is on all requests; False where none is to be asked any more."""
+        """Wait while all requests are delayed; False if no further request is to be sent."""
         while not self.stopped.is_set() and (left := self._not_before - time.monotonic()) > 0:
-            # Not all at the same moment.
+            # A random extra, so that the requests do not all start at the same moment.
             await self._sleep(left + random.uniform(0.0, self.first_wait))
         return not self.stopped.is_set()
 
@@ -221,7 +226,7 @@ class Teacher:
 
 
 async def _to_the_end(awaitable: Any) -> None:
-    """Not cut short by a cancellation: what was paid for is written down."""
+    """Await to the end even if cancelled, so that a paid answer is written to the journal."""
     task = asyncio.ensure_future(awaitable)
     try:
         await asyncio.shield(task)
@@ -230,7 +235,7 @@ async def _to_the_end(awaitable: Any) -> None:
         raise
 
 
-# What the client library takes by name; everything else goes into the body as it is.
+# Fields that the client library takes as named arguments; all others go into the body unchanged.
 _NAMED = ("model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop")
 
 
@@ -241,13 +246,13 @@ def _split(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _answer(completion: Any) -> Answer | None:
-    """None where the server's JSON is no answer: the client library does not check its form."""
+    """Convert a completion; None if it is not a valid answer, which the client library does not check."""
     choices = getattr(completion, "choices", None)
     if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
         return None
     message = choices[0].message
     content = getattr(message, "content", None)
-    # vLLM and SGLang have written a parsed thought under either name.
+    # Versions of vLLM and SGLang use one or the other of these names for a parsed thought.
     thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
     total = getattr(getattr(completion, "usage", None), "total_tokens", None)
     return Answer(
@@ -259,7 +264,7 @@ def _answer(completion: Any) -> Answer | None:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that a server asks for, as a number or a date; 0 where it asks for none."""
+    """The seconds in a Retry-After header, which is a number or a date; 0 without one."""
     value = headers.get("retry-after", "")
     try:
         return max(0.0, float(value))

@@ -1,1 +1,1 @@
-"""Runs on the trainer's driver: trainers, gatekeeper, mini-batches, metrics, the watch."""
+"""Code that runs on the trainer's driver: trainers, gatekeeper, mini-batches, metrics, the watch."""

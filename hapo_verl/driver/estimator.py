@@ -1,8 +1,8 @@
-"""`algorithm.adv_estimator=hapo` in verl's registry of advantage estimators.
+"""The entry `algorithm.adv_estimator=hapo` in verl's registry of advantage estimators.
 
-The HAPO trainers compute advantages from one score a row (`trainer.py`). verl's other trainers reach this function;
-they cannot say which rows are demonstrations, so nothing was injected and the run would be GRPO under another name:
-refused.
+The HAPO trainers do not call it; they compute advantages from one score per row (`trainer.py`). verl's other trainers
+call it without saying which rows are demonstrations. Nothing is injected there, and the run would be GRPO under another
+name, so the call is refused.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def hapo_advantage(
     demonstration: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Group-relative advantages in the form of verl's estimators.
+    """Group-relative advantages with the signature of verl's estimators.
 
     Args:
         token_level_rewards: (B, T) rewards, summed over T.
-        response_mask: (B, T) 1 on the policy's (or the demonstration's) tokens.
+        response_mask: (B, T), 1 on the policy's (or the demonstration's) tokens.
         index: B prompt ids.
         config: verl's `algorithm` block; `norm_adv_by_std_in_grpo` is read.
         demonstration: (B,) bool, True on injected rows.
@@ -40,7 +40,7 @@ def hapo_advantage(
         Advantages and returns, both (B, T), the same tensor.
 
     Raises:
-        ConfigError: when the caller does not say which rows are demonstrations.
+        ConfigError: if the caller does not say which rows are demonstrations.
     """
     if demonstration is None:
         raise ConfigError(

@@ -1,12 +1,12 @@
-"""What a step need not compute: rows that cannot move the policy, and a pass for old log-probs that nobody reads.
+"""Saves work in a step: decides whether rows without a gradient, and the pass for old log-probs, can be left out.
 
-With sparse rewards most rows have advantage 0: those of a group that failed, or succeeded, as a whole. Rewards are all
-that advantages need, so they come first, and the batch shrinks to the rows with a gradient before the actor sees it.
-Loss, gradient and optimizer step stay those of all rows: mini-batches keep their members, and normalisers are counted
-here, over rows that are left out too, and travel with the rows (`hapo_mini_batch`).
+With sparse rewards most rows have advantage 0, because all rollouts of their group failed or all succeeded. Advantages
+need only rewards, so they are computed first, and the batch is reduced to the rows with a gradient before the actor
+gets it. Loss, gradient and optimizer step are the same as with all rows: every row stays in its mini-batch, and the
+normalisers are counted here, over the left-out rows too, and sent with the rows (`hapo_mini_batch`).
 
-verl asks the policy for every row's log-probs before it updates: they are the old ones of the ratio. Where a step is
-one update, the policy has not changed by then, so the update's own log-probs are these.
+Before an update verl computes every row's log-probs, the old ones of the ratio. If a step has only one update, the
+policy has not changed until then, so the log-probs of the update itself are the old ones and no pass is needed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from hapo_verl.protocol.rows import MiniBatch
 
 
 class Savings(NamedTuple):
-    """What the steps of a launch leave out: of each an empty string, or why it is not left out.
+    """The work that the steps of a launch leave out: an empty string if it is left out, else the reason why not.
 
     Attributes:
         idle_rows: rows without a gradient, in the update.
-        idle_scores: their old log-probs, and so verl's metrics of that pass over all rows.
-        old_log_probs: all old log-probs.
+        idle_scores: old log-probs of these rows, and with them verl's metrics of that pass over all rows.
+        old_log_probs: the whole pass for old log-probs.
     """
 
     idle_rows: str
@@ -36,7 +36,7 @@ class Savings(NamedTuple):
     old_log_probs: str
 
     def lines(self) -> list[str]:
-        """For the log of a run."""
+        """The sentences about it for the log of a run."""
         rows, scores, passes = self
         lines = [f"every row is trained on: {rows}" if rows else "rows without a gradient are not trained on"]
         if scores:
@@ -51,7 +51,7 @@ class Savings(NamedTuple):
 
 
 def savings(config: DictConfig, hapo: HapoConfig) -> Savings:
-    """What the steps of a launch leave out."""
+    """Decide what the steps of a launch leave out."""
     idle_rows, passes = _why_idle_rows_train(config, hapo), _why_a_pass(config)
     scores = _why_every_row_is_scored(config, hapo)
     if not scores and idle_rows and passes:
@@ -110,7 +110,7 @@ def _parameter_sync_step(config: DictConfig) -> int:
 
 
 def _updates(config: DictConfig) -> int:
-    """Mini-batches of a batch."""
+    """The number of mini-batches in a batch."""
     prompts = config.data.train_batch_size // _parameter_sync_step(config)
     return -(-prompts // config.actor_rollout_ref.actor.ppo_mini_batch_size)
 
@@ -118,15 +118,16 @@ def _updates(config: DictConfig) -> int:
 def counted(
     tokens_B: Tensor, active_B: Tensor, demonstration_B: Tensor, group_B: Tensor, mini_batches: int, dp_size: int
 ) -> Tensor:
-    """(B, 4) int64: of each row the `MiniBatch` that it belongs to.
+    """The counts (`MiniBatch`) of the mini-batch that each row belongs to, (B, 4) int64.
 
     Args:
-        tokens_B: (B,) tokens of `loss_mask`, which verl counts: what rollout correction has rejected is among them.
-        active_B: (B,) tokens that train.
-        demonstration_B: (B,) bool.
+        tokens_B: (B,) number of tokens in `loss_mask`, as verl counts them, including tokens that rollout correction
+            has rejected.
+        active_B: (B,) number of tokens that train.
+        demonstration_B: (B,) bool, True on demonstrations.
         group_B: (B,) int64 id of each row's prompt.
-        mini_batches: of the step.
-        dp_size: data-parallel ranks.
+        mini_batches: number of mini-batches of the step.
+        dp_size: number of data-parallel ranks.
     """
     mini_batch_B = torch.tensor(mini_batch_of(len(tokens_B), mini_batches, dp_size))
     counts = []

@@ -1,7 +1,7 @@
-"""What a HAPO run logs about its groups, in verl's own logger, under `hapo/`.
+"""The metrics of a run's groups, logged under `hapo/` by verl's own logger.
 
-verl adds up or averages metrics by their names over the updates of one step; none of these names contains a word
-(`max`, `min`, `sum`, `total`) that would change the average, weighted by rows, that they need.
+verl combines the metrics of the updates of a step by their names. These metrics need its default, the average weighted
+by rows, so none of their names contains `max`, `min`, `sum` or `total`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def group_metrics(
 
     Args:
         groups: uid → `hapo_group`, padding left out.
-        demonstration_B: (B,) bool, which rows are demonstrations, padding left out.
-        own_B: (B,) bool, which of them the policy has written itself.
+        demonstration_B: (B,) bool, True on demonstrations, padding left out.
+        own_B: (B,) bool, True on demonstrations that the policy itself has written.
         tokens_B: (B,) response tokens of the same rows.
 
     Returns:
-        Shares in [0, 1], of groups unless the name says rows or tokens. `gate/firing_rate_expected` is what the groups'
-        own success rates lead one to expect: the mean over groups of Σ_S P(S) P(fire | S), S ~ Binomial(N, S_g / N).
-        `gate/firing_rate_at_S` has a key for every success count that occurred.
+        Shares in [0, 1], of groups unless the name says rows or tokens. `gate/firing_rate_expected` is the firing rate
+        expected from the groups' own success rates: the mean over groups of Σ_S P(S) P(fire | S), S ~ Binomial(N, S_g /
+        N). `gate/firing_rate_at_S` has a key for every success count that occurred.
     """
     gated = [group for group in groups.values() if group["firing"] is not None]
     fired = [group for group in gated if group["fired"]]
@@ -73,10 +73,10 @@ def group_metrics(
 
 
 def silence(groups: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """What to look at where no group has a signal: every advantage is 0, and nothing is learned. None where one has.
+    """A warning if no group of a step has a signal, so that every advantage is 0 and nothing is learned; else None.
 
     Args:
-        groups: uid → `hapo_group` of a step, padding left out.
+        groups: uid → `hapo_group` of the step, padding left out.
     """
     if not groups or not all(_flat(group) and group["outcome"] != "injected" for group in groups.values()):
         return None
@@ -104,5 +104,5 @@ def _expected_firing(group: Mapping[str, Any]) -> float:
 
 
 def _flat(group: Mapping[str, Any]) -> bool:
-    """Equal scores: the group's advantages are all 0."""
+    """Whether all scores of the group are equal, so that its advantages are 0."""
     return len(set(group["scores"])) <= 1

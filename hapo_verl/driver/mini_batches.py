@@ -1,7 +1,7 @@
-"""How a step's rows are cut into optimizer steps: as many as configured, of one size, with whole groups where needed.
+"""Divides the rows of a step into mini-batches: as many as configured, of equal size, and of whole groups if needed.
 
-verl cuts a batch that it has padded to whole mini-batches of `ppo_mini_batch_size * n` rows, and spreads rows over
-ranks and mini-batches by their length alone.
+verl itself pads a batch to whole mini-batches of `ppo_mini_batch_size * n` rows, and distributes rows over ranks and
+mini-batches by their length alone.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 def grown_mini_batch(
     actor_rollout_ref: Any, rows: int, appended: int, dp_size: int, group_sizes: Sequence[int] | None = None
 ) -> tuple[int, int]:
-    """Mini-batches a step, as many as without the appended rows, and prompts' worth of rows (of n) in each.
+    """The number of mini-batches of a step, and the size of each one in prompts (of n rows).
+
+    The number is the same as without the appended rows, so the mini-batches grow to hold these.
 
     Args:
         actor_rollout_ref: verl's block of that name.
-        rows: rows of the batch, without padding.
-        appended: those of them that are appended demonstrations.
-        dp_size: data-parallel ranks.
-        group_sizes: rows of each group, where no mini-batch may cut one.
+        rows: number of rows of the batch, without padding.
+        appended: number of these rows that are appended demonstrations.
+        dp_size: number of data-parallel ranks.
+        group_sizes: number of rows of each group, if every group must lie within one mini-batch.
     """
     actor, rollout, ref = actor_rollout_ref.actor, actor_rollout_ref.rollout, actor_rollout_ref.ref
     updates = math.ceil((rows - appended) / (actor.ppo_mini_batch_size * rollout.n))
     prompts = math.ceil(rows / (updates * rollout.n))
-    # Fixed micro-batches have to divide what a rank gets.
+    # The size of fixed micro-batches must divide the number of a rank's rows.
     of_update = dp_size if actor.use_dynamic_bsz else dp_size * (actor.ppo_micro_batch_size_per_gpu or 1)
     of_forward = [
         dp_size if block.log_prob_use_dynamic_bsz else dp_size * (block.log_prob_micro_batch_size_per_gpu or 1)
@@ -48,10 +50,11 @@ def grown_mini_batch(
 
 
 def pack(sizes: Sequence[int], loads: Sequence[int], bins: int, capacity: int) -> list[int] | None:
-    """The bin of each item, at most `capacity` in size in each, and about equal in load where sizes leave a choice.
+    """Pack items into bins of a given capacity, with about equal loads; returns the bin of each item.
 
-    The largest first, into the bin of the least load that has room; where that ends badly, into the first that has
-    room, which depends on the sizes alone. None where they do not fit so either.
+    Items are placed in the order of their size, the largest first, each into the bin with the least load that has room.
+    If an item finds no room, all are placed again, each into the first bin with room, whatever the loads. None if they
+    do not fit this way either.
     """
     largest_first = sorted(range(len(sizes)), key=lambda item: (-sizes[item], -loads[item], item))
     for balanced in (True, False):
@@ -72,15 +75,15 @@ def pack(sizes: Sequence[int], loads: Sequence[int], bins: int, capacity: int) -
 def order_of_whole_groups(
     group_of: Sequence[Hashable], load_of: Sequence[int], mini_batches: int, dp_size: int
 ) -> list[int]:
-    """An order of rows in which every mini-batch, taken over all ranks, holds whole groups.
+    """An order of the rows in which every mini-batch, over all ranks together, consists of whole groups.
 
     verl gives rank r the r-th of `dp_size` equal slices, and cuts each slice into `mini_batches`.
 
     Args:
-        group_of: of each row, padding included (a group of its own).
-        load_of: of each row, its cost.
-        mini_batches: of the step; they and the ranks divide the rows evenly.
-        dp_size: data-parallel ranks.
+        group_of: the group of each row; a padding row is a group of its own.
+        load_of: the cost of each row.
+        mini_batches: number of mini-batches of the step; times `dp_size` it divides the number of rows.
+        dp_size: number of data-parallel ranks.
     """
     members: dict[Hashable, list[int]] = defaultdict(list)
     for row, group in enumerate(group_of):
@@ -97,12 +100,12 @@ def order_of_whole_groups(
 
 
 class Reduced(NamedTuple):
-    """The rows of a step that are computed.
+    """The rows of a step that are trained on.
 
     Attributes:
-        order: row numbers, as ranks and mini-batches take them.
-        rows: of an optimizer step, on all ranks.
-        micro_batch: rows of a fixed micro-batch that divides those of a rank; None: as configured.
+        order: row numbers, in the order in which verl assigns them to ranks and mini-batches.
+        rows: number of rows of one optimizer step, over all ranks.
+        micro_batch: size of a fixed micro-batch that divides the rows of a rank; None for the configured size.
     """
 
     order: list[int]
@@ -113,18 +116,18 @@ class Reduced(NamedTuple):
 def reduced(
     keep: Sequence[bool], length_of: Sequence[int], mini_batches: int, dp_size: int, micro_batch: int | None = None
 ) -> Reduced:
-    """Of every mini-batch the rows to keep, and as few others as make all slices of a mini-batch and a rank equal.
+    """Keep the rows with a gradient, and as few others as verl needs to divide the batch equally.
 
-    verl's workers cut what they get into mini-batches of one size. The others are the shortest of the same mini-batch.
-    A mini-batch without a row to keep is a row of them on every rank: verl makes an optimizer step whose gradient is 0
-    of it, in which moments, weight decay and schedule go on.
+    verl's workers divide their rows into mini-batches of equal size, so every mini-batch gets the same number of rows
+    on every rank. It is filled up with the shortest of its other rows. A mini-batch without a row to keep gets one such
+    row per rank: verl then makes an optimizer step with gradient 0, and moments, weight decay and schedule advance.
 
     Args:
-        keep: of each row, in the order of the batch.
-        length_of: of each row, its tokens.
-        mini_batches: of the step; they and the ranks divide the rows evenly.
-        dp_size: data-parallel ranks.
-        micro_batch: the most rows in a fixed micro-batch; None where they are cut by tokens.
+        keep: whether each row must be kept, in the order of the batch.
+        length_of: number of tokens of each row.
+        mini_batches: number of mini-batches of the step; times `dp_size` it divides the number of rows.
+        dp_size: number of data-parallel ranks.
+        micro_batch: largest size of a fixed micro-batch; None if micro-batches are divided by tokens.
     """
     rows = len(keep)
     of_slice = rows // dp_size // mini_batches
@@ -133,7 +136,7 @@ def reduced(
         members_of[mini_batch].append(row)
     most = max(1, *(math.ceil(sum(keep[row] for row in members) / dp_size) for members in members_of))
     if micro_batch is not None:
-        # As many micro-batches as are needed, of one size: fewer rows are filled in than up to the next whole one.
+        # The needed number of micro-batches, all of the same smaller size: so fewer rows must be filled in.
         parts = math.ceil(most / micro_batch)
         micro_batch = math.ceil(most / parts)
         most = parts * micro_batch
@@ -148,13 +151,13 @@ def reduced(
 
 
 def mini_batch_of(rows: int, mini_batches: int, dp_size: int) -> list[int]:
-    """The mini-batch of each row as verl cuts: a slice a rank, then mini-batches within it."""
+    """The mini-batch of each row as verl divides a batch: one slice per rank, then mini-batches within each slice."""
     of_rank = rows // dp_size
     return [row % of_rank // (of_rank // mini_batches) for row in range(rows)]
 
 
 def _order_of(members_of: Sequence[Sequence[int]], load_of: Sequence[int], dp_size: int) -> list[int]:
-    """The rows of each mini-batch in the order in which verl hands them out, equal in number and about so in load."""
+    """The order of rows in which verl gives each rank the same number of rows, and about the same load."""
     slices: list[list[list[int]]] = []
     for rows in members_of:
         loads_here: Any = [load_of[row] for row in rows]

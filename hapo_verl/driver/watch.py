@@ -1,12 +1,13 @@
-"""What a run cannot go on without: where one of them dies, the run ends with a line that names it.
+"""Watches the processes that a run needs: if one dies, or the run hangs, the run ends with a line that says why.
 
-verl's trainer waits without a limit: for rollouts that a dead agent loop worker will never write, for a dead vLLM
-engine to take new weights. So a thread beside it looks at them. An actor is asked whether it is there by a call that
-waits in its queue and fails when it dies, however busy it is; an engine, which lives in a process of its own behind
-the actor, by its HTTP server's `/health`. A slow answer is no death.
+verl's trainer waits without a limit, for example for the rollouts of a dead agent loop worker, or until a dead vLLM
+engine takes new weights. So a thread beside the trainer checks these processes. For an actor it sends a call, which
+waits in the actor's queue while the actor is busy and fails when the actor dies. An engine runs in a separate process
+behind an actor and is checked by its HTTP server's `/health`. A slow answer does not count as a death.
 
-Two more things leave a trainer waiting with every process alive: an engine that could not load new weights, whose text
-its server keeps (`weight_error.py`), and a hang, which shows in a trainer that stands where it stood (`progress.py`).
+A trainer can also wait for ever while every process is alive. Either an engine could not load new weights; its server
+keeps the error text (`weight_error.py`). Or something hangs; then the trainer's position does not change
+(`progress.py`).
 """
 
 from __future__ import annotations
@@ -30,35 +31,35 @@ from hapo_verl.protocol.stacks import stacks_of
 from hapo_verl.protocol.weight_error import weight_update_error
 
 SERVICE_UNAVAILABLE = 503  # vLLM's answer when its engine is dead
-# A server that refuses connections has lost its process. Ray knows more of that: at once, or, where the whole node is
-# gone, in some 20 s, and then also that it was the node. So its word is waited for.
+# If a server refuses connections, its process is gone. Ray reports the cause: at once, or if the whole node is gone,
+# after some 20 s. So the watch waits for Ray's report before it reports the refused connection itself.
 REFUSED_SECONDS = 30.0
-# What dies with another needs a moment to be seen, and a line to reach the driver.
+# Time until other processes that died at the same time are noticed, and until a line reaches the driver.
 MOMENT_SECONDS = 2.0
-# A trainer that fails may have seen a death before Ray tells of it.
+# A trainer that fails may have noticed a death before Ray reports it; the watch waits this long for the report.
 FAILED_SECONDS = 10.0
-# Looks, and seconds, that a call may wait in the queue of an actor that is not busy.
+# An actor counts as busy if a call has waited in its queue for this many checks and this many seconds.
 BUSY_LOOKS = 3
 BUSY_SECONDS = 5.0
-# Stacks are asked for on every node, by a task that may have to wait for a worker to start.
+# Stacks are collected on every node by a Ray task, which may have to wait until a worker has started.
 STACKS_SECONDS = 60.0
 
 
 def _end() -> None:
-    """End this process, whose main thread may wait in C++, where no exception reaches it."""
+    """End this process at once; its main thread may be waiting in C++ code, where no exception reaches it."""
     threading.Event().wait(MOMENT_SECONDS)
     os._exit(1)
 
 
 @dataclass(frozen=True)
 class Stall:
-    """When a trainer that stands still is a hang.
+    """Settings for the detection of a hang.
 
     Attributes:
-        position: where it is, asked at every look.
-        report: seconds without progress until a line says so; None says nothing.
-        limit: seconds without progress until the run ends; None waits for ever.
-        folder: receives a file with the stacks of all processes.
+        position: returns the trainer's position; called at every check.
+        report: seconds without progress until a line reports it; None for no report.
+        limit: seconds without progress until the run ends; None to wait for ever.
+        folder: folder for a file with the stacks of all processes.
     """
 
     position: Callable[[], Position]
@@ -68,18 +69,18 @@ class Stall:
 
 
 class Watch:
-    """A thread that looks every few seconds between `start` and `stop`."""
+    """A thread that checks the processes every few seconds between `start` and `stop`."""
 
     def __init__(
         self, *, interval: float, advice: str, stall: Stall | None = None, end: Callable[[], None] = _end
     ) -> None:
-        """A watch over nothing yet.
+        """Make a watch; `over` adds the processes to be watched.
 
         Args:
-            interval: seconds between two looks.
-            advice: what to do after a death, the last sentence of the line.
-            stall: when a trainer that stands still is a hang; None never says so.
-            end: called behind the line.
+            interval: seconds between two checks.
+            advice: the last sentence of a report: what the user should do after a death.
+            stall: settings for the detection of a hang; None for no detection.
+            end: called after the report, to end the run.
         """
         self._interval, self._advice, self._stall, self._end = interval, advice, stall, end
         self._actors: dict[str, Any] = {}
@@ -102,32 +103,32 @@ class Watch:
         engines: Mapping[str, str] | None = None,
         updated: Mapping[str, Any] | None = None,
     ) -> None:
-        """Watch these as well.
+        """Watch these processes too.
 
         Args:
-            actors: Ray actor handles by the name that a line would give them.
-            engines: `host:port` of vLLM's HTTP servers, likewise.
-            updated: those of the actors that hand new weights to an engine and keep its errors.
+            actors: name → Ray actor handle; the names are used in reports.
+            engines: name → `host:port` of vLLM's HTTP server.
+            updated: name → handle of the actors that pass new weights to an engine and keep its errors.
         """
         self._nodes |= {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-        # Asked now: an actor that is blocked says nothing.
+        # The places are asked for now, since a blocked actor would not answer later.
         self._places |= {name: actor.__ray_call__.remote(_place) for name, actor in actors.items()}
-        # Whole mappings are exchanged: the thread may be in the middle of a look.
+        # The mappings are replaced, not changed, since the thread may be reading them.
         self._actors = self._actors | dict(actors)
         self._engines = self._engines | dict(engines or {})
         self._updated = self._updated | dict(updated or {})
 
     def start(self) -> None:
-        """Look from now on."""
+        """Start checking."""
         self._since = time.monotonic()
         self._thread.start()
 
     def stop(self, *, failed: bool = False) -> None:
-        """Look no more; what takes a run apart at its end is no death.
+        """Stop checking, so that processes that end with the run are not reported as dead.
 
         Args:
-            failed: the trainer has raised by itself, perhaps for a death that it saw first: say the line then too,
-                some seconds later where nothing died.
+            failed: whether the trainer has raised an error. The cause may be a death that the watch has not seen yet,
+                so it checks for some more seconds and reports a death.
         """
         self._stop.set()
         if self._thread.is_alive():
@@ -137,13 +138,13 @@ class Watch:
             pass
 
     def dead(self) -> dict[str, str]:
-        """Of each that has died its name and the cause."""
+        """Name → cause, for each process that has died."""
         actors = {name: self._actor(name, actor) for name, actor in self._actors.items()}
         engines = {name: self._engine(name, address) for name, address in self._engines.items()}
         return {name: cause for name, cause in (actors | engines).items() if cause}
 
     def not_updated(self) -> dict[str, str]:
-        """Of each whose engine could not load new weights its name and the engine's error."""
+        """Name → the engine's error, for each server whose engine could not load new weights."""
         return {name: error for name, server in self._updated.items() if (error := self._update_error(name, server))}
 
     def _actor(self, name: str, actor: Any) -> str | None:
@@ -171,7 +172,7 @@ class Watch:
 
     def _engine(self, name: str, address: str) -> str | None:
         since = self._refused.pop(name, None)
-        # No proxy stands between: a cluster's proxy answers for servers that it does not reach.
+        # HTTPConnection uses no proxy; a cluster's proxy would answer for servers that it does not reach.
         connection = HTTPConnection(address, timeout=self._interval)
         try:
             connection.request("GET", "/health")
@@ -181,7 +182,7 @@ class Watch:
             long = time.monotonic() - self._refused[name] >= REFUSED_SECONDS
             return f"{address} refuses connections" if long else None
         except (OSError, HTTPException):
-            # A time-out or a reset connection: a busy server.
+            # A time-out or a reset connection means a busy server.
             return None
         finally:
             connection.close()
@@ -195,7 +196,7 @@ class Watch:
                 return
 
     def _say_what_died(self) -> bool:
-        """The line to stderr, which Ray forwards to the driver; whether there was one to say."""
+        """Report deaths and failed updates on stderr, which Ray forwards to the driver; False if there were none."""
         found, errors = self.dead(), self.not_updated()
         threading.Event().wait(MOMENT_SECONDS)
         found, errors = found | self.dead(), errors | self.not_updated()
@@ -213,7 +214,7 @@ class Watch:
         return f"{', '.join([*nodes, *found])} died ({'; '.join(causes)}). {self._advice}"
 
     def _stands_still(self) -> bool:
-        """Whether the run is to end for it; says so once at `report`, and at `limit`."""
+        """Whether the trainer has hung until `limit`, so that the run must end; reports it once at `report`."""
         stall, now = self._stall, time.monotonic()
         if stall is None:
             return False
@@ -226,14 +227,14 @@ class Watch:
         if over or (stall.report is not None and seconds >= stall.report and not self._reported):
             self._reported = True
             file = self._write_stacks(stall.folder, text)
-            # It may have gone on meanwhile.
+            # The trainer may have made progress meanwhile.
             over = over and not self._stop.is_set() and stall.position().mark == mark
             then = f"The run ends. {self._advice}" if over else _what_then(stall.limit)
             _say(f"no progress for {seconds:.0f} s in {text}{self._busy()}. Stacks of all processes: {file}. {then}")
         return over
 
     def _busy(self) -> str:
-        # A call is answered by the next look, or its actor is at something else.
+        # An idle actor answers a call before the next check; one that does not is busy.
         long_ago = time.monotonic() - max(BUSY_LOOKS * self._interval, BUSY_SECONDS)
         names = [name for name in self._actors if name in self._calls and self._called[name] < long_ago]
         cpus = [int(of().get("CPU", 0)) for of in (ray.available_resources, ray.cluster_resources)]
@@ -247,7 +248,7 @@ class Watch:
         return file
 
     def _stacks(self) -> list[str]:
-        """Of every actor that has said where it is, and of what it has started; on its node."""
+        """The stacks of every actor whose place is known, and of its child processes, collected on its node."""
         known, _ = ray.wait([*self._places.values()], num_returns=len(self._places), timeout=0)
         names: dict[str, dict[int, str]] = {}
         for name, place in self._places.items():
@@ -288,7 +289,7 @@ def _place(_actor: Any) -> tuple[str, int]:
 
 
 def _cause(error: RayActorError) -> str:
-    """The sentence of Ray's many that says why."""
+    """The sentence of Ray's long error message that gives the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     because = next((line for line in lines if line.startswith("The actor ") and " because " in line), lines[0])
     return because.partition(" Some common causes")[0].rstrip(".")

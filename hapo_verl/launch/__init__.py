@@ -1,1 +1,1 @@
-"""Runs before the start, without Ray: checks of a launch, presets, the doctor's diagnosis and rehearsal."""
+"""Code that runs before a training starts: checks of a launch, presets, the doctor's checks."""

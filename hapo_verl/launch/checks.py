@@ -1,8 +1,8 @@
-"""What can be known to be wrong before the first rollout: one line each, the key as typed, the rule, the fix.
+"""Checks of a launch before the first rollout. An error is one line: the key as typed, the rule, the fix.
 
-What needs no more than the composed configuration and the files that it names, `check_before_ray`, is looked at
-twice: in the process that is launched, before Ray is started (`preflight.py`), and by the trainer, which goes on with
-verl, the cluster and the content of the data.
+`check_before_ray` needs only the composed configuration and the files that it names. It runs in the launched process
+before Ray is started (`preflight.py`). The trainer runs it again, then the checks that need verl, the cluster and the
+content of the data.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ MODES = ("hapo_sync", "hapo_colocate_async", "hapo_separate_async")
 
 
 def check_configuration(config: DictConfig) -> HapoConfig:
-    """The `hapo:` block of a configuration that HAPO can train; no part of verl's trainer is imported for it.
+    """Check a composed configuration and return its parsed `hapo:` block; imports no part of verl's trainer.
 
     Raises:
-        ConfigError: on the first thing that is wrong.
+        ConfigError: for the first problem found.
     """
     block = OmegaConf.select(config, "hapo")
     if isinstance(block, DictConfig):
@@ -52,10 +52,10 @@ def check_configuration(config: DictConfig) -> HapoConfig:
 
 
 def check_before_ray(config: DictConfig) -> HapoConfig:
-    """As `check_configuration`; then sizes, and the files that the configuration names.
+    """Check as `check_configuration` does, then sizes, and the files that the configuration names.
 
     Raises:
-        ConfigError: on the first thing that is wrong; a `MissingFileError` where this machine lacks a file.
+        ConfigError: for the first problem found; a `MissingFileError` if this machine lacks a file.
     """
     hapo = check_configuration(config)
     if OmegaConf.select(config, "actor_rollout_ref.rollout.name") is None:
@@ -68,10 +68,10 @@ def check_before_ray(config: DictConfig) -> HapoConfig:
 
 
 def check_launch(config: DictConfig) -> HapoConfig:
-    """As `check_configuration`; then what HAPO needs of the installed verl.
+    """Check as `check_configuration` does, then whether the installed verl has what HAPO needs.
 
     Raises:
-        ConfigError: on the first thing that is wrong.
+        ConfigError: for the first problem found.
     """
     hapo = check_configuration(config)
     check_contract()
@@ -90,7 +90,7 @@ def _check_rules(config: DictConfig, rules: Iterable[tuple[str, Callable[[Any], 
             raise ConfigError(f"{key}={value}: {advice}")
 
 
-# Key, what is wrong with its value, the rule and the fix.
+# (key, predicate that is true for a wrong value, text with the rule and the fix)
 _RULES = (
     (
         "trainer.v1.trainer_mode",
@@ -176,7 +176,7 @@ def _check_reward_model(config: DictConfig) -> None:
         )
 
 
-# What a head of ours needs of a launch: key, what is wrong with its value, the rule and the fix.
+# The requirements of our heads, in the form of `_RULES`.
 _HEAD_RULES = (
     (
         "actor_rollout_ref.actor.strategy",
@@ -240,7 +240,7 @@ def _check_engine(setting: str, fix: str) -> None:
 
 
 def _check_objective(config: DictConfig, hapo: HapoConfig) -> None:
-    """What an objective needs of a launch, and the engine that one needs which weighs likelihoods."""
+    """Check what the objective requires, and the engine if it weights likelihoods."""
     objective, actor = hapo.objective, config.actor_rollout_ref.actor
     name = f"hapo.objective.name={objective.name}"
     if objective.aggregation not in (None, actor.loss_agg_mode):
@@ -273,9 +273,9 @@ def _check_objective(config: DictConfig, hapo: HapoConfig) -> None:
 
 
 def _installation() -> Callable[[], tuple[str, str]]:
-    """A function that says which version of this package a process has, and a digest of its files.
+    """A function that returns the version of this package in its process, and a digest of the package's files.
 
-    It travels by value, so it also runs where the package is missing or is another one.
+    Ray pickles the inner function by value, so it also runs on a node without this package or with another version.
     """
 
     def look() -> tuple[str, str]:
@@ -305,9 +305,9 @@ def _installation() -> Callable[[], tuple[str, str]]:
 
 
 def check_cluster() -> None:
-    """Raise `ConfigError` where a Ray node lacks this version of hapo-verl, has other files, or does not load it.
+    """Raise `ConfigError` if a Ray node lacks this version of hapo-verl, has other files of it, or does not load it.
 
-    Actors and agent loops import this package on their own nodes.
+    The check is needed because actors and agent loops import this package on their own nodes.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -336,14 +336,14 @@ def check_cluster() -> None:
 
 
 def check_demonstrations(dataset: Any, tokenizer: Any, config: DictConfig, hapo: HapoConfig, sample: int = 256) -> None:
-    """Raise `ConfigError` where the training data has no demonstration that could ever be injected.
+    """Raise `ConfigError` if no demonstration in a sample of the training data can be injected.
 
     Args:
         dataset: verl's training data set.
-        tokenizer: the run's.
+        tokenizer: the tokenizer of the run.
         config: the whole configuration.
         hapo: its `hapo:` block.
-        sample: rows looked at, spread over the data set.
+        sample: number of rows to check, spread over the data set.
     """
     if not hapo.demonstrations.needs_column:
         return

@@ -1,7 +1,8 @@
-"""Every private method of verl that this package overrides, calls or reads around, and the verl version it was read in.
+"""The private methods of verl that this package overrides or calls, with their signatures in a given verl version.
 
-Checked at the start of a run and by `hapo_verl.doctor`: a verl whose signatures differ is refused with one line
-instead of failing at step 300. `REPLACED` bodies are not called any more; the tests hold a digest of what they said.
+They are checked at the start of a run and by `hapo_verl.doctor`: a verl with other signatures is refused with one line
+instead of failing in the middle of a run. Methods marked `REPLACED` are not called any more; for those the tests keep a
+digest of verl's body, to notice when it changes.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ EXTENDED, REPLACED = "extended", "replaced"
 
 @dataclass(frozen=True)
 class Override:
-    """A method of verl that ours extends (calls) or replaces.
+    """A private method of verl that this package extends, replaces or calls.
 
     Attributes:
         owner: dotted path of verl's class.
         method: its name.
-        parameters: the names it had in `READ_IN`, in order.
-        how: `EXTENDED` or `REPLACED`.
+        parameters: its parameter names in verl `READ_IN`, in order.
+        how: `EXTENDED` (verl's method still runs) or `REPLACED` (it does not).
     """
 
     owner: str
@@ -68,7 +69,7 @@ OVERRIDES = (
         ("self", "output", "output_args", "micro_batch", "logits_processor_func"),
         REPLACED,
     ),
-    # `tool_loop.py` says what these would have written.
+    # `hapo_verl/rollout/tool_loop.py` writes the same tokens as these methods.
     Override(
         _TOOL_LOOP,
         "_handle_generating_state",
@@ -92,7 +93,7 @@ OVERRIDES = (
 
 
 def check_contract() -> None:
-    """Raise `ConfigError` where the installed verl is not one this package was written for."""
+    """Raise `ConfigError` if this package does not support the installed verl."""
     import verl
 
     version = Version(verl.__version__)
@@ -112,7 +113,10 @@ def check_contract() -> None:
 
 
 def _check_trl() -> None:
-    """verl asks every TRL that it finds for a class of its PPO, which newer ones do not have, when it loads a model."""
+    """Raise `ConfigError` if a TRL is installed with which verl cannot load models.
+
+    verl imports a class of TRL's PPO, if TRL is installed, and newer versions of TRL do not have that class.
+    """
     if importlib.util.find_spec("trl") is None:
         return
     for module in ("trl.experimental.ppo", "trl"):
@@ -130,7 +134,7 @@ def _check_trl() -> None:
 
 
 def parameters_of(override: Override) -> tuple[str, ...]:
-    """The parameter names of the installed verl's method; empty where it does not exist."""
+    """The parameter names of the installed verl's method; empty if the method does not exist."""
     method = verl_method(override)
     names = inspect.signature(method).parameters if method else ()
     # Ray adds a parameter of its own to the methods of an actor class.
@@ -138,7 +142,7 @@ def parameters_of(override: Override) -> tuple[str, ...]:
 
 
 def verl_method(override: Override):
-    """The installed verl's function, or None."""
+    """The function of the installed verl, or None if it does not exist."""
     module, _, name = override.owner.rpartition(".")
     owner = getattr(importlib.import_module(module), name, None)
     # Ray hides the class behind an actor handle.

@@ -1,4 +1,4 @@
-"""What must be right on a machine before a launch, one small check each; `python -m hapo_verl.doctor` prints them."""
+"""The checks of a machine and a launch that `python -m hapo_verl.doctor` runs and prints."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _MODES = ("hapo_sync", "hapo_colocate_async", "hapo_separate_async")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor.
+    """The result of one check, printed as one line.
 
     Attributes:
-        name: what was looked at.
-        right: whether it is as it must be.
-        detail: what was found; where it is wrong, with the fix.
+        name: what was checked.
+        right: whether the check passed.
+        detail: what was found, and the fix if the check failed.
     """
 
     name: str
@@ -37,12 +37,12 @@ class Finding:
 
 
 def findings(overrides: Sequence[str], *, ray: bool, model: bool = True) -> Iterator[Finding]:
-    """All findings, in order; one that fails does not hide the next.
+    """Run all checks in order and yield their results; a failed check does not stop the next one.
 
     Args:
-        overrides: of a launch, as on verl's command line; none skips the checks of a launch.
-        ray: also look from inside a Ray worker, for which a local Ray is started.
-        model: also load the launch's model and ask what its loss can teach it.
+        overrides: overrides of a launch, as on verl's command line; if empty, the checks of a launch are skipped.
+        ray: also check from inside a Ray worker; starts a local Ray.
+        model: also load the launch's model and check which demonstrations the loss can teach.
     """
     checks: list[tuple[str, Callable[[], str]]] = [
         ("python", lambda: platform.python_version()),
@@ -141,7 +141,7 @@ def _preset() -> str:
 
 
 def _kernels(overrides: Sequence[str]) -> str:
-    """Which implementation the actor runs and why; the defaults' where no launch is given."""
+    """The implementations that the actor runs, and why; without a launch, those of the defaults."""
     import torch
 
     config = composed(overrides).get("hapo") if overrides else None

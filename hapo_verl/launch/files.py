@@ -1,7 +1,7 @@
-"""The files that a launch names: they are there, and have the columns that verl and HAPO read.
+"""Checks that the files of a launch exist and have the columns that verl and HAPO read.
 
-Only names and schemas are looked at. What other machines hold (`hdfs://`, a model of the Hugging Face hub) and a data
-set class of the user's own are left to verl.
+Only file names and schemas are checked. Remote files (`hdfs://`, a model on the Hugging Face hub) and files read by a
+user's own data set class are not checked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hapo_verl.config import ConfigError, HapoConfig
 
 
 class MissingFileError(ConfigError):
-    """A file that is not on this machine; where the trainer runs on another one, it may be there."""
+    """Raised for a file that is not on this machine; if the trainer runs on another machine, it may exist there."""
 
 
 _MODEL = "actor_rollout_ref.model.path"
@@ -25,7 +25,7 @@ _KINDS = (".parquet", ".json", ".jsonl")
 
 
 def check_files(config: DictConfig, hapo: HapoConfig) -> None:
-    """Raise `ConfigError` where a file is missing, or lacks a column."""
+    """Raise `ConfigError` if a file is missing or lacks a column."""
     check_columns(config, hapo)
     _check_model(str(OmegaConf.select(config, _MODEL)))
     reward = OmegaConf.select(config, _REWARD)
@@ -36,16 +36,16 @@ def check_files(config: DictConfig, hapo: HapoConfig) -> None:
 
 
 def check_columns(config: DictConfig, hapo: HapoConfig) -> str:
-    """The columns that were found, in one line.
+    """Check the columns of the data files and describe them in one line.
 
     Raises:
-        ConfigError: where a file of the data set is missing, or lacks one of them.
+        ConfigError: if a file is missing, lacks a column, or has demonstrations of another type than the other files.
     """
     if OmegaConf.select(config, "data.custom_cls.path"):
         return "not checked: data.custom_cls reads the files"
     needed = {str(OmegaConf.select(config, "data.prompt_key"))}
     if OmegaConf.select(config, "reward.reward_manager.source") == "register":
-        # verl's own reward managers read them.
+        # verl's own reward managers read these two columns.
         needed |= {"data_source", "reward_model"}
     looked_at, kinds, demonstrations = 0, {}, hapo.demonstration_key
     of_training = needed | {demonstrations} if hapo.demonstrations.needs_column else needed
@@ -71,10 +71,10 @@ def check_columns(config: DictConfig, hapo: HapoConfig) -> str:
 
 
 def local_files(config: DictConfig, key: str) -> list[Path]:
-    """The files of `data.<key>` that lie on this machine.
+    """The files of `data.<key>` on this machine; remote files are left out.
 
     Raises:
-        ConfigError: where one is missing, or of a kind that verl does not read.
+        ConfigError: if a file is missing, or verl cannot read its type.
     """
     return list(_local_files(OmegaConf.select(config, f"data.{key}"), f"data.{key}"))
 
@@ -94,7 +94,7 @@ def _local_files(given: Any, key: str) -> Iterator[Path]:
 
 
 def _column_kinds(file: Path) -> dict[str, str]:
-    """Column → text, null, or anything else by its type's name."""
+    """The type of each column: `text` for strings, else the name of its Arrow type, such as `null` or `list`."""
     import pyarrow
     from pyarrow.parquet import read_schema
 

@@ -1,8 +1,8 @@
-"""A wrong launch ends where it was typed: before Ray is started, with one sentence on stderr and exit code 2.
+"""Ends a wrong launch before Ray is started, with one sentence on stderr and exit code 2.
 
-A Hydra callback, `hydra.callbacks.hapo`, which HAPO's presets set; verl's entry point knows nothing of it. What only
-the trainer can see is said in the same way when the run has ended, below the log of it. `HAPO_TRACEBACK=1` shows where
-a sentence comes from.
+It is a Hydra callback, `hydra.callbacks.hapo`, which HAPO's presets set; verl's entry point is unchanged. An error that
+only the trainer can find is printed the same way when the run has ended, below its log. `HAPO_TRACEBACK=1` also prints
+the traceback.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ EXIT_CODE = 2
 
 
 class Preflight(Callback):
-    """Looks at the composed configuration in front of the job, and at its error behind it."""
+    """The Hydra callback: checks the composed configuration before the job and reports its error after it."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """A single run: nothing is started, and no folder made."""
+        """Check a single run, before anything is started or any folder is made."""
         _check(config)
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """A job of a sweep; a single run has been looked at."""
+        """Check a job of a sweep; a single run was checked by `on_run_start`."""
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             _check(config)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """The trainer's sentence, without the way that it took through Ray."""
+        """Print the trainer's error as one sentence, without Ray's traceback."""
         if job_return.status == JobStatus.FAILED:
             error = _sentence(job_return._return_value)
             if error is not None:
@@ -62,21 +62,21 @@ def _end(error: BaseException) -> NoReturn:
     if os.environ.get("HAPO_TRACEBACK") == "1":
         traceback.print_exception(error)
     print(error, file=sys.stderr, flush=True)
-    # Hydra turns an exception of a callback into a warning.
+    # Raising would not do: Hydra turns an exception in a callback into a warning.
     sys.exit(EXIT_CODE)
 
 
 def _joins_a_cluster(config: DictConfig) -> bool:
-    """Ray will not be started here by this launch, so its trainer may run elsewhere."""
+    """Whether the launch joins a running Ray cluster, so that its trainer may run on another machine."""
     given = OmegaConf.select(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS")
     if given:
         return given != "local"
-    # Ray joins the cluster that was started last on this machine.
+    # By default Ray joins the cluster that was started last on this machine.
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     return (Path(folder) / "ray" / "ray_current_cluster").exists()
 
 
 def _sentence(error: Any) -> BaseException | None:
-    """The error of ours that a job ended with, whose text is for the reader, raised in another process or here."""
+    """The `ConfigError` or `RewardError` with which a job ended, here or in another process; None for other errors."""
     cause = getattr(error, "cause", None)
     return next((found for found in (cause, error) if isinstance(found, ConfigError | RewardError)), None)

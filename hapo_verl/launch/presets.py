@@ -1,7 +1,7 @@
-"""Hydra presets: `+hapo=paper` and `+hapo_platform=cpu` on any verl command line.
+"""Hydra presets: makes `+hapo=paper` and `+hapo_platform=cpu` work on any verl command line.
 
-The YAML files lie in `hapo_verl/presets/<group>/`; the values of the `hapo:` block come from `hapo_verl.config`, the
-only place that knows them.
+The YAML files are in `hapo_verl/presets/<group>/`; the default values of the `hapo:` block come from
+`hapo_verl.config`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def register_presets() -> None:
     plugins = Plugins.instance()
     if HapoSearchPath not in plugins.discover(SearchPathPlugin):
         plugins.register(HapoSearchPath)
-    # The preset files start from this node, so that every key of the block exists and can be overridden. It takes
-    # unknown keys too, which HAPO refuses with the nearest known one; Hydra would advise to add them.
+    # The preset files start from this node, so that every key of the block exists and can be overridden. The node
+    # accepts unknown keys as well: HAPO refuses them and names the nearest known key, while Hydra would advise the user
+    # to add them.
     ConfigStore.instance().store(name="hapo_defaults", node=OmegaConf.create(defaults(), flags={"struct": False}))

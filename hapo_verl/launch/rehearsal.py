@@ -1,6 +1,6 @@
-"""What a launch would find out after an hour of queueing, from its configuration, its files and its tokenizer alone.
+"""Checks of a launch from its configuration, files and tokenizer, so that its errors are found before it is queued.
 
-Nothing is started; the model is loaded by the last check alone, which can be left out. Each check is one line of
+Nothing is started. Only the last check loads the model, and it can be left out. Each check is one line of
 `python -m hapo_verl.doctor`.
 """
 
@@ -40,7 +40,7 @@ from hapo_verl.rollout.reward import success_of
 from hapo_verl.rollout.tokens import ChatFormat
 
 LOOKED_AT, SCORED, ASKED = 256, 10, 32
-# Seconds for which the model is asked.
+# Seconds for scoring demonstrations with the model.
 ASKED_FOR = 60.0
 _NO_COLUMN = "not looked at: hapo.demonstrations.source=own takes what the policy itself will have written"
 
@@ -55,17 +55,22 @@ def composed(overrides: Sequence[str]) -> DictConfig:
 
 
 class Rehearsal:
-    """A launch that is looked at, not started.
+    """The checks of a launch that is not started.
 
-    What several checks need is made once, by the first of them; where it cannot be made, each of them says so.
+    What several checks need is made once, by the first of them. If it cannot be made, each of these checks fails.
     """
 
     def __init__(self, overrides: Sequence[str], *, model: bool = True) -> None:
-        """A launch with these overrides, as on verl's command line; `model`: also load the model and ask it."""
+        """Prepare the checks.
+
+        Args:
+            overrides: the launch's overrides, as on verl's command line.
+            model: whether to load the model for the last check.
+        """
         self._overrides, self._with_model = overrides, model
 
     def checks(self) -> list[tuple[str, Callable[[], str]]]:
-        """Name and check, in order; a check returns what it found and raises where that is wrong."""
+        """The names and checks, in order; a check returns what it found, or raises an error if that is wrong."""
         return [
             ("launch", self.launch),
             ("sizes", self.sizes),
@@ -104,7 +109,7 @@ class Rehearsal:
 
     @cached_property
     def injectable(self) -> tuple[list[tuple[int, Response]], Counter[str]]:
-        """Of rows spread over the data: number and response of those that can be injected, reasons of the others."""
+        """The injectable demonstrations in a sample of rows (row number, response), and counts of others' reasons."""
         limit, found, reasons = int(self.config.data.max_response_length), [], Counter()
         for number in range(0, len(self.rows), max(1, len(self.rows) // LOOKED_AT)):
             row = self.rows[number]
@@ -124,7 +129,7 @@ class Rehearsal:
         return check_sizes(self.config)
 
     def columns(self) -> str:
-        """What verl reads of each file, and the demonstrations."""
+        """Check the columns of the data files."""
         return check_columns(self.config, self.hapo)
 
     def demonstrations(self) -> str:
@@ -142,7 +147,7 @@ class Rehearsal:
         )
 
     def reward(self) -> str:
-        """The run's own reward function on the first demonstrations that can be injected, as the run decodes them."""
+        """Score the first injectable demonstrations with the run's own reward function, decoded as in the run."""
         if not self.hapo.demonstrations.needs_column:
             return _NO_COLUMN
         succeeds = success_of(self.config, self.hapo.success_threshold)
@@ -171,7 +176,7 @@ class Rehearsal:
         return f"{successes} of {len(tried)} demonstrations are successes"
 
     def model(self) -> str:
-        """Prompts and responses fit the model's positions."""
+        """Check that prompts and responses fit the model's maximum length."""
         positions, data = self._hf_config.max_position_embeddings, self.config.data
         longest = data.max_prompt_length + data.max_response_length
         longest = max(longest, self.config.actor_rollout_ref.rollout.max_model_len or longest)
@@ -184,12 +189,12 @@ class Rehearsal:
         return f"{self._hf_config.model_type} with {positions} positions, {longest} asked for"
 
     def weights(self) -> str:
-        """What an update sends to the rollout engine, and in which pieces."""
+        """Check the bucket by which an update sends the weights to the rollout engine."""
         check_files(self.config, self.hapo)
         return check_bucket(self.config)
 
     def memory(self) -> str:
-        """See `head_memory`; wrong where the head alone would not fit the GPU that is visible here."""
+        """Estimate the head's memory (`head_memory`); fails if it alone exceeds the memory of a GPU of this machine."""
         import torch
 
         tokens, text = tokens_at_a_time(self.config), self._hf_config.get_text_config()
@@ -212,7 +217,7 @@ class Rehearsal:
         return f"{chosen} is chosen; at {tokens} tokens a rank, estimated: {detail}"
 
     def teachable(self) -> str:
-        """Demonstrations under the model: what share has a token that the launch's loss does not teach."""
+        """Score demonstrations with the model, and count those with a token that the launch's loss cannot teach."""
         import torch
 
         model = self.config.actor_rollout_ref.model
@@ -255,7 +260,7 @@ class Rehearsal:
         )
 
     def _prompt(self, number: int) -> list[int]:
-        """Token ids of a row's prompt, as the run writes it."""
+        """The token ids of a row's prompt, as in the run."""
         row, kwargs = self.rows[number], dict(OmegaConf.select(self.config, "data.apply_chat_template_kwargs") or {})
         if self.chat.tool_loop and (conversation := self.chat.tool_loop.conversation(row)):
             kwargs["tools"] = conversation.schemas

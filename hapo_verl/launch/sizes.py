@@ -1,4 +1,4 @@
-"""Numbers of a launch that have to fit each other: what verl would assert after models and servers are loaded."""
+"""Checks that the sizes of a launch fit together; verl itself finds such errors only after models are loaded."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _ROLLOUT = "actor_rollout_ref.rollout"
 
 
 def check_sizes(config: DictConfig) -> str:
-    """How a step's rows are cut, in one line.
+    """Check the sizes, and describe in one line how the rows of a step are divided.
 
     Raises:
-        ConfigError: on the first number that does not fit.
+        ConfigError: for the first number that does not fit.
     """
     for check in (_check_counts, _check_updates, _check_ranks, _check_micro_batches, _check_lengths, _check_servers):
         check(config)
@@ -30,7 +30,7 @@ def check_sizes(config: DictConfig) -> str:
 
 
 def tokens_at_a_time(config: DictConfig) -> int:
-    """The most tokens that one rank of the actor puts through the model, and its head, at once."""
+    """The largest number of tokens that one rank of the actor passes through the model at once."""
     actor = config.actor_rollout_ref.actor
     if actor.use_dynamic_bsz:
         return actor.ppo_max_token_len_per_gpu
@@ -43,11 +43,11 @@ def _sequence_parallel(config: DictConfig) -> int:
 
 
 def _ranks(config: DictConfig) -> int:
-    """Data-parallel ranks of the actor."""
+    """The number of the actor's data-parallel ranks."""
     return config.trainer.nnodes * config.trainer.n_gpus_per_node // _sequence_parallel(config)
 
 
-# Counts that a launch needs, and those that may be null.
+# Keys of counts that a launch needs, then keys of counts that may be null.
 _COUNTS = (
     "data.train_batch_size",
     "data.max_prompt_length",
@@ -116,7 +116,7 @@ def _check_ranks(config: DictConfig) -> None:
 
 
 def _forward_settings(config: DictConfig) -> Iterator[tuple[str, Any, bool, int]]:
-    """Of each forward pass: the key of its fixed micro-batch, that, whether it is dynamic, and its token budget."""
+    """For each forward pass: key and value of its fixed micro-batch size, whether it is dynamic, its token budget."""
     from verl.trainer.ppo.utils import need_reference_policy
 
     models = config.actor_rollout_ref

@@ -1,6 +1,6 @@
-"""What a launch's loss can teach, and its model: the demonstrations, scored by the model as it is before training.
+"""Scores demonstrations with the model before training, to find those that the launch's loss cannot teach.
 
-`hapo_verl.algo.teachability` says what a token is that a loss leaves untaught, and what becomes of its demonstration.
+`hapo_verl.algo.teachability` defines which tokens a loss leaves untaught, and what that means for a demonstration.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Logits that are turned into fp32 at a time: a long response over a large vocabulary has gigabytes of them.
+# Rows of logits converted to fp32 at a time: all those of a long response could take gigabytes.
 ROWS = 1024
 
 
 class Asked(NamedTuple):
-    """A demonstration as the model is asked for it.
+    """A demonstration to be scored by the model.
 
     Attributes:
-        prompt: token ids, generation prompt included.
-        response: token ids.
-        mask: 1 on the response's tokens that train.
+        prompt: token ids of the prompt, generation prompt included.
+        response: token ids of the response.
+        mask: for each token of the response, 1 if it trains.
     """
 
     prompt: Sequence[int]
@@ -32,14 +32,14 @@ class Asked(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """A demonstration under the model: log-probabilities of the tokens that train, nats, and the tokens' ids."""
+    """A scored demonstration: log-probabilities (nats) of the tokens that train, and the ids of these tokens."""
 
     logp: Tensor
     tokens: Tensor
 
 
 def does_not_fit(model_path: Path) -> str:
-    """Why the model is not to be loaded on this machine; an empty string where it is."""
+    """The reason why the model does not fit into this machine's memory; an empty string if it fits."""
     weights = sum(file.stat().st_size for suffix in ("safetensors", "bin") for file in model_path.glob(f"*.{suffix}"))
     if torch.cuda.is_available():
         free, kind = torch.cuda.mem_get_info()[0], "GPU memory"
@@ -47,7 +47,7 @@ def does_not_fit(model_path: Path) -> str:
         import psutil
 
         free, kind = psutil.virtual_memory().available, "memory"
-    # Beside the weights there are the activations and logits of one row.
+    # A fifth more than the weights, for the activations and logits of one row.
     return (
         f"{weights / 2**30:.1f} GiB of weights, {free / 2**30:.1f} GiB of {kind} free" if 1.2 * weights > free else ""
     )
@@ -57,14 +57,18 @@ def does_not_fit(model_path: Path) -> str:
 def score(
     model_path: Path, demonstrations: Sequence[Asked], *, temperature: float, seconds: float, trust_remote_code: bool
 ) -> list[Scored]:
-    """Demonstrations under the model on disk, on a GPU where one is visible; progress on standard error.
+    """Score demonstrations with a model on disk, on a GPU if there is one; shows progress on standard error.
 
     Args:
         model_path: folder of a Hugging Face causal language model.
-        demonstrations: at least one.
-        temperature: of the run's rollouts, by which the actor divides its logits; > 0.
-        seconds: no further demonstration is begun after this time, loading left out; one is always scored.
+        demonstrations: the demonstrations, at least one.
+        temperature: temperature of the run's rollouts, by which the actor divides its logits; > 0.
+        seconds: time limit, not counting the loading of the model; after it no further demonstration is started. The
+            first one is always scored.
         trust_remote_code: as in the launch.
+
+    Returns:
+        The scored demonstrations, fewer than given if the time ran out.
     """
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM
@@ -76,7 +80,7 @@ def score(
         if scored and time.monotonic() - begun > seconds:
             break
         ids = torch.tensor([[*prompt, *response]], device=device)
-        # What predicts the response's tokens, and no logits of the prompt.
+        # Only the positions that predict the response's tokens; no other logits of the prompt.
         logits_TV = model(ids, use_cache=False, logits_to_keep=len(response) + 1).logits[0, :-1]
         token_T = ids[0, len(prompt) :]
         logp_T = torch.cat(
@@ -91,11 +95,11 @@ def score(
 
 
 def untaught(scored: Sequence[Scored], below: float) -> int:
-    """How many demonstrations have a token with a log-probability below this bound, nats."""
+    """The number of demonstrations with a token whose log-probability (nats) is below this bound."""
     return sum(bool((of.logp < below).any()) for of in scored)
 
 
 def least_likely(scored: Sequence[Scored]) -> tuple[float, int]:
-    """A demonstration's least log-probability, nats, the median over demonstrations, and the id of its token."""
+    """The median over demonstrations of the lowest log-probability (nats) of a token, and the id of that token."""
     least = [(of.logp.min().item(), int(of.tokens[of.logp.argmin()])) for of in scored]
     return sorted(least)[(len(least) - 1) // 2]

@@ -1,9 +1,9 @@
-"""The bucket through which new weights reach vLLM, and what has to fit it.
+"""Checks that the model's weights fit the bucket by which verl sends new weights to vLLM.
 
-verl's actor sends its weights, a tied one under both of its names, in pieces of
-`rollout.checkpoint_engine.update_weights_bucket_megabytes`. A vLLM that takes tied weights for uninitialised unless
-the same piece has both needs all weights in one; and where the pieces go through shared memory, the largest weight has
-to fit. Sizes are read from the headers of the model's safetensors files; no weight is loaded.
+verl's actor sends its weights in pieces of `rollout.checkpoint_engine.update_weights_bucket_megabytes`. A tied weight
+is sent under both of its names. Some versions of vLLM treat a tied weight as uninitialised unless both names come in
+the same piece, so they need all weights in one. If the pieces go through shared memory, the largest weight must fit.
+Sizes are read from the headers of the model's safetensors files; no weight is loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _INPUT, _OUTPUT = "embed_tokens.weight", "lm_head.weight"
 
 
 class Weights(NamedTuple):
-    """What an update sends, in bytes."""
+    """The weights that an update sends: total and largest size in bytes, and whether the embeddings are tied."""
 
     total: int
     largest: int
@@ -34,10 +34,10 @@ class Weights(NamedTuple):
 
 
 def check_bucket(config: DictConfig) -> str:
-    """What an update sends and the bucket, in one line.
+    """Check the bucket, and describe in one line what an update sends.
 
     Raises:
-        ConfigError: where an update would fail, or wait for ever.
+        ConfigError: if an update would fail or wait for ever.
     """
     engine, path = OmegaConf.select(config, "actor_rollout_ref.rollout.name"), str(config.actor_rollout_ref.model.path)
     if engine not in (None, "vllm"):
@@ -64,7 +64,7 @@ def _mib(size: int) -> int:
 
 
 def sent_weights(config: DictConfig) -> Weights | None:
-    """The weights of a model on this machine in the actor's data type; None where their sizes are not known."""
+    """The weights of a model on this machine, in the actor's data type; None if their sizes are not known."""
     folder = Path(str(config.actor_rollout_ref.model.path)).expanduser()
     try:
         model = json.loads((folder / "config.json").read_text())
@@ -78,7 +78,7 @@ def sent_weights(config: DictConfig) -> Weights | None:
         embeddings = [count for name, count in counts.items() if name.endswith(_INPUT)]
         counts |= {_OUTPUT: max(embeddings, default=0)}
     actor = config.actor_rollout_ref.actor
-    # Other engines than FSDP send what they compute in.
+    # Engines other than FSDP send the dtype in which they compute.
     dtype = OmegaConf.select(actor, "fsdp_config.model_dtype") if str(actor.strategy).startswith("fsdp") else "bf16"
     size = _BYTES.get(str(dtype), 4)
     return Weights(sum(counts.values()) * size, max(counts.values()) * size, tied)
@@ -88,12 +88,12 @@ def _is_tied(model: dict[str, Any], override: Any) -> bool:
     key = "tie_word_embeddings"
     if override is not None and key in override:
         return bool(override[key])
-    # A model of several modalities may have it with its language model.
+    # A multi-modal model may have the key in the block of its language model.
     for block in (model, model.get("text_config") or {}):
         if key in block:
             return bool(block[key])
     try:
-        # A file leaves out what its architecture has by default.
+        # config.json leaves out values that are the default of the architecture.
         from transformers import AutoConfig
 
         kind = AutoConfig.for_model(str(model.get("model_type")))
@@ -103,10 +103,10 @@ def _is_tied(model: dict[str, Any], override: Any) -> bool:
 
 
 def _counts(folder: Path) -> Iterator[tuple[str, int]]:
-    """Name and number of elements of every weight.
+    """The name and the number of elements of every weight.
 
     Raises:
-        OSError, ValueError: where a file is not one of safetensors.
+        OSError, ValueError: if a file is not a safetensors file.
     """
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as opened:
@@ -118,7 +118,7 @@ def _counts(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def _tied_weights_need_one_bucket() -> bool:
-    """Whether the installed vLLM looks for a tied weight's other name in every piece, as 0.30 does; not imported."""
+    """Whether the installed vLLM needs both names of a tied weight in one piece, as 0.30 does; does not import it."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
         return False

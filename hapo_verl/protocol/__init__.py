@@ -1,1 +1,1 @@
-"""What crosses between the processes of a run: row fields, jagged tensors, traces, errors, stacks."""
+"""The data that processes of a run exchange: row fields, jagged tensors, traces, errors, stacks."""

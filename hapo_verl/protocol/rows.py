@@ -1,4 +1,4 @@
-"""The fields that HAPO adds to verl's batches: who writes each, who reads it, its type. `FIELDS` is all of them."""
+"""The fields that HAPO adds to verl's batches: for each one its writer, readers and type. `FIELDS` lists them all."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Field(NamedTuple):
     Attributes:
         key: its name in verl's batches.
         of: what it is attached to: a prompt, a row (a rollout or a demonstration), or a whole batch.
-        writer: the room, the folder of `hapo_verl`, that writes it.
-        readers: the rooms that read it.
-        type: of one value.
-        meaning: in one sentence.
+        writer: the folder of `hapo_verl` whose process writes it.
+        readers: the folders of `hapo_verl` whose processes read it.
+        type: type of one value.
+        meaning: its meaning in one sentence.
     """
 
     key: str
@@ -76,13 +76,13 @@ FIELDS = (
 
 
 class MiniBatch(NamedTuple):
-    """The optimizer step that a row belongs to, over all ranks and with the rows that are left out of it.
+    """Counts of the optimizer step that a row belongs to, over all ranks, including the rows left out of the update.
 
     Attributes:
-        rows: what the `seq-mean-*` aggregations divide by, padding included.
-        tokens: what `token-mean` divides by.
-        on_policy_tokens: of them those that train and are not a demonstration's.
-        groups: prompts with a token that trains.
+        rows: number of rows, padding included; divisor of the `seq-mean-*` aggregations.
+        tokens: number of tokens; divisor of `token-mean`.
+        on_policy_tokens: number of these tokens that train and belong to the policy's own rows.
+        groups: number of prompts with a token that trains.
     """
 
     rows: int
@@ -92,7 +92,7 @@ class MiniBatch(NamedTuple):
 
 
 def mini_batch(data: TensorDict) -> MiniBatch | None:
-    """That of these rows, which are one's; None where nothing is left out."""
+    """The `MiniBatch` of these rows, which must belong to one optimizer step; None if no rows are left out."""
     if MINI_BATCH not in data:
         return None
     counts = cast("torch.Tensor", data[MINI_BATCH])
@@ -100,11 +100,11 @@ def mini_batch(data: TensorDict) -> MiniBatch | None:
 
 
 def demonstration_flags(data: TensorDict) -> Tensor:
-    """(B,) bool: which rows are demonstrations.
+    """Whether each row is a demonstration, (B,) bool.
 
     Raises:
-        RuntimeError: when the field is absent. A field that one row of a batch lacks disappears for all of them, so
-            this is what a row from another agent loop looks like.
+        RuntimeError: if the field is absent. If a single row lacks a field, the field disappears from the whole batch;
+            so the cause is a row from another agent loop than HAPO's.
     """
     if DEMONSTRATION not in data:
         raise RuntimeError(
@@ -117,6 +117,6 @@ def demonstration_flags(data: TensorDict) -> Tensor:
 
 
 def plain_values(column: Iterable[Any]) -> list[Any]:
-    """A field's rows as plain Python values: TransferQueue hands them out as tensors, stacks or linked lists."""
+    """A field's rows as plain Python values; TransferQueue returns them as tensors, stacks or linked lists."""
     rows = (row if isinstance(row, torch.Tensor) else getattr(row, "data", row) for row in column)
     return [row.tolist() if hasattr(row, "tolist") else row for row in rows]

@@ -1,9 +1,9 @@
-"""Stacks of the processes of a run, also of one that is blocked in C++ and answers nothing.
+"""Python stacks of the processes of a run, even of a process that is blocked in C++ code.
 
-A process of Ray's or vLLM's registers `faulthandler` for a signal when verl is imported there: the handler is C, needs
-no lock of the interpreter, and writes into a file in memory that the process holds open. Who wants to see the stacks
-signals the process, on its own node, and reads the file through /proc. Only a process that has registered is signalled:
-the signal would end any other.
+When verl is imported in a process of Ray or vLLM, the process registers `faulthandler` for a signal. The handler is C
+code, needs no lock of the interpreter, and writes into an in-memory file that the process keeps open. To read the
+stacks, another process on the same node sends the signal and reads the file through /proc. It sends the signal only to
+processes that have registered, since the signal would kill any other process.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 
 SIGNAL = signal.SIGUSR2
 _NAME = "hapo-stacks"
-# A handler writes within milliseconds; a process that is stopped or swapped out does not.
+# The handler writes within milliseconds, unless the process is stopped or swapped out.
 _ANSWER_SECONDS = 2.0
 
 
 def answer_the_signal() -> None:
-    """Write this process's stacks when it is signalled, from now on; nothing where the signal has another use."""
+    """Register this process, so that it writes its stacks when signalled; does nothing if the signal is in use."""
     if not hasattr(os, "memfd_create") or signal.getsignal(SIGNAL) is not signal.SIG_DFL or _memory_of(os.getpid()):
         return
     memory = os.memfd_create(_NAME)
@@ -30,9 +30,9 @@ def answer_the_signal() -> None:
 
 
 def stacks_of(processes: Iterable[int]) -> dict[int, str]:
-    """Stacks of these processes of this machine and of those that they have started, by process id.
+    """The stacks of these processes of this machine and of all their descendants, by process id.
 
-    A process that does not answer is there with the reason.
+    For a process that does not answer, the text is the reason.
     """
     return {pid: _stacks(pid) for root in processes for pid in (root, *_descendants(root))}
 
@@ -49,7 +49,7 @@ def _stacks(pid: int) -> str:
             while time.monotonic() < until:
                 time.sleep(0.05)
                 grown = file.seek(0, os.SEEK_END)
-                # Complete when it grows no more.
+                # Complete when it has stopped growing.
                 if size == grown > before:
                     break
                 size = grown
@@ -61,7 +61,7 @@ def _stacks(pid: int) -> str:
 
 
 def _memory_of(pid: int) -> Path | None:
-    """The file in memory that the process writes into; None where it has none, or is not ours to read."""
+    """The in-memory file of a process; None if the process has none or we may not read it."""
     try:
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             if os.readlink(entry).startswith(f"/memfd:{_NAME}"):
@@ -92,7 +92,7 @@ def _descendants(root: int) -> Iterator[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                # The name, in parentheses, may hold anything; the parent's id is the second field behind it.
+                # The process name, in parentheses, may contain anything; the parent's id is the second field after it.
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except (OSError, IndexError, ValueError):
                 continue

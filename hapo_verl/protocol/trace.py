@@ -1,18 +1,19 @@
-"""`hapo.trace_dir`: what the gate saw and what reached the loss, for people who want to check.
+"""The trace of a run (`hapo.trace_dir`): files with what the gate saw and what reached the loss, for checking a run.
 
-<trace_dir>/run.json            what a reader has to know of the launch (the trainer writes)
-<trace_dir>/groups.jsonl        one line a group and step: scores, successes, bound, outcome (the trainer writes)
-<trace_dir>/rows.jsonl          one line a row: tokens of prompt and response, score, demonstration flag (the trainer)
-<trace_dir>/loss-<pid>.jsonl    one line a row and update: tokens, log-probabilities, demonstration flag, advantage
-                                (the actors write)
+<trace_dir>/run.json            the settings of the launch that a reader needs
+<trace_dir>/groups.jsonl        one line per group and step: scores, successes, bound, outcome
+<trace_dir>/rows.jsonl          one line per row: tokens of prompt and response, score, demonstration flag
+<trace_dir>/loss-<pid>.jsonl    one line per row and update: tokens, log-probabilities, demonstration flag, advantage
 
-Rows are those of `hapo.trace_groups` groups a step: the ones whose prompts come first in an order that no step changes,
-so that a prompt that comes again is seen again. A file that reaches a fourth of `hapo.trace_limit` is closed as
-`<name>.first.jsonl`; from then on the file and the one before it, `<name>.before.jsonl`, hold the latest lines. So the
-beginning is kept, and the end.
+The trainer writes the first three, each actor process its own loss file.
 
-A run that begins at step 1 where an earlier one has left its trace moves that trace to `<trace_dir>.1`, or to the next
-number that is free. Where a file cannot be written the trace ends with a warning, and the run goes on.
+Rows are traced for `hapo.trace_groups` groups per step. The prompts are ranked in a fixed order (a hash), and the first
+ones of the step are taken, so that a prompt that comes again is traced again. The first time that a file reaches a
+quarter of `hapo.trace_limit`, it becomes `<name>.first.jsonl`; every later time, `<name>.before.jsonl`. So the first
+lines and the latest ones are kept.
+
+If a run begins at step 1 and finds the trace of an earlier run, it first moves that trace to `<trace_dir>.1`, or to the
+next free number. If a file cannot be written, the trace ends with a warning and the run continues.
 """
 
 from __future__ import annotations
@@ -37,26 +38,32 @@ from hapo_verl.protocol.shape import judged_shape
 logger = logging.getLogger("verl." + __name__)
 
 MIB = 2**20
-# Digits behind the point of a log-probability, nats.
+# Decimal places of the log-probabilities (nats).
 _DIGITS = 3
 # Folders of this process that could not be written.
 _UNWRITABLE: set[str] = set()
 
 
 class Trace:
-    """Writes nothing where the folder is None."""
+    """Writer of the trace files; writes nothing if the folder is None."""
 
     def __init__(self, folder: str | None, *, groups: int | None = None, mib: float | None = None) -> None:
-        """Of the keys `hapo.trace_*`."""
+        """Configure the trace.
+
+        Args:
+            folder: `hapo.trace_dir`.
+            groups: `hapo.trace_groups`.
+            mib: `hapo.trace_limit`.
+        """
         self._folder, self._groups = Path(folder) if folder and folder not in _UNWRITABLE else None, groups
         self._part_bytes = None if mib is None else mib * MIB / 4
-        # Uids of the groups of this step whose rows are written; None: all.
+        # Uids of this step's groups whose rows are written; None means all.
         self.sampled: list[str] | None = None
         self._knows_launch = False
 
     @classmethod
     def of(cls, hapo: HapoConfig) -> Trace:
-        """That of a launch."""
+        """The trace that a launch configures."""
         return cls(hapo.trace_dir, groups=hapo.trace_groups, mib=hapo.trace_limit)
 
     @property
@@ -65,12 +72,12 @@ class Trace:
         return self._folder is not None
 
     def launch(self, config: DictConfig, hapo: HapoConfig, step: int) -> None:
-        """Write, once, what a reader has to know of the launch.
+        """Write `run.json`; later calls do nothing.
 
         Args:
-            config: of the launch.
+            config: the configuration of the launch.
             hapo: its `hapo:` block.
-            step: the first that is traced; with 1 the trace of an earlier run is moved out of the way.
+            step: the first step that is traced. With 1, the trace of an earlier run is moved away.
         """
         if self._folder is None or self._knows_launch:
             return
@@ -101,17 +108,24 @@ class Trace:
         self._folder = None
 
     def groups(self, step: int, groups: Mapping[str, Mapping[str, Any]]) -> None:
-        """Append the groups of one step; `groups` maps a prompt's uid to its `hapo_group`."""
+        """Append the groups of one step; `groups` maps each group's uid to its `hapo_group`."""
         self._append("groups.jsonl", [{"step": step, "uid": uid, **group} for uid, group in groups.items()])
 
     def sample(self, groups: Mapping[str, Mapping[str, Any]]) -> set[str]:
-        """Choose the groups of this step whose rows are written; their uids."""
+        """Choose the groups of this step whose rows are written, and return their uids."""
         chosen = sorted(groups, key=lambda uid: _place(groups[uid]))[: self._groups]
         self.sampled = None if self._groups is None else chosen
         return set(chosen)
 
     def rows(self, step: int, uids: Sequence[str], data: TensorDict, names: Sequence[str]) -> None:
-        """Append rows of one step, `names` of their fields; `uids` has the group of each."""
+        """Append the rows of one step.
+
+        Args:
+            step: training step.
+            uids: uid of each row's group.
+            data: the rows.
+            names: the fields of `data` to write.
+        """
         records = _records(data, names)
         self._append("rows.jsonl", [{"step": step, "uid": u, **r} for u, r in zip(uids, records, strict=True)])
 
@@ -127,9 +141,9 @@ class Trace:
 
         Args:
             data: the micro-batch.
-            names: of its fields.
+            names: the fields of `data` to write.
             logp_BT: (B, T) log-probabilities of the response's tokens under the policy, nats.
-            sampled: uids of the groups that are written; None for all.
+            sampled: uids of the groups whose rows are written; None for all.
         """
         if self._folder is None:
             return
@@ -137,7 +151,7 @@ class Trace:
         rows = _records(data, names)
         chosen = [i for i, row in enumerate(rows) if keep is None or row["uid"] in keep]
         if logp_BT is not None and chosen:
-            # One copy from the device.
+            # A single copy from the device.
             logp = logp_BT.detach()[chosen].float().cpu().tolist()
             for i, values in zip(chosen, logp, strict=True):
                 rows[i]["logp"] = [round(value, _DIGITS) for value in values[: len(rows[i]["responses"])]]
@@ -183,7 +197,7 @@ def _metrics_file(config: DictConfig) -> Path | None:
 
 
 def _place(group: Mapping[str, Any]) -> bytes:
-    """Of a prompt in the order that no step changes."""
+    """The sort key of a group's prompt, the same in every step."""
     return blake2b(f"{group.get('data_source')}/{group.get('index')}".encode(), digest_size=8).digest()
 
 
@@ -193,21 +207,21 @@ def _records(data: TensorDict, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def trace_folder(run: Path) -> Path:
-    """Of a run's folder that of its trace, which is `trace` in it, or the folder itself."""
+    """The folder of a run's trace: `trace` inside the run's folder, or else the folder itself."""
     return run / "trace" if (run / "trace").is_dir() else run
 
 
 def read_groups(run: Path) -> Iterator[dict[str, Any]]:
-    """The groups that a run has traced, as they were written; a line that is being written is left out.
+    """The groups in a run's trace, in the order of writing; an unfinished last line is left out.
 
     Args:
-        run: folder of the run, with the trace in `trace`, or of the trace itself.
+        run: folder of the run, with the trace in `trace`, or folder of the trace itself.
     """
     yield from read_lines(trace_folder(run), "groups")
 
 
 def read_lines(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    """The lines of a trace's files of this name, `loss-<pid>` by `loss-*`, the oldest first."""
+    """The lines of a trace's files, the oldest first; `name` is `groups`, `rows`, or `loss-*` for all actors' files."""
     for part in (".first", ".before", ""):
         for path in sorted(folder.glob(f"{name}{part}.jsonl")):
             if not part and path.stem.endswith((".first", ".before")):

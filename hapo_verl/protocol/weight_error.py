@@ -1,10 +1,11 @@
-"""An engine's error in a weight update, from the process where it is raised to the watch that ends the run.
+"""Carries an error in a weight update from vLLM's worker, where it is raised, to the watch that ends the run.
 
-verl's actor sends new weights over a socket and waits there for vLLM's worker to take each piece, without a limit; it
-looks at the outcome of the call behind the last one. A worker that raises takes no further piece, so nobody ever looks.
-The error passes the server, an actor of its own: it keeps the text, and the watch asks for it.
+verl's actor sends new weights over a socket and waits, without a limit, until vLLM's worker has taken each piece. It
+checks the result of the call only after the last piece. A worker that raises an error takes no further piece, so the
+check never happens and the run hangs. But the error passes through the server, which is a separate actor: the server
+keeps the text, and the watch asks for it.
 
-The worker's receiver cleans up behind an error and may raise another one there; what is kept is the first.
+While the worker's receiver cleans up after an error it may raise a second one; the first one is kept.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from types import ModuleType
 from typing import Any
 
 _ATTRIBUTE = "hapo_weight_update_error"
-# verl's methods of vLLM's worker that take weights.
+# verl's methods on vLLM's worker that receive weights.
 _UPDATES = ("update_weights_from_ipc", "update_verl_delta_weights")
 
 
 def name_the_first_error(utils: ModuleType) -> None:
-    """In vLLM's worker: an update that fails says its first error, and not the one of the clean-up behind it.
+    """Patch vLLM's worker: a failed update reports its first error instead of the one raised while cleaning up.
 
     Args:
         utils: `verl.workers.rollout.vllm_rollout.utils`.
@@ -38,7 +39,7 @@ def _with_first_error(update: Any) -> Any:
             first = first_error(error)
             if first is error:
                 raise
-            # vLLM hands on no more than an error's own text.
+            # vLLM passes on only the error's own text, without its cause.
             behind = f"behind it {type(error).__name__}: {error}"
             raise RuntimeError(f"{type(first).__name__}: {first} ({behind})") from error
 
@@ -46,14 +47,14 @@ def _with_first_error(update: Any) -> Any:
 
 
 def first_error(error: BaseException) -> BaseException:
-    """The error with which it began."""
+    """The first error of a chain of causes and contexts."""
     while (before := error.__cause__ or error.__context__) is not None:
         error = before
     return error
 
 
 def keep_errors(server_module: ModuleType) -> None:
-    """In verl's server of vLLM: keep the text of an update that has failed.
+    """Patch verl's vLLM server: keep the error text of a failed update.
 
     Args:
         server_module: `verl.workers.rollout.vllm_rollout.vllm_async_server`.
@@ -74,5 +75,5 @@ def keep_errors(server_module: ModuleType) -> None:
 
 
 def weight_update_error(server: Any) -> str | None:
-    """What `keep_errors` has kept; called in the server's actor."""
+    """The error text kept by `keep_errors`, or None; to be called in the server's actor."""
     return getattr(server, _ATTRIBUTE, None)

@@ -19,7 +19,7 @@ from hapo_verl.report.prompts import Groups, of_groups
 from hapo_verl.report.runs import ReportError, Run, read_run, told_apart
 
 MIB = 2**20
-# Of the page's 20 MiB what examples may take, of all runs together.
+# Limit for the examples of all runs together; the whole page should stay below 20 MiB.
 EXAMPLES_BYTES = 14 * MIB
 
 
@@ -30,16 +30,16 @@ def report(
     tokenizer: Path | None = None,
     limit: int = 1000,
 ) -> str:
-    """The page of these runs.
+    """The HTML page about these runs.
 
     Args:
-        paths: of the runs, folders or verl's files.
-        traces: of their traces, in the same order; empty for the folders `trace` beside the files.
-        tokenizer: folder of the model; None for what each trace names.
-        limit: examples of all runs together.
+        paths: of each run its folder, or the file of verl's file logger.
+        traces: the folders of the runs' traces, in the same order; if empty, the folders `trace` beside the files.
+        tokenizer: folder of the model; None for the model that each trace names.
+        limit: largest number of examples of all runs together.
 
     Raises:
-        ReportError: where a run cannot be read.
+        ReportError: if a run cannot be read.
     """
     if traces and len(traces) != len(paths):
         raise ReportError(
@@ -102,7 +102,10 @@ def _pieces(run: Run, tokenizer: Path | None) -> tuple[Callable[[Sequence[int]],
 
 
 def _weight(facts: dict[str, Any]) -> Callable[[Sequence[float]], list[float]]:
-    """What the run's loss makes of a demonstration's tokens, of the largest weight; 0 where the trace does not say."""
+    """The weight of a demonstration's token in the run's loss, divided by the largest one; 0 if the trace has no loss.
+
+    The result is a function from log-probabilities (nats) to such weights.
+    """
     loss = facts.get("loss")
     if loss is None:
         return lambda logp: [0.0] * len(logp)
@@ -116,7 +119,7 @@ def _weight(facts: dict[str, Any]) -> Callable[[Sequence[float]], list[float]]:
 
 
 def write(text: str, output: Path) -> None:
-    """In one step: a reader never sees half of it. What UTF-8 cannot hold, half of a surrogate pair, is a `?`."""
+    """Write the page atomically; characters that UTF-8 cannot encode (half a surrogate pair) become `?`."""
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8", errors="replace")
@@ -124,7 +127,7 @@ def write(text: str, output: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m hapo_verl.report", description="One page about runs: curves, the gate, prompts, examples."
     )

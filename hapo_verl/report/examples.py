@@ -1,6 +1,7 @@
-"""A prompt's rows when it was traced first and when it was traced last, each token with what the policy thought of it.
+"""The page's examples: rows of a prompt at its first and its last traced visit, with the probability of each token.
 
-Probability and weight are written as one letter a token, of 64 levels: p^(1/4) and w/max w. A question has no levels.
+The page stores probability and weight as one letter per token, of 64 levels: p^(1/4) and w/max w. The tokens of a
+question have no levels.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from typing import Any
 from hapo_verl.report.prompts import Groups, Story, Visit
 
 LEVELS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"
-# Between the tokens of a text; a token that contains it is shown without it.
+# Separates the tokens of a text; it is removed from tokens that contain it.
 BETWEEN = "\x1f"
 ORDER = ("helped, then solved", "fell back", "never solved", "other")
-# Own rollouts of a group that are shown: its best and its worst.
+# Number of a group's rollouts that are shown: the best and the worst one.
 SHOWN = 2
 
 Pieces = Callable[[Sequence[int]], list[str]]
 
 
 def level(share: float) -> str:
-    """The letter of a share in [0, 1]."""
+    """The letter for a share in [0, 1]."""
     return LEVELS[min(len(LEVELS) - 1, max(0, int(share * len(LEVELS))))]
 
 
 def chosen(groups: Groups, limit: int) -> list[Story]:
-    """The prompts that are shown, of each kind in turn: those that were visited most come first."""
+    """Choose at most `limit` prompts to show, in turn from each kind; of a kind, the most visited ones come first."""
     by_kind = {kind: [] for kind in ORDER}
     for story in groups.stories.values():
         if story.traced:
@@ -42,7 +43,7 @@ def chosen(groups: Groups, limit: int) -> list[Story]:
 
 
 def visits(story: Story) -> list[Visit]:
-    """The first and the last one that were traced; one where there is only one."""
+    """The first and the last traced visit of a prompt, or its only one."""
     return [story.traced[0], *story.traced[1:][-1:]]
 
 
@@ -55,15 +56,15 @@ def examples(
     weight: Callable[[Sequence[float]], list[float]],
     max_bytes: int,
 ) -> tuple[list[dict[str, Any]], int]:
-    """What the page needs of each prompt, and how many did not fit.
+    """The data that the page needs of each prompt, and the number of prompts that did not fit.
 
     Args:
-        stories: of the prompts, in their order.
-        rows: of the trace: step, uid, prompts, responses, score, hapo_demonstration.
-        losses: of the trace: uid, responses, advantages, logp.
+        stories: the prompts to show, in order.
+        rows: lines of the trace's rows: step, uid, prompts, responses, score, hapo_demonstration.
+        losses: lines of the trace's losses: uid, responses, advantages, logp.
         pieces: tokens → the text of each.
-        weight: log-probabilities of a demonstration's tokens → their weights, of the largest that any token can have.
-        max_bytes: of all examples, about.
+        weight: log-probabilities (nats) of a demonstration's tokens → their weights, divided by the largest possible.
+        max_bytes: approximate limit for all examples together.
     """
     wanted = {visit.uid for story in stories for visit in visits(story)}
     found: dict[str, list[Mapping[str, Any]]] = {}
@@ -73,7 +74,7 @@ def examples(
     trained: dict[tuple[str, tuple[int, ...]], Mapping[str, Any]] = {}
     for row in losses:
         if row["uid"] in wanted:
-            # The first update of a row is on the policy that it was compared with.
+            # Keep the row's first update: there the policy is still the one of the step's beginning.
             trained.setdefault((row["uid"], tuple(row["responses"])), row)
     made, size = [], 0
     for number, story in enumerate(stories):
@@ -133,7 +134,7 @@ def _row(
         "text": BETWEEN.join(piece.replace(BETWEEN, "") for piece in pieces(row["responses"])),
     }
     if lost is not None and lost.get("logp"):
-        # A fourth root: what the eye has to tell apart lies between 1 and 10^-6.
+        # The fourth root makes probabilities between 1 and 10^-6 distinguishable to the eye.
         shown["p"] = "".join(level(math.exp(value / 4)) for value in lost["logp"])
         shown["advantage"] = next((value for value in lost["advantages"] if value), 0.0)
         if is_demonstration:
@@ -153,7 +154,7 @@ def _bytes(example: Mapping[str, Any]) -> int:
 
 
 def pieces_of(tokenizer_path: Path | None) -> Pieces:
-    """Tokens to texts, by a tokenizer; their numbers where there is none."""
+    """A function from tokens to their texts; without a tokenizer the texts are the tokens' numbers."""
     if tokenizer_path is None:
         return lambda tokens: [f"{token} " for token in tokens]
     from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""The page itself: one file, nothing loaded from anywhere, light and dark as the reader's system is."""
+"""Builds the HTML page: one file that loads nothing else, light or dark as the reader's system is set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hapo_verl.report.plots import Picture, thinned, with_own_names
 from hapo_verl.report.prompts import Groups, Story
 from hapo_verl.report.runs import Points, Run
 
-# Prompts of a kind that are named.
+# Number of prompts of each kind that are listed.
 NAMED = 30
 
 _KINDS = {
@@ -32,14 +32,14 @@ def page(
     examples: Mapping[str, tuple[Sequence[Mapping[str, Any]], int]],
     notes: Sequence[str],
 ) -> str:
-    """The page's text.
+    """The page as HTML.
 
     Args:
-        runs: that are shown.
-        pictures: of them.
-        groups: of the runs with a trace, by name.
-        examples: of these runs, and how many more there were.
-        notes: of what could not be shown, and why.
+        runs: the runs to show.
+        pictures: the pictures of these runs.
+        groups: the groups of each run with a trace, by the run's name.
+        examples: the examples of each such run, and the number of prompts left out.
+        notes: sentences about what could not be shown, and why.
     """
     shown = [example for of_run, _ in examples.values() for example in of_run]
     parts = [
@@ -85,14 +85,14 @@ def _text(value: object) -> str:
 
 
 def _json(name: str, value: object) -> str:
-    """Data for the page's script; no text in it can end the element."""
+    """A script element with JSON data, escaped so that no text in it can end the element."""
     written = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for char in "<>&\u2028\u2029":
         written = written.replace(char, f"\\u{ord(char):04x}")
     return f'<script type="application/json" id="{name}">{written}</script>'
 
 
-# A control token of a chat template, `<|im_start|>` or DeepSeek's `<｜User｜>`.
+# A control token of a chat template, such as `<|im_start|>` or DeepSeek's `<｜User｜>`.
 _CONTROL = re.compile(r"<[|｜][^<>|｜\s]+[|｜]>")
 # Whose message begins behind one.
 _ROLE = re.compile(r"(system|user|assistant)(?:\n|$)")
@@ -183,7 +183,7 @@ def _story(story: Story) -> str:
 
 
 def _numbers(runs: Sequence[Run]) -> str:
-    """Every metric of the files, exactly."""
+    """The table of all metrics in the files, with unrounded values."""
     names = sorted({name for run in runs for name in run.series})
     rows = []
     for name in names:

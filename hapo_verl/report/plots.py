@@ -1,7 +1,7 @@
-"""The page's pictures, as SVG: curves of several runs over each other, the gate's heat map, what became of groups.
+"""Draws the page's pictures as SVG: curves of several runs in one plot, heat maps of the gate, outcomes of groups.
 
-Whatever is text or an axis has the colour of the page around it, so that one picture serves light and dark. A curve of
-many points is drawn by the least and the greatest of each stretch: every point that is drawn is one of the run's.
+Text and axes take the page's text colour, so that a picture works on a light and on a dark page. Of a curve with many
+points only the lowest and the highest point of each stretch are drawn, so every drawn point is a real one.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from hapo_verl.report.runs import Points, Run
 
 COLOURS = ("#4c8bf5", "#e8710a", "#12a37f", "#c94f7c", "#9a6df2", "#b59a00", "#00a3b4", "#8a8a8a")
 STYLES = ("-", "--", ":", "-.")
-# Stretches of a curve; the least and the greatest point of each are drawn.
+# Number of stretches of a curve; the lowest and the highest point of each are drawn.
 STRETCHES = 500
-# Columns of a heat map.
+# Largest number of columns of a heat map.
 COLUMNS = 160
-_INK = "#010203"  # stands for the page's own colour of text
+_INK = "#010203"  # placeholder, replaced by the page's text colour
 
 
 class Panel(NamedTuple):
-    """Curves that share axes: metric → label. `{}` in a metric stands for anything, and for it in the label."""
+    """Curves in one plot: metric → label. `{}` in a metric matches any text, which replaces `{}` in the label."""
 
     title: str
     metrics: Mapping[str, str]
@@ -113,11 +113,11 @@ class Picture:
     """A picture of the page.
 
     Attributes:
-        title: above it.
-        svg: itself.
-        curves: that are drawn in it, for reading values off.
-        box: left and right end of the axes, shares of the width, and the steps there.
-        note: below it.
+        title: text above the picture.
+        svg: the picture.
+        curves: the curves in it, so that the page can show their values.
+        box: left and right end of the axes, as shares of the width, and the steps at these ends.
+        note: text below the picture.
     """
 
     title: str
@@ -128,7 +128,7 @@ class Picture:
 
 
 def curves(panel: Panel, runs: Sequence[Run]) -> list[Curve]:
-    """The curves that these runs have of a panel."""
+    """The curves of a panel for which these runs have metrics."""
     found = []
     for run in runs:
         for pattern, label in panel.metrics.items():
@@ -137,7 +137,7 @@ def curves(panel: Panel, runs: Sequence[Run]) -> list[Curve]:
                 if match := regex.fullmatch(metric):
                     named = label.format(*match.groups())
                     found.append(Curve(run.name, metric, named, run.series[metric]))
-        # verl's own score is the policy's success only where nothing is injected.
+        # verl's own score is the policy's success only if nothing is injected.
         if panel.title == "Success" and "hapo/on_policy_success" not in run.series:
             points = run.series.get("critic/score/mean")
             if points:
@@ -146,7 +146,7 @@ def curves(panel: Panel, runs: Sequence[Run]) -> list[Curve]:
 
 
 def thinned(points: Points) -> Points:
-    """The least and the greatest point of each stretch of steps, in their order."""
+    """Reduce a curve to the lowest and the highest point of each stretch, in order; keeps the first and last point."""
     if len(points) <= 2 * STRETCHES:
         return points
     kept: Points = []
@@ -162,7 +162,7 @@ def thinned(points: Points) -> Points:
 
 
 def pictures(runs: Sequence[Run], groups: Mapping[str, Groups]) -> list[Picture]:
-    """All pictures of these runs; `groups` has those of the runs with a trace, by name."""
+    """All pictures of these runs; `groups` maps the name of each run with a trace to its groups."""
     made = []
     for panel in PANELS:
         drawn = curves(panel, runs)
@@ -233,7 +233,7 @@ def _stacked(title: str, parts: Mapping[str, Points]) -> Picture:
             step="post",
         )
         axes.set_ylim(0, None)
-        # Above the areas, which fill the axes.
+        # The legend goes above the areas, since they fill the axes.
         axes.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
         drawn = [Curve("", name, name, points) for name, points in parts.items()]
         return _picture(title, figure, axes, drawn)
@@ -283,7 +283,7 @@ def _heat(title: str, rows: Sequence[Sequence[float]], columns: Sequence[range |
 
 
 def _columns(steps: Sequence[int]) -> list[Sequence[int]]:
-    """The steps, in stretches of equal number where there are too many."""
+    """The steps of each column: one step, or if there are too many steps, an equal share of them."""
     count = min(len(steps), COLUMNS)
     return [steps[i * len(steps) // count : (i + 1) * len(steps) // count] for i in range(count)]
 
@@ -329,7 +329,7 @@ def _picture(title: str, figure: Any, axes: Any, drawn: Sequence[Curve], note: s
 
 
 def _svg(figure: Any) -> str:
-    """The picture's element alone: no prolog, no metadata, transparent, in the page's colour and font."""
+    """The `<svg>` element of a figure: no prolog, no metadata, transparent, in the page's colour and font."""
     written = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(written, format="svg", transparent=True, metadata=nothing)
@@ -339,7 +339,7 @@ def _svg(figure: Any) -> str:
     text = re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
     )
-    # HTML knows the names of SVG's parts by itself, and the page has one style and one font.
+    # In HTML, SVG needs no namespace declarations; the page has its own style and font.
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
     text = re.sub(r"<style.*?</style>|font-family: [^;\"]*;? ?", "", text, flags=re.DOTALL)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
@@ -347,6 +347,6 @@ def _svg(figure: Any) -> str:
 
 
 def with_own_names(svg: str, number: int) -> str:
-    """Ids that no other picture of the page has."""
+    """Make the ids in an SVG unique on the page by adding the picture's number."""
     svg = re.sub(r'\bid="', f'id="p{number}-', svg)
     return re.sub(r'(url\(#|href="#)', rf"\g<1>p{number}-", svg)

@@ -1,10 +1,13 @@
-"""What became of each prompt, and of each step's groups, from the lines that a trace has of them.
+"""Collects the history of each prompt, and counts of each step's groups, from a trace.
 
-never solved        no group of it had a success
-helped, then solved  it had no success up to a step in which it was injected, and one in a later step
-fell back           a group of it had a success, and the last one had none
+A prompt is of one of these kinds:
 
-A trace may have millions of lines: they are read once, and what is kept grows with prompts and steps alone.
+never solved         none of its groups had a success
+helped, then solved  a demonstration was injected before its first success, which came in a later step
+fell back            one of its groups had a success, but the last one had none
+other                anything else
+
+A trace may have millions of lines. They are read once; the memory grows only with the numbers of prompts and steps.
 """
 
 from __future__ import annotations
@@ -27,18 +30,18 @@ class Visit(NamedTuple):
 
 @dataclass
 class Story:
-    """Of a prompt.
+    """The history of one prompt.
 
     Attributes:
         name: its data source and index.
-        visits: groups of it.
-        first: step of the first one.
-        last: step of the last one.
-        rates: success rate of the first, the best and the last.
-        injected: steps in which a demonstration was injected: how many.
-        helped_at: first step in which one was injected while there had been no success.
-        solved_at: first step with a success.
-        traced: groups whose rows were traced.
+        visits: number of its groups.
+        first: step of its first group.
+        last: step of its last group.
+        rates: success rates of its first, its best and its last group.
+        injected: number of its groups with an injected demonstration.
+        helped_at: step of the first injection before any success; None if there was none.
+        solved_at: first step with a success; None if there was none.
+        traced: the visits whose rows were traced.
     """
 
     name: tuple[Any, Any]
@@ -52,7 +55,7 @@ class Story:
     traced: list[Visit] = field(default_factory=list)
 
     def see(self, step: int, successes: int, rollouts: int, *, injected: bool) -> None:
-        """The next group, in the order of the steps."""
+        """Add the prompt's next group; groups must come in the order of their steps."""
         rate = successes / rollouts
         if not self.visits:
             self.first, self.rates = step, (rate, rate, rate)
@@ -67,7 +70,7 @@ class Story:
 
     @property
     def kind(self) -> str:
-        """`never solved`, `fell back`, `helped, then solved`, or nothing of these."""
+        """The kind of the prompt: `never solved`, `fell back`, `helped, then solved` or `other`."""
         if self.solved_at is None:
             return "never solved"
         if not self.rates[2]:
@@ -77,14 +80,14 @@ class Story:
 
 @dataclass
 class Groups:
-    """Of a run.
+    """Counts of the groups of a run, and the histories of its prompts.
 
     Attributes:
-        successes: (step, success count) → groups.
-        fired: the same, those in which the gate fired.
-        outcomes: (step, outcome) → groups.
-        rollouts: the most that a group had.
-        stories: of each prompt, by data source and index.
+        successes: (step, success count) → number of groups.
+        fired: (step, success count) → number of groups in which the gate fired.
+        outcomes: (step, outcome) → number of groups.
+        rollouts: largest number of rollouts of a group.
+        stories: (data source, index) → history of the prompt.
     """
 
     successes: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -95,10 +98,10 @@ class Groups:
 
 
 def of_groups(lines: Iterable[Mapping[str, Any]], traced: Collection[str] = ()) -> Groups:
-    """What became of prompts and groups.
+    """Collect counts and histories from the groups of a trace.
 
     Args:
-        lines: of the trace, in the order of the steps.
+        lines: the groups' lines of the trace, in the order of the steps.
         traced: uids of the groups whose rows were traced.
     """
     found = Groups()
@@ -106,7 +109,7 @@ def of_groups(lines: Iterable[Mapping[str, Any]], traced: Collection[str] = ()) 
         step, outcome, won = line["step"], line["outcome"], line["successes"]
         found.outcomes[step, outcome] += 1
         if not won:
-            continue  # nothing to judge
+            continue  # the gate was not applied to this group
         successes, rollouts = sum(won), len(won)
         found.rollouts = max(found.rollouts, rollouts)
         found.successes[step, successes] += 1

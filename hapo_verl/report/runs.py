@@ -1,4 +1,4 @@
-"""What a run has left: the file of verl's `file` logger, whole or still growing, and the folder of its trace."""
+"""Reads the files of a finished or a running run: the file of verl's `file` logger, and the folder of its trace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Points = list[tuple[int, float]]
 
 
 class ReportError(ValueError):
-    """What cannot be shown; the message is one line: what, the rule, the fix."""
+    """Raised for a run that cannot be shown; the message is one line: what, the rule, the fix."""
 
 
 @dataclass
@@ -21,11 +21,12 @@ class Run:
     """A run as the report shows it.
 
     Attributes:
-        name: of the run, in legends.
-        metrics: verl's file.
-        series: metric → (step, value), in the order of the steps; a value that is no finite number is left out.
-        trace: folder of its trace, None where there is none.
-        unreadable: lines of the file that are no record; the last one of a run that goes on is not counted.
+        name: name of the run in legends.
+        metrics: the file of verl's file logger.
+        series: metric → (step, value), in the order of the steps; values that are not finite numbers are left out.
+        trace: folder of the trace; None if there is none.
+        unreadable: number of lines of the file that are no record, not counting an unfinished last line.
+        facts: content of the trace's `run.json`; empty if there is none.
     """
 
     name: str
@@ -42,15 +43,15 @@ class Run:
 
 
 def read_run(path: Path, trace: Path | None = None) -> Run:
-    """A run by its folder or by verl's file.
+    """Read a run.
 
     Args:
-        path: a file of verl's `file` logger, or a folder with `metrics.jsonl` or a single such file in it, or with a
-            trace that names the file, as `trainer.default_local_dir` has it.
-        trace: `hapo.trace_dir`; default: the folder `trace` in this folder, or beside the file, where there is one.
+        path: a file of verl's `file` logger, a folder with `metrics.jsonl` or a single such file in it, or a folder whose
+            trace names that file, such as `trainer.default_local_dir`.
+        trace: `hapo.trace_dir`; None for the folder `trace` in this folder or beside the file, if it exists.
 
     Raises:
-        ReportError: where there is no such file, or no record in it.
+        ReportError: if there is no such file, or no record in it.
     """
     metrics = _metrics_file(path)
     series, unreadable = _series(metrics)
@@ -93,7 +94,7 @@ def _metrics_file(path: Path) -> Path:
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]] | None]:
-    """Step and data of each line; None for a line that is none."""
+    """Step and data of each line; None for a line that is no record."""
     with path.open("rb") as file:
         for line in file:
             try:
@@ -114,13 +115,13 @@ def _series(path: Path) -> tuple[dict[str, Points], int]:
         step, data = record
         for name, value in data.items():
             if isinstance(value, int | float) and math.isfinite(value):
-                # A step that was done again after a resumption is shown as it was done last.
+                # If a step was repeated after a resumption, its last values count.
                 steps.setdefault(name, {})[step] = float(value)
     return {name: sorted(values.items()) for name, values in steps.items()}, unreadable
 
 
 def told_apart(runs: list[Run]) -> None:
-    """Give runs of one name the name of their folder's folder in front, and a number where that is the same, too."""
+    """Make the names of runs unique: runs with the same name get their parent folder's name in front, and a number."""
     for name in {run.name for run in runs}:
         same = [run for run in runs if run.name == name]
         if len(same) > 1:

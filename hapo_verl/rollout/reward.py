@@ -1,4 +1,4 @@
-"""verl's built-in reward functions and a launch's own, for tools that verify a data set; and what a reward may be."""
+"""Checks of reward values, and verl's or a launch's reward function for tools that verify a data set."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from omegaconf import DictConfig, OmegaConf
 from hapo_verl.algo.injection import is_success
 from hapo_verl.config import ConfigError
 
-# (row of verl's parquet, solution's text with what tools answered in it, its `num_turns`) -> success
+# (row of the parquet file, text of the response including tools' answers, its `num_turns`) → whether it is a success
 Succeeds = Callable[[Mapping[str, Any], str, int], bool]
 
 
 class RewardError(ValueError):
-    """What a reward function has returned is no reward; the message is one line: what, the rule, the fix."""
+    """Raised if a reward function returns no valid reward; the message is one line: what, the rule, the fix."""
 
 
 def finite_number(value: Any, name: str) -> float:
-    """A score as a number; a tensor or an array with one element is one.
+    """Convert a score to a float; a tensor or array with a single element is accepted.
 
     Args:
-        value: as the reward function has returned it.
-        name: of the value, `score` or `acc`.
+        value: the value that the reward function returned.
+        name: name of the value, `score` or `acc`.
 
     Raises:
-        RewardError: where it is none, or not finite: the advantages of its whole group would be none either.
+        RewardError: if it is not a number or not finite, since then the whole group would have no valid advantages.
     """
     number = value
     if not isinstance(number, numbers.Real) and getattr(number, "size", None) is not None:
@@ -48,7 +48,7 @@ def default_score(data_source: str, solution: str, ground_truth: str) -> float:
     """The score that verl's default reward function gives a solution.
 
     Args:
-        data_source: the row's `data_source`, by which verl picks the function.
+        data_source: the row's `data_source`, by which verl chooses the function.
         solution: the response's text.
         ground_truth: the row's `reward_model.ground_truth`.
     """
@@ -62,21 +62,21 @@ def reward_of(path: str | None, name: str = "compute_score") -> DictConfig:
     """The part of a launch's configuration that names its reward function.
 
     Args:
-        path: `reward.custom_reward_function.path`; None for verl's own, chosen by `data_source`.
+        path: `reward.custom_reward_function.path`; None for verl's own functions, chosen by `data_source`.
         name: `reward.custom_reward_function.name`.
     """
     return OmegaConf.create({"reward": {"custom_reward_function": {"path": path, "name": name}}})
 
 
 def success_of(config: DictConfig, threshold: float) -> Succeeds:
-    """A launch's reward function, reduced to success: what the gate counts and a demonstration has to be.
+    """A function that decides by a launch's reward function whether a response is a success.
 
     Args:
-        config: a whole launch, or what `reward_of` gives.
+        config: the whole configuration of a launch, or the result of `reward_of`.
         threshold: `hapo.success_threshold`.
 
     Raises:
-        ConfigError: where the function cannot be loaded.
+        ConfigError: if the reward function cannot be loaded.
     """
     from verl.trainer.ppo.reward import get_custom_reward_fn
     from verl.utils.reward_score import default_compute_score

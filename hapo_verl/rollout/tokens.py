@@ -1,4 +1,4 @@
-"""The run's chat template and tokenizer, reduced to what a demonstration needs."""
+"""Turns demonstrations into tokens with the run's chat template, tokenizer and tool loop."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from hapo_verl.rollout.tool_loop import Conversation, ToolLoop, texts_of
 
 @dataclass(frozen=True)
 class ChatFormat(TurnFormat):
-    """How this run writes an assistant's turn, and what its tools do.
+    """The format of an assistant's turn in this run, and its tool loop.
 
     Attributes:
-        tool_loop: what demonstrations with several turns go through; None where there is none.
+        tool_loop: the tool loop for demonstrations with several turns; None for none.
     """
 
     tool_loop: ToolLoop | None = None
 
     @classmethod
     def of_launch(cls, config: DictConfig, tokenizer: Any) -> ChatFormat:
-        """The format of a launch, outside of its agent loop workers.
+        """The format of a launch, for a process that is not an agent loop worker.
 
         Args:
             config: the whole configuration.
-            tokenizer: the run's.
+            tokenizer: the tokenizer of the run.
         """
         return cls.of(
             tokenizer,
@@ -47,14 +47,14 @@ class ChatFormat(TurnFormat):
         )
 
     def demonstration(self, value: Any, row: Mapping[str, Any], *, max_tokens: int) -> Response | Refusal:
-        """A data set's demonstration as this run's response, or why there is none.
+        """Turn a data set's demonstration into a response of this run, or give the reason why that fails.
 
-        Several turns are malformed where the row's agent loop calls no tools, and overlong beyond the limits of its
-        `multi_turn`.
+        A demonstration of several turns is malformed if the row's agent loop has no tools, and overlong if it exceeds
+        the limits of the run's `multi_turn`.
 
         Args:
             value: as in `demonstration_turns`.
-            row: of the data, the demonstration's own.
+            row: the row of the data set that the demonstration belongs to.
             max_tokens: `data.max_response_length`.
         """
         turns = demonstration_turns(value)
@@ -82,9 +82,9 @@ class ChatFormat(TurnFormat):
                 return Refusal("malformed")
             stop_tokens = frozenset(self.tool_loop.parser.stop_token_ids)
             if turn.answers:
-                # A call may also stand in the text, as the run's parser reads it.
+                # A call may also be part of the text, in the form that the run's parser reads.
                 control_tokens -= conversation.tokens_of_calls()
-                # Some templates stop behind a call with what opens the answer.
+                # With some templates generation stops after a call at the token that opens the answer.
                 end_token = turn_end_token(self.tool_loop.behind_a_call, self.end_tokens | stop_tokens, end_token)
         return demonstration_tokens(
             turn.text,
@@ -100,7 +100,7 @@ class ChatFormat(TurnFormat):
 
 
 def _generation_config(model_path: str) -> Any:
-    """verl's of this model; None where there is neither one nor a model's configuration to make it of."""
+    """The generation config that verl uses for this model; None if the model has no config to make one from."""
     from verl.utils.fs import copy_to_local
     from verl.utils.model import get_generation_config
 

@@ -1,10 +1,10 @@
-"""verl's tool loop, as far as a demonstration has to be what that loop would have written.
+"""Builds the tokens of a demonstration with tool calls exactly as verl's tool loop would have written them.
 
     turn ⊕ answers ⊕ turn ⊕ ... ⊕ turn        mask 1 on the turns, 0 on the answers and the template's text around them
 
-Which calls a turn makes is asked of verl's own parser (`multi_turn.format`), and verl's own builder puts the answers
-into tokens; which loop a row runs in, its tools and its limits are read from the launch. The tests hold it against
-verl's `ToolAgentLoop`.
+verl's own parser (`multi_turn.format`) finds the calls of a turn, and verl's own builder turns the answers into tokens.
+The loop of a row, its tools and its limits are read from the launch. The tests compare the result with verl's
+`ToolAgentLoop`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _QUESTION = {"role": "user", "content": "?"}
 _MARK = "hapo-marks-the-text"
 _CALLED = "hapo-marks-the-call"
 
-# What a chat template may say to messages that it cannot render.
+# Errors that a chat template may raise on messages that it cannot render.
 _UNRENDERED = (TemplateError, TypeError)
 
 
 class ToolLoop:
-    """The tool loop of a launch; parser, tools and builder are made when the first demonstration needs them."""
+    """The tool loop of a launch; its parser, tools and builder are made when a demonstration first needs them."""
 
     def __init__(
         self,
@@ -42,16 +42,16 @@ class ToolLoop:
         load_tools: Callable[[], list[Any]],
         load_model: Callable[[], tuple[str | None, Any]],
     ) -> None:
-        """The tool loop of a launch.
+        """Read the launch's limits; nothing else is loaded yet.
 
         Args:
             config: the whole configuration.
-            tokenizer: the run's.
-            load_tools: the tools of an agent loop worker.
-            load_model: the model's `model_type`, and its processor or None, by which verl chooses its builder.
+            tokenizer: the tokenizer of the run.
+            load_tools: returns the tools that an agent loop worker has.
+            load_model: returns the model's `model_type`, and its processor or None, by which verl chooses its builder.
 
         Raises:
-            ConfigError: where `multi_turn` has keys that verl does not know.
+            ConfigError: if `multi_turn` has keys that verl does not know.
         """
         self._config, self.tokenizer = config, tokenizer
         self._load_tools, self._load_model = load_tools, load_model
@@ -59,7 +59,7 @@ class ToolLoop:
 
     @classmethod
     def of_launch(cls, config: DictConfig, tokenizer: Any) -> ToolLoop:
-        """That of a process which is no agent loop worker: it loads for itself what a worker has."""
+        """The tool loop for a process that is not an agent loop worker and must load tools and model config itself."""
 
         def load_tools() -> list[Any]:
             from verl.tools.tool_registry import load_all_tools
@@ -79,10 +79,10 @@ class ToolLoop:
         return cls(config, tokenizer, load_tools=load_tools, load_model=load_model)
 
     def conversation(self, row: Mapping[str, Any]) -> Conversation | None:
-        """A demonstration's way through the loop; None where the row's agent loop calls no tools.
+        """A new `Conversation` for a row's demonstration; None if the row's agent loop has no tools.
 
         Args:
-            row: of the data, whose `agent_name` and `extra_info.tool_selection` verl reads.
+            row: a row of the data set; its `agent_name` and `extra_info.tool_selection` are read, as in verl.
         """
         name = row.get("agent_name") or _select(self._config, "agent.default_agent_loop")
         if not self._is_tool_loop(name):
@@ -98,7 +98,7 @@ class ToolLoop:
 
     @cached_property
     def _loops(self) -> dict[str, str]:
-        """Name → class of verl's agent loops and of those that the launch adds."""
+        """Name → class, for verl's agent loops and those that the launch adds."""
         from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
         from verl.utils.import_utils import resolve_config_path
 
@@ -137,12 +137,12 @@ class ToolLoop:
 
     @cached_property
     def closing(self) -> str:
-        """What the chat template writes behind a turn's text."""
+        """The text that the chat template writes after a turn's text."""
         return self.render([_QUESTION, {"role": "assistant", "content": _MARK}]).rpartition(_MARK)[2]
 
     @cached_property
     def behind_a_call(self) -> list[int]:
-        """What the chat template writes between a call and its answer; empty where it writes no call."""
+        """The tokens that the chat template writes between a call and its answer; empty if it cannot write calls."""
         called = _assistant("", [Call(_CALLED, {}, _CALLED)])
         try:
             written = self.render([_QUESTION, called, {"role": "tool", "content": _MARK}])
@@ -156,12 +156,12 @@ class ToolLoop:
 
 
 class Conversation:
-    """One demonstration's way through the tool loop: the messages so far, and what the loop would do next."""
+    """One demonstration in the tool loop: holds the messages so far and adds the tools' answers after each turn."""
 
     def __init__(self, loop: ToolLoop, selection: Sequence[str]) -> None:
-        """With the tools that the row selects; with all where it selects none."""
+        """Start with the tools that the row selects, or with all tools if `selection` is empty."""
         self._loop, self._selection = loop, selection
-        # verl has the row's prompt here; what it writes behind an answer does not depend on it.
+        # verl has the row's prompt here, but the tokens after an answer do not depend on it.
         self._messages: list[dict[str, Any]] = [_QUESTION]
 
     @cached_property
@@ -171,11 +171,11 @@ class Conversation:
 
     @cached_property
     def schemas(self) -> list[dict[str, Any]]:
-        """Of the row's tools, as verl hands them to the chat template."""
+        """The schemas of the row's tools, as verl passes them to the chat template."""
         return [tool.tool_schema.model_dump(exclude_unset=True, exclude_none=True) for tool in self._tools.values()]
 
     def admits(self, turns: Sequence[Turn]) -> bool:
-        """The loop goes on to the last of these turns, and makes every call."""
+        """Whether the loop's limits allow all of these turns and calls."""
         limits = self._loop.limits
         return (
             len(turns) <= (limits.max_assistant_turns or len(turns))
@@ -184,10 +184,10 @@ class Conversation:
         )
 
     def calls_text(self, turn: Turn) -> str | Refusal:
-        """What the chat template writes for a turn's calls behind its text.
+        """The text that the chat template writes after a turn's text for its calls.
 
-        A template that has no words for the calls, or drops the text beside them, makes the turn malformed: such a call
-        is written out in the text.
+        The turn is malformed if the template cannot write calls, or drops the text beside them. For such a template the
+        data set must have the calls in the turn's text.
         """
         if not turn.calls:
             return ""
@@ -208,7 +208,7 @@ class Conversation:
         return calls.removesuffix(loop.closing) or Refusal("malformed")
 
     def tokens_of_calls(self) -> frozenset[int]:
-        """What a call is written with: by the chat template, and as the run's parser reads it."""
+        """The tokens around a call, as written by the chat template and as read by the run's parser."""
         mark = self.calls_text(Turn("", (Call(_CALLED, {_CALLED: _CALLED}, _CALLED),)))
         parser = vars(self._loop.parser)
         texts = [text for name, text in parser.items() if name.endswith("_token") and isinstance(text, str)]
@@ -217,12 +217,17 @@ class Conversation:
         return frozenset(token for text in texts for token in encode(text, add_special_tokens=False))
 
     def answered(self, response: Response, tokens: Sequence[int], turn: Turn) -> Response | Refusal:
-        """The response with the answers to its last turn and what opens the next; unchanged behind the last one.
+        """Add the tools' answers to the last turn, and the opening of the next turn; the last turn is not changed.
 
-        Malformed where the run's parser does not read one call an answer in the turn, or where a call is none that this
-        run's tools would take: verl itself would then answer in their place.
+        The demonstration is malformed if the run's parser does not find one call per answer in the turn, or if this
+        run's tools would not accept a call: verl itself would then write another answer.
+
+        Args:
+            response: the response up to the end of this turn.
+            tokens: the tokens of this turn.
+            turn: this turn.
         """
-        # Tools may be dear to make, and a turn without answers needs none.
+        # Tools may be expensive to make, and a turn without answers needs none.
         schemas = [tool.tool_schema for tool in self._tools.values()] if turn.answers else []
         content, calls = _result_of(self._loop.parser.extract_tool_calls(list(tokens), schemas))
         if turn.calls and [call.name for call in calls] != [call.name for call in turn.calls]:
@@ -246,7 +251,7 @@ class Conversation:
 
 
 def texts_of(calls: Sequence[Call]) -> list[str]:
-    """What of calls comes from the data, and not from the chat template."""
+    """The parts of calls that come from the data set and not from the chat template: names, ids, arguments."""
     return [
         text
         for call in calls
@@ -284,7 +289,7 @@ def _is_json(call: Any) -> bool:
 
 
 def _shortened(answer: str, limits: Any) -> str:
-    """An answer as verl hands it on: `max_tool_response_length` characters and a mark where some are missing."""
+    """An answer cut as verl does it: to `max_tool_response_length` characters, with a mark for the missing ones."""
     size, side = limits.max_tool_response_length, limits.tool_response_truncate_side
     if len(answer) <= size:
         return answer
@@ -294,7 +299,7 @@ def _shortened(answer: str, limits: Any) -> str:
 
 
 def _result_of(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    # In a thread of its own: the caller's may have an event loop, running or about to be asked for.
+    # In a separate thread, since the caller's thread may already have an event loop.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, coroutine).result()
 

@@ -1,4 +1,4 @@
-"""HAPO in TRL's GRPOTrainer: `HapoGRPOTrainer` and `HapoGRPOConfig` in the place of TRL's own two. No verl."""
+"""HAPO for TRL, without verl: `HapoGRPOTrainer` and `HapoGRPOConfig` replace TRL's GRPOTrainer and GRPOConfig."""
 
 from hapo_verl.trl.config import HapoGRPOConfig
 from hapo_verl.trl.trainer import HapoGRPOTrainer

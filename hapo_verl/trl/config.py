@@ -1,8 +1,8 @@
-"""GRPOConfig with a `hapo` block: its keys, defaults and errors are those of `hapo_verl.config`.
+"""TRL's GRPOConfig with a `hapo` block, whose keys, defaults and errors are those of `hapo_verl.config`.
 
-One default differs from a verl run. TRL's groups have a fixed number of rows, so a demonstration always takes the worst
-completion's place (`injection.mode=replace`), and the group's own completions are then compared with each other only
-(`advantage.statistics=on_policy`), as in verl's `append`.
+One default differs from a verl run. TRL's groups have a fixed number of rows, so a demonstration always replaces the
+worst completion (`injection.mode=replace`). The group's own completions are then compared with each other only
+(`advantage.statistics=on_policy`), as they are in the mode `append` of a verl run.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from trl import GRPOConfig  # pyright: ignore[reportAttributeAccessIssue]  takes
 
 from hapo_verl.config import ConfigError, HapoConfig
 
-# Keys of the block that are about verl's trainer, rows and processes; TRL's trainer has nothing that reads them.
+# Keys of the block that only verl's trainer uses.
 UNREAD = (
     *("skip_idle_rows", "old_log_probs", "poll_interval", "watch_interval", "stall_report", "stall_limit"),
     *("reward_timeout", "trace_dir", "trace_groups", "trace_limit"),
 )
-# Losses of TRL that are a sum over tokens whose weight does not depend on the micro-batch.
+# Losses of TRL that are a sum over tokens with weights that do not depend on the micro-batch.
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "cispo", "sapo")
 
 
 @dataclass
 class HapoGRPOConfig(GRPOConfig):
-    """GRPOConfig and the `hapo:` block.
+    """TRL's GRPOConfig with the `hapo:` block.
 
     Attributes:
-        hapo: the block as nested mappings, or as a JSON string on a command line.
+        hapo: the block as nested mappings, or on a command line as a JSON string.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "hapo"]  # noqa: RUF012  as TRL writes it
@@ -44,10 +44,10 @@ class HapoGRPOConfig(GRPOConfig):
         self.parsed_hapo()
 
     def parsed_hapo(self) -> HapoConfig:
-        """The checked block, with what TRL's row counts make of it.
+        """The checked block, with TRL's default for `advantage.statistics`.
 
         Raises:
-            ConfigError: on the first key that is unknown, out of range, or not for this trainer.
+            ConfigError: for the first key that is unknown, out of range, or not supported by this trainer.
         """
         block: Any = self.hapo or {}
         hapo = HapoConfig.parse(block)
@@ -85,7 +85,7 @@ def _check_block(hapo: HapoConfig) -> None:
             raise ConfigError(f"hapo.{key}={getattr(hapo, key)}: a key of verl's trainer only. Remove it.")
 
 
-# Key of GRPOConfig, what is wrong with its value, the rule and the fix.
+# (key of GRPOConfig, predicate that is true for a wrong value, text with the rule and the fix)
 _RULES = (
     (
         "loss_type",
@@ -118,7 +118,7 @@ def _check_grpo(args: GRPOConfig) -> None:
 
 
 def check_trainer(trainer: Any, hapo: HapoConfig) -> None:
-    """Raise `ConfigError` where a trainer was given what no demonstration goes with."""
+    """Raise `ConfigError` if a trainer has tools, data or other arguments that demonstrations do not support."""
     for name, used in (
         ("processing_class", not isinstance(trainer.processing_class, PreTrainedTokenizerBase)),
         ("tools", bool(trainer._standalone_tools)),

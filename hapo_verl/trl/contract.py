@@ -1,6 +1,6 @@
-"""Every method of TRL's GRPOTrainer that ours extends, and the TRL versions in which it was read.
+"""The methods of TRL's GRPOTrainer that our trainer extends, with their signatures in the supported versions of TRL.
 
-A TRL whose signatures differ is refused with one line when a trainer is made.
+When a trainer is made, a TRL with other signatures is refused with one line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EXTENDED = {
 
 
 def check_contract() -> None:
-    """Raise `ConfigError` where the installed TRL is not one that this package was written for."""
+    """Raise `ConfigError` if this package does not support the installed TRL."""
     trl: Any = importlib.import_module("trl")
     version = Version(trl.__version__)
     if not SUPPORTED[0] <= version < SUPPORTED[1]:

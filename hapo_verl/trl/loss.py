@@ -1,6 +1,6 @@
-"""A micro-batch's loss in two parts that add up: TRL's, of the policy's own rows, and the demonstrations'.
+"""The loss of a micro-batch as the sum of two parts: TRL's loss of the policy's own rows, and that of demonstrations.
 
-Both are sums over tokens with the normalisers of the whole batch, so that it does not matter who computes which.
+Both are sums over tokens with the normalisers of the whole batch, so they can be computed separately and added.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from torch import Tensor
 from hapo_verl.algo.policy_loss import UNCLIPPED, Aggregation, DemonstrationShape, PolicyLoss, hapo_policy_loss
 from hapo_verl.config import HapoConfig
 
-# In the place of a reference's log-probability where it is not read: far below any, so that no exponential overflows.
+# Replaces the reference model's log-probability on demonstrations. It is far below any real one, so that TRL's
+# exponential of the difference to the policy's does not overflow.
 _UNREAD = -1e4
 
 
 def without(inputs: dict[str, Any], demonstration_B: Tensor) -> dict[str, Any]:
-    """TRL's micro-batch with demonstrations that its loss and its metrics leave out.
+    """The micro-batch for TRL's loss, changed so that the loss and its metrics leave demonstrations out.
 
-    They are marked as what TRL calls tokens of tools: read by the model, not trained on. What stands there is still
-    computed and multiplied by 0, so it has to be finite.
+    Demonstrations are marked like the tokens of tools in TRL: read by the model but not trained on. TRL still computes
+    their loss and multiplies it by 0, so their values must be finite.
 
     Args:
-        inputs: of `GRPOTrainer._compute_loss`.
-        demonstration_B: (B,) bool.
+        inputs: the inputs of `GRPOTrainer._compute_loss`.
+        demonstration_B: (B,) bool, True on demonstrations.
     """
     mask_BT = inputs["completion_mask"]
     own = dict(inputs, tool_mask=(~demonstration_B).unsqueeze(1).expand_as(mask_BT).to(mask_BT.dtype))
@@ -37,14 +38,14 @@ def without(inputs: dict[str, Any], demonstration_B: Tensor) -> dict[str, Any]:
 def demonstration_loss(
     policy_logp_BT: Any, inputs: dict[str, Any], demonstration_B: Tensor, hapo: HapoConfig, aggregation: Aggregation
 ) -> PolicyLoss:
-    """The demonstrations' part.
+    """The part of the loss of the demonstrations.
 
     Args:
-        policy_logp_BT: (B, T) of all rows under the policy in training, nats.
-        inputs: of `GRPOTrainer._compute_loss`.
-        demonstration_B: (B,) bool.
+        policy_logp_BT: (B, T) log-probabilities of all rows under the policy in training, nats.
+        inputs: the inputs of `GRPOTrainer._compute_loss`.
+        demonstration_B: (B,) bool, True on demonstrations.
         hapo: `loss` and `kernels` are read.
-        aggregation: TRL's.
+        aggregation: the result of `aggregation`.
     """
     impl: Any = hapo.kernels.policy_loss
     return hapo_policy_loss(
@@ -61,11 +62,11 @@ def demonstration_loss(
 
 
 def aggregation(trainer: Any, inputs: dict[str, Any]) -> Aggregation:
-    """What TRL's `loss_type` divides by, gradient accumulation included.
+    """The aggregation that equals TRL's `loss_type`, gradient accumulation included.
 
     Args:
-        trainer: TRL's, in training.
-        inputs: of `GRPOTrainer._compute_loss`.
+        trainer: TRL's trainer, in training.
+        inputs: the inputs of `GRPOTrainer._compute_loss`.
     """
     rows, passes = len(inputs["advantages"]), trainer.current_gradient_accumulation_steps
     if trainer.loss_type in ("grpo", "sapo"):

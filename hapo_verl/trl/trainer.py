@@ -1,11 +1,11 @@
-"""HAPO in TRL's GRPOTrainer: TRL generates, scores, trains; between scoring and training the groups are judged.
+"""HAPO in TRL's GRPOTrainer: TRL generates, scores and trains; in between, the gate is applied to the groups.
 
-    completions → rewards → gate → demonstration in the worst completion's place → log-probs, masks, metrics of TRL
+    completions → rewards → gate → demonstration replaces the worst completion → log-probs, masks, metrics of TRL
     loss = TRL's loss of the policy's own rows + the demonstrations' part of `algo.policy_loss`, in one aggregation
 
-Rewards are computed once: TRL asks for them a second time, after the injection, and gets what it was told before. All
-processes judge all groups, from gathered rewards and with the same random numbers; the process that holds the worst
-completion puts the demonstration in its place.
+The rewards of completions are computed before the injection; when TRL asks for them after it, the stored ones are
+returned. Every process applies the gate to all groups, with gathered rewards and the same random numbers; the process
+that holds the worst completion replaces it by the demonstration.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from hapo_verl.trl.config import HapoGRPOConfig, check_trainer
 from hapo_verl.trl.contract import check_contract
 from hapo_verl.trl.loss import aggregation, demonstration_loss, without
 
-# Field of a batch beside TRL's own: (B,) bool, which rows are demonstrations.
+# An additional field of TRL's batches: (B,) bool, True on demonstrations.
 DEMONSTRATION = "hapo_demonstration"
 
 
 @dataclass
 class _Batch:
-    """A generation batch: this process's rows of the data set; then, of the rows of all processes, what became of them.
+    """A generation batch: the inputs of this process, and the results for the B rows of all processes.
 
     Attributes:
-        inputs: rows of the data set, one a completion.
-        reward_BF: (B, F) of each reward function, demonstrations included.
-        demonstration_B: (B,) bool.
+        inputs: this process's rows of the data set, one per completion.
+        reward_BF: (B, F) rewards of the F reward functions, after the injection.
+        demonstration_B: (B,) bool, True on demonstrations.
     """
 
     inputs: list[dict[str, Any]]
@@ -55,7 +55,7 @@ class _Batch:
 
 
 class HapoGRPOTrainer(GRPOTrainer):
-    """TRL's GRPOTrainer with a gate and verified demonstrations; takes what that takes, and a `HapoGRPOConfig`."""
+    """TRL's GRPOTrainer with a gate and verified demonstrations; takes the same arguments, with a `HapoGRPOConfig`."""
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *more: Any, **kwargs: Any) -> None:
         check_contract()
@@ -85,7 +85,7 @@ class HapoGRPOTrainer(GRPOTrainer):
             self._batch = None
         if batch is not None:
             advantage_B = self._advantages(batch)
-            # As many as the log keeps: TRL's own are pushed out.
+            # The log keeps a fixed number of entries, so these push TRL's own advantages out.
             self._logs["advantages"].extend(advantage_B.tolist())
             mine = self._my_rows(len(inputs))
             output["advantages"], output[DEMONSTRATION] = advantage_B[mine], batch.demonstration_B[mine]
@@ -106,7 +106,7 @@ class HapoGRPOTrainer(GRPOTrainer):
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def _inject(self, batch: _Batch, prompts: list, ids: list, completions: list, logprobs: list | None) -> None:
-        """Score, judge, and put verified demonstrations in the place of this process's worst completions."""
+        """Score completions, apply the gate, replace this process's worst completions by verified demonstrations."""
         batch.reward_BF = super()._calculate_rewards(batch.inputs, prompts, completions, ids)
         batch.demonstration_B = torch.zeros(len(batch.reward_BF), dtype=torch.bool, device=batch.reward_BF.device)
         keys = gather_object([_key(row) for row in batch.inputs]) if self._gate_state.remembers_prompts else None
@@ -122,7 +122,7 @@ class HapoGRPOTrainer(GRPOTrainer):
             if batch.demonstration_B[first + row]:
                 ids[row], completions[row] = response.tokens, texts[row]
                 if logprobs is not None:
-                    # TRL takes an importance ratio of 1 where the sampler's log-probability is not known.
+                    # With NaN for the sampler's log-probability, TRL uses an importance ratio of 1.
                     logprobs[row] = [math.nan] * len(response.tokens)
         injected = int(batch.demonstration_B.sum())
         reasons += ["rejected"] * (sum(row is not None for row in worst) - injected - len(reasons))
@@ -134,7 +134,7 @@ class HapoGRPOTrainer(GRPOTrainer):
             self._metrics["train"][name].append(value)
 
     def _judge(self, reward_BF: Tensor, ids: list[list[int]], keys: list[int] | None) -> list[Judgement]:
-        """The gate's word on each group of all processes; `worst` is a row of all processes' rows."""
+        """The gate's decision on each group of all processes; `worst` counts the rows of all processes."""
         step, per_group = self.state.global_step + 1, self.num_generations
         self._gate_state.total_steps = self.state.max_steps
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
@@ -150,7 +150,7 @@ class HapoGRPOTrainer(GRPOTrainer):
             per_group,
             self._gate_state.situations(of_groups, step),
             gate=self._hapo.gate.name,
-            # The trainer's count of passes, too: a step may generate more than once.
+            # The trainer's count of passes is part of the seed, since a step may generate more than once.
             seed=f"{self._hapo.seed}/{step}/{self._step}",
         )
         gated = [(j.successes, per_group, key) for j, key in zip(judgements, of_groups, strict=True) if j.gated]
@@ -175,10 +175,10 @@ class HapoGRPOTrainer(GRPOTrainer):
     def _verify(
         self, batch: _Batch, prompts: list, completions: list, ids: list, responses: dict[int, Response]
     ) -> dict[int, Any]:
-        """Score demonstrations with the run's reward functions; a success takes its row's rewards.
+        """Score demonstrations with the run's reward functions; those of successes replace the rewards of their rows.
 
         Returns:
-            Each demonstration in the form in which TRL hands completions to reward functions.
+            The demonstrations by row, in the form in which TRL passes completions to reward functions.
         """
         texts: dict[int, Any] = {}
         for row, response in responses.items():
@@ -188,7 +188,8 @@ class HapoGRPOTrainer(GRPOTrainer):
         most = max(gather_object([len(responses)]))
         if not most:
             return texts
-        # TRL gathers as many rewards of each process: one with fewer demonstrations scores a completion again.
+        # TRL gathers the same number of rewards from each process, so a process with fewer demonstrations scores a
+        # completion again.
         rows = [*responses, *[0] * (most - len(responses))]
         as_scored = [(texts[r], responses[r].tokens) if r in responses else (completions[r], ids[r]) for r in rows]
         logged, self._pending_extra_logs = self._pending_extra_logs, defaultdict(list)
@@ -212,12 +213,12 @@ class HapoGRPOTrainer(GRPOTrainer):
         return texts
 
     def _scores(self, reward_BF: Tensor) -> Tensor:
-        """(B,) the weighted sum of the reward functions; NaN where none of them has said anything."""
+        """The weighted sum of the reward functions, (B,); NaN for a row that none of them has scored."""
         score_B = (reward_BF * self.reward_weights.to(reward_BF.device)).nansum(dim=1)
         return score_B.masked_fill(reward_BF.isnan().all(dim=1), math.nan)
 
     def _advantages(self, batch: _Batch) -> Tensor:
-        """(B,) of all processes' rows."""
+        """The advantages of all processes' rows, (B,)."""
         score_B = self._scores(batch.reward_BF)
         return scored_advantage(
             score_B,
@@ -271,5 +272,5 @@ def _source(row: dict[str, Any]) -> str:
 
 
 def _key(row: dict[str, Any]) -> int:
-    """A prompt is known by its data source and its text."""
+    """The `prompt_key` of a row, from its data source and its prompt's text."""
     return prompt_key(_source(row), "text", json.dumps(row["prompt"], default=str))

@@ -1,4 +1,4 @@
-"""Places of the rows that a mask keeps, with or without waiting for the device."""
+"""Finds the rows that a mask keeps, with or without waiting for the device."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def rows_where(mask_N: Tensor, count: int | None = None) -> Tensor:
-    """int64 places of the True ones, in order.
+    """The int64 positions where the mask is True, in order.
 
     Args:
-        mask_N: bool.
-        count: how many they are, where somebody knows. Without it the host waits for the device to say. A wrong one is
-            an error; on a GPU it is an assertion on the device, which waits for nothing.
+        mask_N: (N,) bool.
+        count: the number of True values, if the caller knows it; else the host waits for the device. A wrong count is
+            an error; on a GPU it is checked by an assertion on the device, without waiting.
     """
     if count is None:
         return mask_N.nonzero()[:, 0]

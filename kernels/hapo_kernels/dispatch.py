@@ -1,4 +1,4 @@
-"""Which implementation runs: `reference` (PyTorch, every device), `triton`, or `auto`."""
+"""Chooses the implementation: `reference` (PyTorch, every device), `triton`, or `auto`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def use_triton(impl: str, *tensors: torch.Tensor) -> bool:
-    """True if the Triton kernel is to run; the first tensor's device and dtype choose.
+    """Whether to run the Triton kernel, decided by `impl` and by the first tensor's device and dtype.
 
-    `auto` is Triton on CUDA and ROCm tensors and the reference elsewhere. `triton` on a CPU tensor needs the
-    interpreter, `TRITON_INTERPRET=1` in the environment before Triton is imported.
+    `auto` is Triton on CUDA and ROCm tensors in fp32, bf16 or fp16, and the reference elsewhere. `triton` on a CPU
+    tensor needs Triton's interpreter: set `TRITON_INTERPRET=1` in the environment before Triton is imported.
+
+    Raises:
+        ValueError, TypeError: if the kernel was asked for and cannot run on these tensors.
     """
     first = tensors[0]
     if impl == "reference" or (impl == "auto" and not (first.is_cuda and first.dtype in STORAGE)):
@@ -36,12 +39,12 @@ def use_triton(impl: str, *tensors: torch.Tensor) -> bool:
 
 
 def debug() -> bool:
-    """HAPO_KERNELS_DEBUG=1 also checks values, which waits for the device."""
+    """Whether HAPO_KERNELS_DEBUG=1 is set: then values are checked too, for which the host waits for the device."""
     return os.environ.get("HAPO_KERNELS_DEBUG") == "1"
 
 
 def refuse_double_backward(operation: str) -> None:
-    """Called in a backward: the gradients were computed in the forward pass, so they carry no graph."""
+    """Raise RuntimeError in a backward pass with create_graph=True: our gradients cannot be differentiated again."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{operation}: create_graph=True: the kernel has a first derivative only. Use impl='reference'."

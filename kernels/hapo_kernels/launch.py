@@ -1,13 +1,13 @@
-"""Launch settings by kernel, storage dtype and architecture: what a program takes at once, on how many warps.
+"""Launch settings (block size, warps, stages) for each kernel, storage dtype and architecture.
 
-A table, `launch_table.json`, instead of an autotuner: no training step waits for a search, machines of one kind give
-the same bits, and every entry compiles without a GPU (`tests/kernels/compile_kernels.py`). An architecture has several
-candidates for each kernel; an entry says where the choice comes from. `python bench/launch_settings.py --write`
-measures the candidates on the GPU that is there and writes the table back. What has not been measured was chosen by
-what the compiler says of registers, spills and load widths.
+They come from a table, `launch_table.json`, instead of an autotuner: no training step waits for a search, machines of
+one kind give the same bits, and every entry compiles without a GPU (`tests/kernels/compile_kernels.py`). For each
+kernel an architecture has several candidates, and an entry that says which one is used and why.
+`python bench/launch_settings.py --write` measures the candidates on the GPU of this machine and updates the table.
+Entries that were not measured were chosen by what the compiler reports about registers, spills and load widths.
 
-8 elements a thread are one 128-bit load of 16-bit storage and two of fp32. Of tokens a thread takes 4 on gfx942, one
-load of fp32: with 8 the predicates of the loss spill scalar registers.
+8 elements per thread are one 128-bit load of 16-bit storage, or two of fp32. Kernels over tokens use 4 per thread on
+gfx942, one load of fp32, because with 8 the predicates of the loss spill scalar registers.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ NOT_MEASURED = "default, not measured"
 
 
 class Launch(NamedTuple):
-    """How one kernel is launched."""
+    """Launch settings of one kernel."""
 
-    block: int  # elements a program takes at once
-    warps: int  # of 32 threads, on AMD of 64
-    stages: int  # blocks of a row that are under way at once; 1 where a kernel does not sweep over a row
+    block: int  # elements that a program processes at once
+    warps: int  # warps per program, each of 32 threads, on AMD of 64
+    stages: int  # pipeline stages of the loop over a row; 1 for a kernel without such a loop
 
 
 class Chosen(NamedTuple):
@@ -49,7 +49,7 @@ class Settings(NamedTuple):
 
 
 def read(path: Path = PATH) -> dict[str, Settings]:
-    """The table, by architecture."""
+    """Read the table; returns the settings by architecture."""
     return {
         name: Settings(
             {kernel: [Launch(*launch) for launch in launches] for kernel, launches in part["candidates"].items()},
@@ -63,7 +63,7 @@ def read(path: Path = PATH) -> dict[str, Settings]:
 
 
 def write(table: dict[str, Settings], path: Path = PATH) -> None:
-    """The table as `read` takes it, a line for each entry."""
+    """Write the table for `read`, one line per entry."""
     path.write_text(_lines({name: part._asdict() for name, part in table.items()}) + "\n")
 
 
@@ -80,7 +80,7 @@ _tried: dict[str, Launch] = {}
 
 @contextmanager
 def trying(kernel: str, launch: Launch) -> Iterator[None]:
-    """Launches of `kernel` take these settings, whatever the table says."""
+    """A context in which launches of `kernel` use these settings instead of the table's."""
     _tried[kernel] = launch
     try:
         yield
@@ -89,7 +89,7 @@ def trying(kernel: str, launch: Launch) -> Iterator[None]:
 
 
 def launch_of(kernel: str, device: torch.device, dtype: torch.dtype) -> Launch:
-    """The settings of a kernel, a name of the table, for the device and the storage dtype."""
+    """The settings for a kernel (its name in the table), a device and a storage dtype."""
     if kernel in _tried:
         return _tried[kernel]
     return TABLE[architecture_of(device)].chosen[kernel][DTYPES[dtype]].launch
@@ -97,14 +97,14 @@ def launch_of(kernel: str, device: torch.device, dtype: torch.dtype) -> Launch:
 
 @functools.cache
 def architecture_of(device: torch.device) -> str:
-    """The entry of a device; an interpreted kernel takes that of sm_90."""
+    """The name of a device's architecture in the table; on a CPU, where kernels are interpreted, it is sm_90."""
     if torch.version.hip:
         return "gfx942"
     return architecture(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_90"
 
 
 def architecture(major: int, minor: int) -> str:
-    """The newest NVIDIA entry that is not newer than the compute capability; below all of them the oldest."""
+    """The newest NVIDIA architecture of the table that is not newer than this one; if all are newer, the oldest."""
     names = [name for name in TABLE if name.startswith("sm_")]
     known = [name for name in names if int(name.removeprefix("sm_")) <= 10 * major + minor]
     return known[-1] if known else names[0]

@@ -1,15 +1,16 @@
-"""How many rows of logits a head makes at once, how many rows of their gradient it collects, and what both take.
+"""The chunk sizes of a head, and the memory that they take.
 
-With R rows a chunk, C rows collected, and s bytes a number of hidden states and weight, in bytes:
+A head makes R rows of logits at once (a chunk), and collects the gradient of C rows of logits for one GEMM of ∂weight.
+With s bytes per number of hidden states and weight, this takes, in bytes:
 
-    chunks      8RV            two chunks of fp32 logits: one is made while the row kernel has the other
+    chunks      8RV            two chunks of fp32 logits: one is made while the row kernel works on the other
               + sC(V + H)      the collected dlogits, and the hidden states that they belong to
-              + sRH            a chunk's ∂hidden
+              + sRH            ∂hidden of a chunk
     weight      4VH            ∂weight, summed in fp32
-              + sVH            as it is handed on; the chunks are gone by then
+              + sVH            ∂weight converted to the dtype of the weight, after the chunks are freed
 
-A chunk reads the weight twice, and a GEMM of ∂weight reads and writes 4VH: 2sVH/R + 8VH/C bytes a row. From a budget,
-`rows_within` picks the R and C of the least traffic.
+A chunk reads the weight twice, and a GEMM of ∂weight reads and writes 4VH bytes: in total 2sVH/R + 8VH/C bytes per row.
+Within a memory budget, `rows_within` chooses the R and C with the least traffic.
 """
 
 from __future__ import annotations
@@ -22,50 +23,53 @@ from torch import Tensor
 
 GIB = 2**30
 MOST_LOGITS = 2**28  # fp32 elements of a chunk of logits, 1 GiB
-MOST_DLOGITS = 2**30  # elements that are collected, 2 GiB in 16 bits
-MOST_ROWS = 4096  # rows after which a GEMM gains nothing from more
+MOST_DLOGITS = 2**30  # elements of collected dlogits, 2 GiB in 16 bits
+MOST_ROWS = 4096  # a GEMM does not get faster with more rows
 LEAST_ROWS = 16
 
 
 class Rows(NamedTuple):
-    """The pieces in which a head takes its rows."""
+    """The chunk sizes of a head, in rows."""
 
-    chunk: int  # rows of fp32 logits that one GEMM makes
-    collected: int  # rows of dlogits that one GEMM of the weight's gradient takes; a multiple of `chunk`
+    chunk: int  # rows of fp32 logits made by one GEMM
+    collected: int  # rows of dlogits used by one GEMM of the weight's gradient; a multiple of `chunk`
 
 
 def rows_a_chunk(V: int) -> int:
-    """Rows of logits made at once: the most, a power of two, within MOST_LOGITS; at least 16, at most MOST_ROWS."""
+    """The default chunk: the largest power of two of rows within MOST_LOGITS, but at least 16 and at most MOST_ROWS."""
     return min(MOST_ROWS, max(LEAST_ROWS, _power_of_two(MOST_LOGITS // max(V, 1))))
 
 
 def rows_of(V: int, chunk: int | None = None, collected: int | None = None) -> Rows:
-    """What is not given takes its default: MOST_ROWS are collected, or what MOST_DLOGITS holds, in whole chunks."""
+    """Chunk sizes, with defaults for what is not given; the collected rows are rounded down to whole chunks.
+
+    By default MOST_ROWS rows are collected, or as many as fit into MOST_DLOGITS.
+    """
     chunk = chunk or rows_a_chunk(V)
     collected = collected or min(MOST_ROWS, _power_of_two(MOST_DLOGITS // max(V, 1)))
     return Rows(chunk, max(1, collected // chunk) * chunk)
 
 
 def chunks_bytes(rows: Rows, V: int, H: int, itemsize: int = 2) -> int:
-    """What a head holds while it takes its rows, beside inputs and gradients."""
+    """The bytes of a head's chunks, without its inputs and gradients."""
     return 8 * rows.chunk * V + itemsize * (rows.collected * (V + H) + rows.chunk * H)
 
 
 def head_bytes(rows: Rows, V: int, H: int, itemsize: int = 2) -> int:
-    """What a head of (V, H) holds at its peak, beside hidden states and their gradient."""
+    """The peak bytes of a head of shape (V, H), without hidden states and their gradient."""
     return 4 * V * H + max(chunks_bytes(rows, V, H, itemsize), itemsize * V * H)
 
 
 def least_gib(V: int, H: int, itemsize: int = 2) -> float:
-    """The least memory that a head of (V, H) works in, in GiB, rounded up to two digits."""
+    """The smallest memory budget for a head of shape (V, H), in GiB, rounded up to two decimals."""
     return math.ceil(100 * head_bytes(Rows(LEAST_ROWS, LEAST_ROWS), V, H, itemsize) / GIB) / 100
 
 
 def rows_within(memory_gib: float, V: int, H: int, itemsize: int = 2) -> Rows:
-    """The pieces of the least traffic within `memory_gib`; not above the defaults.
+    """The chunk sizes with the least memory traffic that fit into `memory_gib`; not larger than the defaults.
 
     Raises:
-        ValueError: where not even the smallest ones fit.
+        ValueError: if not even the smallest ones fit.
     """
     most = rows_of(V)
     sizes = [1 << power for power in range(LEAST_ROWS.bit_length() - 1, MOST_ROWS.bit_length())]
@@ -88,10 +92,10 @@ def rows_within(memory_gib: float, V: int, H: int, itemsize: int = 2) -> Rows:
 def pieces(
     weight_VH: Tensor, *, chunk: int | None = None, collected: int | None = None, memory_gib: float | None = None
 ) -> Rows:
-    """The pieces that a caller asks for, by their rows or by a budget.
+    """The chunk sizes that a caller gives, in rows or by a memory budget.
 
     Raises:
-        ValueError: on both at once, or a budget in which nothing fits.
+        ValueError: if both are given, or the budget is too small.
     """
     V, H = weight_VH.shape
     if memory_gib is None:
@@ -104,5 +108,5 @@ def pieces(
 
 
 def _power_of_two(number: int) -> int:
-    """The largest that is not above `number`; 1 below 2."""
+    """The largest power of two that is not above `number`, and at least 1."""
     return 1 << (max(number, 1).bit_length() - 1)

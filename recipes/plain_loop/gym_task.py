@@ -1,7 +1,7 @@
-"""A task of `reasoning-gym` with worked solutions as a task of the plain loop.
+"""A task of the plain loop with problems and worked solutions of `reasoning-gym`.
 
-The demonstrator's way is long there: `gsm_symbolic`, word problems of several steps, each with a solution in prose that
-ends in `#### n`. The shortest of them are taken.
+It is meant for `gsm_symbolic`: word problems of several steps, each with a solution in prose that ends in `#### n`. The
+demonstrations are long, so only problems with short solutions are used.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 import smollm2
 from task import Problem
 
-TOKENS = 160  # of a response; solutions of more characters than a quarter of them can hold are passed over
+TOKENS = 160  # of a response; a solution with more than twice as many characters is not used
 
 
 class GymTask:
-    """A right last line `#### n`; SmolLM2-135M-Instruct where no model is named."""
+    """Problems rewarded for a right last line `#### n`; its own model is SmolLM2-135M-Instruct."""
 
     def __init__(self, name: str, *, problems: int, heldout: int, seed: int) -> None:
-        """A task whose `train` has `problems` problems, and whose held-out split is the same for every seed."""
+        """Make `problems` training problems; the `heldout` held-out ones are the same for every seed."""
         import reasoning_gym
 
         def some(number: int, seed: int, seen: set[str]) -> list[Problem]:

@@ -1,15 +1,22 @@
-"""HAPO in one file: no verl, no Ray, no vLLM, the functions of `hapo_verl.algo` and a loop around them.
+"""HAPO in one file: a training loop around the functions of `hapo_verl.algo`, without verl, Ray and vLLM.
 
-    python recipes/plain_loop/plain_loop.py                                    digits backwards, as in the paper
-    python recipes/plain_loop/plain_loop.py --gate annealed --mode append
+    python recipes/plain_loop/plain_loop.py                                    reverse digits; HAPO as in the paper
+    python recipes/plain_loop/plain_loop.py --gate annealed --mode append      the recommended gate and mode
     python recipes/plain_loop/plain_loop.py --gate never                       GRPO
     python recipes/plain_loop/plain_loop.py --source own                       the policy's own successes, no teacher
     python recipes/plain_loop/plain_loop.py --task words --gate annealed --mode append --exponent 0    a language model
 
-The file to read first, and the quick look before a run of the real trainer: the same gate, injection, advantages and
-loss. The digits take some 0.15 s a step on one core. A task is an object with questions, a reward and demonstrations
-(`task.py`), a model any of Hugging Face's (`--model`). `--objective real` and the other options make the loop a
-baseline; `bench/study.py` names the settings of each.
+Read this file first. It has the same gate, injection, advantages and loss as the real trainer, so it also serves for a
+quick experiment before a run. With the digits a step takes about 0.15 s on one core.
+
+A step: sample a group of rollouts for each prompt; let the gate decide which groups get a demonstration; inject the
+demonstrations; compute group-relative advantages; make one update. `train` is the loop.
+
+A task is an object with questions, a reward and demonstrations (`task.py`). The model can be any causal language model
+of Hugging Face (`--model`). `--objective real` and other options turn the loop into a baseline; `bench/study.py` has
+the settings of each.
+
+Shape suffixes: B rows of the batch, S tokens of a prompt, T tokens of a response, V vocabulary.
 """
 
 from __future__ import annotations
@@ -49,45 +56,45 @@ from task import Problem, Task
 
 @dataclass(frozen=True)
 class Settings:
-    """A run."""
+    """The settings of a run; each field is an option of the command line."""
 
     task: str = "digits"  # digits, words, gsm_symbolic: see `make_task`
-    model: str = ""  # a Hugging Face folder or name; nothing: the task's own
-    gate: str = "paper"
-    mode: str = "replace"
-    statistics: str = ""  # all or on_policy; nothing: what goes with the mode
-    scale_by_std: bool = True
-    objective: str = "surrogate"
-    clip: bool = True
-    aggregation: str = "token-mean"
-    entropy: float = 0.0
-    filter_groups: bool = False  # DAPO: groups of equal scores are sampled anew, four times a step at most
-    threshold: float = 0.8
-    shaping: float = 0.1  # λ of the demonstration's term
-    exponent: float = 1.0  # κ of the demonstration's term
-    shape: str = "power"  # power, trsft, chord
-    source: str = "column"  # column: the task's demonstrations; own: the policy's own successes; column_or_own
-    imitate: float = 0.0  # this share of the steps imitates the demonstrations, without a rollout: SFT
-    warm: float = 0.0  # success rate to which imitation brings the model before the run
-    digits: int = 4
-    detour: int = 0
-    hidden: int = 128
-    prompts: int = 16
-    rollouts: int = 8
+    model: str = ""  # folder or name of a Hugging Face model; empty for the task's own model
+    gate: str = "paper"  # a name of `hapo_verl.config.GATES`
+    mode: str = "replace"  # replace the worst rollout by the demonstration, or append it as an extra row
+    statistics: str = ""  # rows of the advantages' mean and deviation: all, on_policy; empty for the mode's default
+    scale_by_std: bool = True  # divide advantages by the group's standard deviation
+    objective: str = "surrogate"  # a name of `hapo_verl.algo.objectives`
+    clip: bool = True  # clip the importance ratio
+    aggregation: str = "token-mean"  # verl's loss_agg_mode
+    entropy: float = 0.0  # coefficient of the entropy bonus
+    filter_groups: bool = False  # DAPO: replace groups with equal scores by new ones, in at most four rounds a step
+    threshold: float = 0.8  # γ of the gate
+    shaping: float = 0.1  # λ of the demonstration's loss
+    exponent: float = 1.0  # κ of the demonstration's loss
+    shape: str = "power"  # weight of the demonstration's tokens: power, trsft, chord
+    source: str = "column"  # demonstrations: the task's (column), the policy's own successes (own), column_or_own
+    imitate: float = 0.0  # share of the steps, at the beginning, that are supervised fine-tuning without rollouts
+    warm: float = 0.0  # before the run, imitate demonstrations until sampled answers reach this success rate
+    digits: int = 4  # task digits: length of a string
+    detour: int = 0  # task digits: dots that the demonstration writes first, see `digits_task.py`
+    hidden: int = 128  # task digits: hidden size of the model
+    prompts: int = 16  # prompts per step
+    rollouts: int = 8  # rollouts per prompt
     steps: int = 180
     lr: float = 2e-3
     weight_decay: float = 0.01
-    dtype: str = "float32"  # of the matrix products; weights and sums are float32
+    dtype: str = "float32"  # dtype of matrix products; weights and sums are float32
     device: str = "cpu"
     seed: int = 0
-    heldout: int = 100
-    test_first: bool = False  # also in front of the first step
-    test_every: int = 10
-    deviation: bool = True  # how far the gradient is from that of the policy's own rows; costs a second gradient
+    heldout: int = 100  # number of held-out problems
+    test_first: bool = False  # also measure held-out success before the first step
+    test_every: int = 10  # steps between two measurements of held-out success
+    deviation: bool = True  # at each of these, compare the gradient with that of the rollouts alone; costs a second one
 
 
 def make_task(settings: Settings) -> Task:
-    """The task that the settings name."""
+    """Make the task that the settings name."""
     problems = settings.prompts * settings.steps * (4 if settings.filter_groups else 1)
     common: dict[str, Any] = {"problems": problems, "heldout": settings.heldout, "seed": settings.seed}
     if settings.task == "digits":
@@ -106,19 +113,19 @@ def make_task(settings: Settings) -> Task:
 
 
 class Rows(NamedTuple):
-    """A batch: what was asked, what was answered, what it was worth. Prompts end at the right, responses begin left."""
+    """A batch of prompts, responses and scores; prompts are padded on the left, responses on the right."""
 
-    prompt_BS: Tensor
-    prompt_mask_BS: Tensor
-    response_BT: Tensor
-    mask_BT: Tensor
-    score_B: Tensor
-    group_B: Tensor
-    demonstration_B: Tensor
+    prompt_BS: Tensor  # token ids
+    prompt_mask_BS: Tensor  # 0 on padding
+    response_BT: Tensor  # token ids
+    mask_BT: Tensor  # 1 on the response's tokens, end of sequence included; 0 on padding
+    score_B: Tensor  # reward, 0 or 1
+    group_B: Tensor  # id of the row's prompt
+    demonstration_B: Tensor  # bool, True on demonstrations
 
 
 class Demonstration(NamedTuple):
-    """The tokens of a solution, end of sequence included, and the score that verified it."""
+    """A verified solution: its tokens, end of sequence included, and its score."""
 
     tokens: list[int]
     score: float
@@ -128,19 +135,22 @@ class Demonstration(NamedTuple):
 
 
 def decide(gate: str, situation: Situation, successes: int, rollouts: int, rng: random.Random) -> bool:
-    """Is this group to be injected?"""
+    """Decide whether a group with this number of successes gets a demonstration."""
     return fires(firing_probabilities(gate, rollouts, situation), successes, rng) and situation.admitted
 
 
 def inject(rows: Rows, group: Sequence[int], demonstration: Demonstration, mode: str, rng: random.Random) -> Rows:
-    """The batch with a demonstration in the place of the group's worst rollout, or as one row more.
+    """Put a demonstration into the batch: it replaces the group's worst rollout, or is added as an extra row.
 
     Args:
         rows: the batch.
-        group: positions of the group's rollouts in it.
-        demonstration: the prompt's.
+        group: positions of the group's rollouts in the batch.
+        demonstration: the demonstration of the group's prompt.
         mode: replace or append.
-        rng: of the last choice among equally bad rollouts.
+        rng: generator for the choice among equally bad rollouts.
+
+    Returns:
+        The new batch; `rows` is not changed.
     """
     width = rows.response_BT.size(1)
     padding = width - len(demonstration.tokens)
@@ -175,16 +185,17 @@ def inject(rows: Rows, group: Sequence[int], demonstration: Demonstration, mode:
 
 
 def advantages(rows: Rows, statistics: str, *, scale_by_std: bool) -> Tensor:
-    """(B,) advantages of the rows that the injection left, relative to all rows of the group or to its rollouts."""
+    """The advantages (B,) after the injection, relative to all rows of the group or to its rollouts only."""
     if statistics == "on_policy":
         return appended_advantage(rows.score_B, rows.group_B, rows.demonstration_B, scale_by_std=scale_by_std)
     return group_advantage(rows.score_B, rows.group_B, scale_by_std=scale_by_std)
 
 
 def loss_of(policy: Policy, rows: Rows, advantage_B: Tensor, settings: Settings) -> Tensor:
-    """The loss of one on-policy update: the policy in training is the policy that sampled.
+    """The loss of one on-policy update, in which the policy in training is the policy that sampled.
 
-    Rows without a gradient are not computed; the batch that the loss is divided by is the whole one.
+    Rows without a gradient are left out of the computation, but the loss is still divided by the size of the whole
+    batch.
     """
     objective = objectives()[settings.objective]
     aggregation = Aggregation(
@@ -232,13 +243,13 @@ def loss_of(policy: Policy, rows: Rows, advantage_B: Tensor, settings: Settings)
 
 
 def imitation_loss(policy: Policy, rows: Rows) -> Tensor:
-    """Cross-entropy of the demonstrations' tokens: supervised fine-tuning."""
+    """The loss of supervised fine-tuning: the mean cross-entropy of the demonstrations' tokens."""
     logp_BT, _ = policy.token_scores(rows, with_entropy=False)
     return -(logp_BT * rows.mask_BT).sum() / rows.mask_BT.sum()
 
 
 class Retraction:
-    """What the gates know besides the group at hand: the step, the running success, the prompts' earlier visits."""
+    """The state of the gates that change over a run: the running success and the prompts' earlier visits."""
 
     def __init__(self, settings: Settings, questions: Sequence[str]) -> None:
         self._settings = settings
@@ -247,7 +258,7 @@ class Retraction:
         self._posterior = PromptPosterior([prompt_key(q) for q in distinct], ["task"] * len(distinct))
 
     def situations(self, step: int, questions: Sequence[str]) -> list[Situation]:
-        """Of each prompt of step 0, 1, 2, ..."""
+        """What the gate knows of each prompt of a step (counted from 0) before its rollouts are scored."""
         gamma = self._settings.threshold
         if self._settings.gate == "annealed":
             gamma = annealed(gamma, step, horizon=self._settings.steps)
@@ -259,7 +270,7 @@ class Retraction:
         return [Situation(gamma, a, b) for a, b in zip(*priors, strict=True)]
 
     def observe(self, questions: Sequence[str], successes: Sequence[int], rollouts: int) -> None:
-        """Learn from a step's on-policy outcomes."""
+        """Update the state with the numbers of successes of a step's groups, demonstrations not counted."""
         self._running = self._running.after(sum(successes) / (len(successes) * rollouts), memory=0.9)
         keys = [prompt_key(q) for q in questions]
         self._posterior.observe(keys, successes, [rollouts] * len(keys), discount=0.5, memory=0.9)
@@ -273,16 +284,17 @@ def train(
     report: Callable[[dict[str, float]], None] = lambda record: None,
     probe: Callable[[Policy], dict[str, float]] = lambda policy: {},
 ) -> list[dict[str, float]]:
-    """Train a model, a fresh tiny one or a pretrained one.
+    """Train a model: the task's own, or the one that the settings name.
 
     Args:
-        settings: of the run.
-        report: called with each step's record.
-        probe: asked once after the last step; what it returns joins the last record.
+        settings: the settings of the run.
+        report: called with the record of each step.
+        probe: called once after the last step; its result is added to the last record.
 
     Returns:
-        One record a step: on-policy success, firing rate, teacher's share of the rows, generated and teacher tokens,
-        and now and then held-out success and the relative deviation of the gradient from that of the on-policy rows.
+        One record per step: on-policy success, firing rate, share of demonstrations among the rows, generated tokens
+        and demonstrations' tokens. Every `test_every` steps also held-out success, and the relative deviation of the
+        gradient from that of the rollouts alone.
     """
     task = make_task(settings)
     policy = Policy.of(settings, task)
@@ -311,7 +323,7 @@ def train(
             record |= {"teacher_share": 1.0, "generated_tokens": 0, "teacher_tokens": tokens}
         else:
             rounds: list[Round] = []
-            # One round, unless groups without signal are to be sampled anew.
+            # One round, or up to four if groups with equal scores are replaced by new ones.
             for _ in range(4 if settings.filter_groups else 1):
                 wanted = settings.prompts - sum(len(part.kept) for part in rounds)
                 if not wanted:
@@ -355,12 +367,12 @@ def train(
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    """Zeros where nothing had a gradient: the optimizer's moments decay in such a step as in any other."""
+    """The gradient, or zeros if there is none, so that the optimizer's moments decay in every step."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def describe(rounds: Sequence[Round], rows: Rows, settings: Settings) -> dict[str, float]:
-    """What a step sampled and injected."""
+    """The metrics of a step: success, firing rate, and the shares of demonstrations."""
     successes = [count for part in rounds for count in part.successes]
     fired = [flag for part in rounds for flag in part.fired]
     return {
@@ -373,7 +385,7 @@ def describe(rounds: Sequence[Round], rows: Rows, settings: Settings) -> dict[st
 
 
 def warm_up(policy: Policy, settings: Settings) -> None:
-    """Imitate demonstrations until sampled answers succeed at the rate `settings.warm`: a policy with some ability."""
+    """Imitate demonstrations until sampled answers reach the success rate `settings.warm`."""
     generator, rng = torch.Generator(settings.device).manual_seed(settings.seed), random.Random(settings.seed)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=settings.lr if settings.model else 1e-3)
     succeeded = 0.0
@@ -387,14 +399,14 @@ def warm_up(policy: Policy, settings: Settings) -> None:
 
 
 class Round(NamedTuple):
-    """Groups of one generation: of those that are kept the rows, before and after injection."""
+    """The groups of one round of generation."""
 
-    rows: Rows
-    sampled: Rows
-    kept: list[int]
-    successes: list[int]
-    fired: list[bool]
-    tokens: int
+    rows: Rows  # rows of the kept groups, after injection
+    sampled: Rows  # rows of the kept groups, before injection
+    kept: list[int]  # numbers of the kept groups
+    successes: list[int]  # of every group, kept or not
+    fired: list[bool]  # of every group, whether the gate fired
+    tokens: int  # generated tokens
 
 
 def sample_round(
@@ -406,7 +418,10 @@ def sample_round(
     generator: torch.Generator,
     rng: random.Random,
 ) -> Round:
-    """Sample a group a problem, gate and inject; with `filter_groups` keep the groups whose scores differ."""
+    """Sample a group for each problem, apply the gate and inject demonstrations.
+
+    With `filter_groups` only groups with different scores are kept.
+    """
     per_group = settings.rollouts
     sampled = rows = policy.rollouts(problems, per_group, generator)
     successes = (sampled.score_B >= 1).view(-1, per_group).sum(1).tolist()
@@ -435,7 +450,7 @@ def demonstration_of(
 
 
 def merge(parts: Sequence[Rows]) -> Rows:
-    """The groups of all rounds in one batch, each group with an id of its own."""
+    """Join the groups of all rounds into one batch, with a unique id for each group."""
     width = max(part.prompt_BS.size(1) for part in parts)
 
     def wide(part: Rows) -> Rows:
@@ -449,7 +464,7 @@ def merge(parts: Sequence[Rows]) -> Rows:
 
 
 def deviation(gradient: Sequence[Tensor], own: Sequence[Tensor]) -> float:
-    """‖g − g_on‖ / ‖g_on‖; infinite where the policy's own rows give no gradient."""
+    """The relative deviation ‖g − g_on‖ / ‖g_on‖; infinite if only g is nonzero, and 0 if both are equal."""
     norm = torch.cat([g.flatten() for g in own]).norm()
     difference = torch.cat([(g - o).flatten() for g, o in zip(gradient, own, strict=True)]).norm()
     return (difference / norm).item() if difference > 0 else 0.0
@@ -459,7 +474,7 @@ def deviation(gradient: Sequence[Tensor], own: Sequence[Tensor]) -> float:
 
 
 class Policy:
-    """A causal language model of Hugging Face with its tokenizer, on a task."""
+    """A Hugging Face causal language model with its tokenizer, and the task that it learns."""
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, *, dtype: str = "float32") -> None:
         self.model, self.tokenizer, self.task = model, tokenizer, task
@@ -467,7 +482,7 @@ class Policy:
 
     @classmethod
     def of(cls, settings: Settings, task: Task) -> Policy:
-        """The settings' model, or the task's own."""
+        """Load the model that the settings name, or else the task's own."""
         if settings.model:
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -478,7 +493,7 @@ class Policy:
         return cls(model.to(settings.device), tokenizer, task, dtype=settings.dtype)
 
     def encode(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(B, S) prompts, filled up on the left, and their masks."""
+        """Token ids and masks of prompts, both (B, S), padded on the left."""
         chats = [[{"role": "user", "content": question}] for question in questions]
         texts = [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
         ids = [self.tokenizer.encode(str(text), add_special_tokens=False) for text in texts]
@@ -488,7 +503,7 @@ class Policy:
         return torch.tensor(prompts, device=self.model.device), torch.tensor(masks, device=self.model.device)
 
     def demonstration(self, problem: Problem) -> Demonstration | None:
-        """The demonstrator's answer as tokens; None where there is none, or the reward rejects it."""
+        """The problem's demonstration as tokens; None if there is none or the reward function rejects it."""
         if problem.demonstration is None or not self.task.is_right(problem, problem.demonstration):
             return None
         tokens = demonstration_tokens(
@@ -502,7 +517,7 @@ class Policy:
         return None if isinstance(tokens, Refusal) else Demonstration(tokens, 1.0)
 
     def demonstration_rows(self, problems: Sequence[Problem]) -> Rows:
-        """One row a problem, its demonstration."""
+        """A batch of the problems' demonstrations, one row each; problems without one are left out."""
         pairs = [(p.question, d) for p in problems if (d := self.demonstration(p)) is not None]
         width = max(len(d.tokens) for _, d in pairs)
         device = self.model.device
@@ -516,7 +531,7 @@ class Policy:
         )
 
     def rollouts(self, problems: Sequence[Problem], rollouts: int, generator: torch.Generator) -> Rows:
-        """N sampled responses a problem, scored."""
+        """Sample and score `rollouts` responses for each problem."""
         repeated = [problem for problem in problems for _ in range(rollouts)]
         prompt_BS, prompt_mask_BS = self.encode([problem.question for problem in repeated])
         response_BT, mask_BT = self.sample(prompt_BS, prompt_mask_BS, generator)
@@ -538,22 +553,22 @@ class Policy:
                 yield prompt_key(problems[int(rows.group_B[i])].question), Response(tokens, [1] * length, 1)
 
     def texts(self, response_BT: Tensor, mask_BT: Tensor) -> list[str]:
-        """What was written, without the end of sequence."""
+        """The texts of responses, without the end of sequence."""
         return self.tokenizer.batch_decode(
             torch.where(mask_BT.bool(), response_BT, self._end), skip_special_tokens=True
         )
 
     def scores(self, problems: Sequence[Problem], response_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """(B,) 1 for a right answer, else 0."""
+        """The scores (B,) of responses: 1 for a right answer, else 0."""
         texts = self.texts(response_BT, mask_BT)
         return torch.tensor([float(self.task.is_right(p, text)) for p, text in zip(problems, texts, strict=True)])
 
     def answers(self, problems: Sequence[Problem]) -> list[str]:
-        """Greedy answers."""
+        """The model's greedy answers."""
         return self.texts(*self.sample(*self.encode([problem.question for problem in problems]), None))
 
     def heldout_success(self) -> dict[str, float]:
-        """Success of greedy answers on each lot of problems that are never trained on."""
+        """The success rate of greedy answers on each set of held-out problems, by the name of its metric."""
         return {
             name: sum(map(self.task.is_right, problems, self.answers(problems))) / len(problems)
             for name, problems in self.task.heldout.items()
@@ -563,7 +578,7 @@ class Policy:
     def sample(
         self, prompt_BS: Tensor, prompt_mask_BS: Tensor, generator: torch.Generator | None, tokens: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Responses and their masks, both (B, T); greedy without a generator."""
+        """Sample responses; returns token ids and masks, both (B, T). Without a generator decoding is greedy."""
         mask_BS, state, inputs, response = prompt_mask_BS, None, prompt_BS, []
         going_B = torch.ones(len(prompt_BS), dtype=torch.bool, device=prompt_BS.device)
         with self._autocast():
@@ -588,14 +603,14 @@ class Policy:
                 if not going_B.any():
                     break
         response_BT = torch.cat(response, dim=1)
-        # A batch has one width: an injected demonstration may be longer than what was sampled.
+        # Pad to the full length, since an injected demonstration may be longer than the sampled responses.
         response_BT = torch.nn.functional.pad(
             response_BT, (0, (tokens or self.task.tokens) - response_BT.size(1)), value=self._end
         )
         return response_BT, mask_until(response_BT, self._end)
 
     def token_scores(self, rows: Rows, *, with_entropy: bool) -> tuple[Tensor, Tensor]:
-        """(B, T) log-probabilities of the response's tokens, and entropies of their distributions where asked for."""
+        """Log-probabilities of the responses' tokens and entropies (0 if not asked for), nats, both (B, T)."""
         logp_BTV = self.log_probabilities(rows)
         logp_BT = logp_BTV.gather(-1, rows.response_BT.unsqueeze(-1)).squeeze(-1)
         if not with_entropy:
@@ -603,7 +618,7 @@ class Policy:
         return logp_BT, -(logp_BTV.exp() * logp_BTV).sum(-1)
 
     def log_probabilities(self, rows: Rows) -> Tensor:
-        """(B, T, V) of every token at the places of the response's, nats."""
+        """Log-probabilities of all V tokens at each position of the responses, (B, T, V), nats."""
         mask = torch.cat([rows.prompt_mask_BS, rows.mask_BT], dim=1)
         with self._autocast():
             logits = self.model(
@@ -616,19 +631,19 @@ class Policy:
         return logits.float().log_softmax(-1)
 
     def _autocast(self) -> torch.autocast:
-        """Matrix products in `dtype`; weights and sums stay what they are."""
+        """A context for matrix products in `dtype`; weights and sums stay in float32."""
         enabled = self._dtype != "float32"
         return torch.autocast(self.model.device.type, getattr(torch, self._dtype) if enabled else None, enabled=enabled)
 
 
 def mask_until(response_BT: Tensor, end: int) -> Tensor:
-    """1 up to and including the first end of sequence."""
+    """A mask that is 1 up to and including the first end of sequence, and 0 after it."""
     ended_BT = (response_BT == end).cumsum(1)
     return ((ended_BT == 0) | ((ended_BT == 1) & (response_BT == end))).long()
 
 
 def settings_of(argv: Sequence[str] | None = None) -> Settings:
-    """The command line: every field of `Settings`."""
+    """Parse the command line, which has an option for every field of `Settings`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in vars(Settings()).items():
         if isinstance(default, bool):
@@ -639,7 +654,7 @@ def settings_of(argv: Sequence[str] | None = None) -> Settings:
 
 
 def show(record: dict[str, float]) -> None:
-    """One line for every step with a held-out success."""
+    """Print a record that has a held-out success, as one line."""
     if "heldout_success" in record:
         print("  ".join(f"{name} {value:.3g}" for name, value in record.items()), flush=True)
 

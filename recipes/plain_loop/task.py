@@ -1,4 +1,4 @@
-"""What the plain loop is given to learn: questions, what is right, and how a demonstrator would answer."""
+"""The interface of a task for the plain loop: questions, demonstrations, and a reward."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 
 class Problem(NamedTuple):
-    """A question, the demonstrator's answer to it (None where there is none) and what the reward compares with."""
+    """A question, its demonstration (None if there is none), and the right answer for the reward."""
 
     question: str
     demonstration: str | None
@@ -18,9 +18,9 @@ class Task(Protocol):
     """A task; `digits_task.py` is the shortest, `word_task.py` one for a language model.
 
     Attributes:
-        train: problems in the order in which they are asked.
-        heldout: problems that are never trained on, by the name of their metric; the first is the one that counts.
-        tokens: the longest response, its end of sequence included.
+        train: training problems, in the order in which they are used.
+        heldout: name of a metric → problems that are never trained on; the first metric is the main one.
+        tokens: largest number of tokens of a response, end of sequence included.
     """
 
     @property
@@ -33,9 +33,9 @@ class Task(Protocol):
     def tokens(self) -> int: ...
 
     def is_right(self, problem: Problem, text: str) -> bool:
-        """The reward: 1 for True."""
+        """Whether the text is a right answer; the reward is 1 if it is, else 0."""
         ...
 
     def fresh_model(self) -> tuple[Any, Any]:
-        """Model and tokenizer, where the settings name none."""
+        """The task's own model and tokenizer, for settings without a model."""
         ...

@@ -1,4 +1,4 @@
-"""Word problems as a task of the plain loop: those of the quickstart, for any instruct model of Hugging Face."""
+"""A task of the plain loop: the word problems of the quickstart, for any Hugging Face instruct model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from task import Problem
 
 
 class WordTask:
-    """A right last line `#### n`; SmolLM2-135M-Instruct where no model is named."""
+    """Word problems rewarded for a right last line `#### n`; its own model is SmolLM2-135M-Instruct."""
 
     def __init__(self, *, problems: int, heldout: int, seed: int) -> None:
-        """A task whose `train` has `problems` problems, and each held-out split `heldout`."""
+        """Make `problems` training problems, and `heldout` problems for each held-out set."""
         splits = word_problems.splits(train=problems, heldout=heldout, seed=seed)
         self.train, self.heldout = (
             list(map(_problem, splits["train"])),

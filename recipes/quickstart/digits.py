@@ -1,8 +1,8 @@
-"""Reverse the digits: a task that a tiny model can learn and hardly ever guesses.
+"""The task of reversing digits: a tiny model can learn it but hardly ever guesses an answer.
 
 The prompt is K digits, the answer the same digits backwards, and only the exact answer is rewarded. With a vocabulary
-of V tokens a random policy succeeds with probability about 1/V^(K+1), so a group of rollouts is all failures and
-GRPO's advantages are all 0. The demonstration is the answer.
+of V tokens a random policy succeeds with probability about 1/V^(K+1). So all rollouts of a group fail, and GRPO's
+advantages are all 0. The demonstration is the answer.
 
     python recipes/quickstart/digits.py --output DIR --digits 3      writes DIR/train.parquet and DIR/heldout.parquet
 """
@@ -15,22 +15,22 @@ DATA_SOURCE = "reverse_digits"
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    """verl's custom reward function: 1 for exactly the reversed digits, 0 for everything else."""
+    """The reward function for verl: 1 for exactly the reversed digits, 0 for everything else."""
     success = float(solution_str == ground_truth)
     return {"score": success, "acc": success}
 
 
 def problems(digits: int, train: int, heldout: int, seed: int) -> tuple[list[str], list[str]]:
-    """Digit strings to train on (drawn with replacement) and to hold out (distinct, never trained on).
+    """Digit strings for training (drawn with replacement), and held-out ones (distinct, never trained on).
 
     Args:
         digits: K, length of each string.
         train: number of training problems.
         heldout: number of held-out problems, fewer than 10^K.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
-        ValueError: when no string would be left to train on.
+        ValueError: if no string would be left for training.
     """
     if not 0 < heldout < 10**digits:
         raise ValueError(f"heldout={heldout}: of 10^{digits} strings some must be left to train on. Use fewer.")

@@ -1,4 +1,4 @@
-"""Real word problems for the quickstart: the shortest rows of GSM8K, so that steps stay short."""
+"""Real word problems for the quickstart: the shortest rows of GSM8K, so that a step does not take long."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def write(output: Path, source: Path | None, model: Path) -> dict[str, Any]:
     """Write `train.parquet` and `heldout.parquet` into the folder `output`.
 
     Args:
-        output: folder.
-        source: GSM8K as JSON lines; None fetches `openai/gsm8k`.
-        model: folder of the model, whose tokens are counted.
+        output: folder for the files.
+        source: GSM8K as JSON lines; None to download `openai/gsm8k`.
+        model: folder of the model, whose tokenizer is used to count tokens.
 
     Returns:
-        The settings that rows of this length need.
+        Settings of verl for rows of this length.
 
     Raises:
-        DataError: when the rows cannot be had or are too few.
+        DataError: if the rows cannot be read or are too few.
     """
     from transformers import AutoTokenizer
 
@@ -37,7 +37,7 @@ def write(output: Path, source: Path | None, model: Path) -> dict[str, Any]:
     write_parquet(shortest[:ROWS], output / "train.parquet")
     write_parquet(shortest[ROWS:], output / "heldout.parquet")
     encode = AutoTokenizer.from_pretrained(model).encode
-    # Beside a question the chat template writes a dozen tokens.
+    # The chat template adds about a dozen tokens to a question.
     prompt = max(len(encode(row["prompt"][0]["content"])) for row in shortest) + 16
     response = max(len(encode(row["demonstration"])) for row in shortest) + 1
     return {

@@ -1,8 +1,8 @@
-"""Run `python -m verl.trainer.main_ppo` as a child: output to a log file, metrics as they come, an end for sure.
+"""Runs `python -m verl.trainer.main_ppo` as a child process with a log file, progress, and a time limit.
 
-verl prints its configuration twice and thousands of lines; a worker that dies during a weight sync leaves the trainer
-waiting for ever. So the child writes to a log, verl's `file` logger is read for progress, and a time limit ends the
-child with everything that it started.
+verl prints thousands of lines, so the child's output goes to a log, and progress is read from verl's `file` logger. If
+a worker dies during a weight sync, the trainer may wait for ever, so after a time limit the child and all processes
+that it started are ended.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import psutil
 
 GIB = 2**30
 
-# Lines of verl's log that say how far the start-up has come.
+# Lines of verl's log that mark the phases of the start-up.
 PHASES = (
     ("Started a local Ray instance", "Ray is up"),
     ("train and validate dataloader initialized", "data loaded"),
@@ -32,13 +32,14 @@ PHASES = (
 )
 
 
-# Ray gives its helpers 15 s to start, which no setting changes, and a busy machine may not: then once more.
+# Ray's helper processes must start within 15 s, which no setting changes. On a busy machine they may not, so the launch
+# is tried again.
 RAY_TOO_SLOW = "The current node timed out during startup"
 ATTEMPTS = 3
 
 
 class TrainingError(RuntimeError):
-    """The trainer ended with an error or was stopped; the message is one line with the log's path."""
+    """Raised if the trainer ends with an error or is stopped; the message is one line with the log's path."""
 
 
 @dataclass
@@ -46,14 +47,15 @@ class Launch:
     """A training run as a child process.
 
     Attributes:
-        overrides: of verl's configuration, as on its command line.
-        folder: receives `train.log` and `metrics.jsonl`.
+        overrides: overrides of verl's configuration, as on its command line.
+        folder: folder for `train.log` and `metrics.jsonl`.
         time_limit: seconds after which the run is ended.
-        environment: added to this process's.
-        process: the child, once it was started.
-        peak_bytes: the most that its processes held at a look, pages they share counted once.
-        seconds: that it took so far.
-        memory: at each look the seconds and of each process, by name and id, the bytes that are its own.
+        environment: environment variables, added to those of this process.
+        module: Python module to run.
+        process: the child; None before it is started.
+        peak_bytes: largest measured memory of all its processes, with shared pages counted once.
+        seconds: run time so far.
+        memory: measurements: the run time, and for each process (name and id) the bytes that it does not share.
     """
 
     overrides: Sequence[str]
@@ -75,11 +77,11 @@ class Launch:
         return self.folder / "metrics.jsonl"
 
     def command(self) -> list[str]:
-        """What is executed."""
+        """The command that is run."""
         return [sys.executable, "-m", self.module, *self.overrides]
 
     def largest(self, number: int = 6) -> list[tuple[str, int]]:
-        """Name and bytes of its own of the largest processes, each when it was largest."""
+        """The processes with the largest peak of unshared memory: name and bytes, the largest first."""
         most: dict[str, int] = {}
         for _, own in self.memory:
             for name, size in own.items():
@@ -87,17 +89,17 @@ class Launch:
         return sorted(most.items(), key=lambda item: -item[1])[:number]
 
     def run(self) -> Iterator[tuple[str, Any]]:
-        """Start the trainer and yield `("phase", text)` and `("step", record)` until it has ended.
+        """Start the trainer and yield `("phase", text)` and `("step", record)` until it ends.
 
         A record is a line of verl's file logger: `{"step": int, "data": {name: value}}`.
 
         Raises:
-            TrainingError: on an error of the trainer or at the time limit; nothing of the run is left behind.
+            TrainingError: if the trainer fails or the time limit is reached; all its processes have then ended.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics.unlink(missing_ok=True)
         for attempts_left in reversed(range(ATTEMPTS)):
-            # Ray, vLLM and verl leave sockets, locks and logs in the temporary folder: theirs goes with them.
+            # Ray, vLLM and verl leave sockets, locks and logs in the temporary folder, so they get their own one.
             with tempfile.TemporaryDirectory(prefix="hapo-", ignore_cleanup_errors=True) as scratch:
                 try:
                     yield from self._run(scratch)
@@ -138,7 +140,7 @@ class Launch:
                 if self.seconds >= next_look:
                     looked = time.monotonic()
                     shared_bytes, own = family.look()
-                    # Looking at a family of twenty processes takes a while on two cores: a twentieth of the time.
+                    # Measuring twenty processes takes a while on two cores, so it gets at most a twentieth of the time.
                     next_look = self.seconds + max(5, 20 * (time.monotonic() - looked))
                     self.peak_bytes = max(self.peak_bytes, shared_bytes)
                     self.memory.append((self.seconds, own))
@@ -150,7 +152,7 @@ class Launch:
 
 
 class _Family:
-    """A process and all that it has started, whether it still lives or not."""
+    """A process and all processes that it has started, even if it has ended."""
 
     def __init__(self, child: psutil.Process) -> None:
         self._child = child
@@ -158,7 +160,7 @@ class _Family:
         self._segments: set[Path] = set()
 
     def look(self) -> tuple[int, dict[str, int]]:
-        """Bytes of all (shared pages divided among their users), and of each, by name and id, the bytes of its own."""
+        """Total bytes, with shared pages divided among their users, and the unshared bytes of each process."""
         self._members |= {process.pid: process for process in _descendants(self._child)}
         total, own = 0, {}
         for process in self._members.values():
@@ -176,7 +178,7 @@ class _Family:
     def end(self) -> None:
         """End these processes and no others; psutil compares start times, so a reused process id is left alone.
 
-        vLLM's engine, which Ray ends without asking, would leave its shared memory behind.
+        Also removes the shared memory of vLLM's engine, which stays behind when Ray kills the engine.
         """
         members = list(self._members.values())
         everyone = [*members, *(grandchild for process in members for grandchild in _descendants(process))]
@@ -193,7 +195,7 @@ class _Family:
 
 
 class _Lines:
-    """The complete lines that a growing file has gained since the last look."""
+    """Reads the complete lines that were added to a growing file since the last call."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._position = path, 0
@@ -209,9 +211,9 @@ class _Lines:
 
 
 def name_of(process: psutil.Process) -> str:
-    """What it calls itself, as `ray::WorkerDict` without the method it is in, or its program and, of Python, the file.
+    """A name for a process: its title, such as `ray::WorkerDict`, or its program and for Python the script.
 
-    Empty where it is gone.
+    Empty if the process has ended.
     """
     try:
         title, *arguments = process.cmdline()
@@ -231,25 +233,25 @@ def _descendants(process: psutil.Process) -> list[psutil.Process]:
 
 
 def cpu_environment() -> dict[str, str]:
-    """What verl, vLLM's CPU build and torch need to hear on a machine without a GPU."""
+    """Environment variables for verl, vLLM's CPU build and torch on a machine without a GPU."""
     return {
         "VERL_PLATFORM": "cpu",
         "TORCH_COMPILE_DISABLE": "1",
-        # vLLM's own switch for a quick first generation: 6 s instead of 17.
+        # vLLM's own setting for a fast first generation: 6 s instead of 17.
         "VLLM_CPU_CI_ENV": "1",
-        # On its own vLLM pins its computation to all cores but one: of a laptop's two that is one thread on core 0.
+        # By default vLLM pins its threads to all cores but one; with two cores that is one thread on core 0.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        # Nothing is downloaded, and nobody waits for a network.
+        # Nothing is downloaded, and nothing waits for a network.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "TOKENIZERS_PARALLELISM": "false",
-        # The trainer's processes outnumber a laptop's cores; more threads each make all of them slower.
+        # There are more processes than cores; with more threads per process all of them get slower.
         "OMP_NUM_THREADS": "1",
-        # Ray gives its workers niceness 15: on a laptop everything else would come first.
+        # Ray starts its workers with niceness 15, so that everything else on a laptop would run first.
         "RAY_worker_niceness": "0",
-        # Ray gives up after 30 s by default, which a busy laptop needs.
+        # By default Ray gives up after 30 s, which is too short on a busy laptop.
         "RAY_raylet_start_wait_time_s": "90",
-        # Ray's server keeps what it knows of the last 100,000 tasks, for a dashboard that is not there.
+        # Ray's server keeps data about the last 100,000 tasks for the dashboard, which is not used here.
         "RAY_task_events_report_interval_ms": "0",
     }

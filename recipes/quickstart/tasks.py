@@ -1,4 +1,4 @@
-"""What the quickstart can train on: a task writes its data and its model, and says what that changes in the launch."""
+"""The tasks of the quickstart: each writes its data and model, and gives the settings that it needs."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ import tiny_model
 import word_problems
 
 HERE = Path(__file__).parent
-PROMPTS = 8  # a step of the language model
-# Logits of the trained tokens only: its head is a fifth of its parameters, and a prompt is twice as long as an answer.
+PROMPTS = 8  # prompts per step of the language model
+# Compute logits of trained tokens only: the head has a fifth of the parameters, and prompts are longer than answers.
 LANGUAGE_HAPO = {"hapo.kernels.head": "linear_logprob"}
-# Its matrix products are worth a thread a core; the tiny model's are not.
+# The language model's matrix products gain from one thread per core; the tiny model's do not.
 LANGUAGE_ENVIRONMENT = {
     "OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1)),
-    # A thread that waits for the others sleeps: on a busy machine one that spins keeps them from their core.
+    # Waiting threads sleep; on a busy machine spinning threads would keep others from their core.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # Each of the run's dozen processes has many threads, and glibc keeps memory for each of them.
+    # A run has a dozen processes with many threads, and glibc would keep memory for each thread.
     "MALLOC_ARENA_MAX": "2",
 }
 
 
 class Prepared(NamedTuple):
-    """A task whose files are written.
+    """A task whose files have been written.
 
     Attributes:
-        title: of the table and the picture.
-        data_source: of the held-out problems that count, in verl's metric names.
-        more: label and data source of further held-out problems.
-        settings: what it changes in config.yaml.
-        environment: of the trainer's processes, beside `cpu_environment`.
-        hapo: what it changes where the trainer is HAPO's.
+        title: title of the table and the picture.
+        data_source: data source of the main held-out problems, as in verl's metric names.
+        more: label → data source of further held-out problems.
+        settings: changes to config.yaml.
+        environment: environment variables of the trainer's processes, beside `cpu_environment`.
+        hapo: keys of HAPO, used only with HAPO's trainer.
     """
 
     title: str
@@ -50,14 +50,14 @@ class Prepared(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Steps a preset takes, `""` for those without a number of their own, and how its files are made."""
+    """A task: the number of steps of each preset (key `""`: all others), and the function that writes its files."""
 
     steps: dict[str, int]
     prepare: Callable[[Path, int, int, Any], Prepared]
 
 
 def files(folder: Path, model: Path, reward: Path | None, *heldout: str) -> dict[str, Any]:
-    """Paths of data, model and reward function, as verl's keys."""
+    """verl's keys for the paths of data, model and reward function."""
     validation = [str(folder / "data" / f"{name}.parquet") for name in heldout]
     paths = {
         "data.train_files": folder / "data" / "train.parquet",
@@ -73,7 +73,7 @@ def files(folder: Path, model: Path, reward: Path | None, *heldout: str) -> dict
 
 
 def language_settings() -> dict[str, Any]:
-    """What a pretrained model of 135M parameters changes; bf16 only where this CPU multiplies it faster than fp32."""
+    """The settings for a pretrained model of 135M parameters; bf16 only if this CPU has instructions for it."""
     settings = yaml.safe_load((HERE / "language.yaml").read_text())
     flags = Path("/proc/cpuinfo")
     if not (flags.exists() and any(flag in flags.read_text() for flag in ("avx512_bf16", "amx_bf16"))):
@@ -85,7 +85,7 @@ def language_settings() -> dict[str, Any]:
 
 
 def words(folder: Path, steps: int, seed: int, args: Any) -> Prepared:
-    """Word problems, SmolLM2-135M-Instruct."""
+    """Prepare word problems for SmolLM2-135M-Instruct."""
     word_problems.write(folder / "data", train=PROMPTS * steps, heldout=args.heldout or 50, seed=seed)
     paths = files(folder, smollm2.write(smollm2.CACHE), HERE / "word_problems.py", "heldout", "new_templates")
     lengths = {
@@ -103,17 +103,17 @@ def words(folder: Path, steps: int, seed: int, args: Any) -> Prepared:
 
 
 def reversed_digits(folder: Path, steps: int, seed: int, args: Any) -> Prepared:
-    """Digits backwards, a random tiny model."""
+    """Prepare digits to reverse for a random tiny model."""
     digits.write(folder / "data", digits=args.digits, train=16 * steps, heldout=args.heldout or 100, seed=seed)
     tiny_model.write(folder / "model", alphabet="0123456789", hidden=128, layers=2, seed=seed)
     paths = files(folder, folder / "model", HERE / "digits.py", "heldout")
-    # The answer and its end of sequence: a longer limit only slows the learning down.
+    # The answer and its end of sequence; a higher limit would only slow down learning.
     settings = {"data.max_response_length": args.digits + 1} | paths
     return Prepared(f"reverse {args.digits} digits", digits.DATA_SOURCE, {}, settings, {}, {})
 
 
 def real_word_problems(folder: Path, steps: int, seed: int, args: Any) -> Prepared:
-    """GSM8K's shortest rows, SmolLM2-135M-Instruct."""
+    """Prepare GSM8K's shortest rows for SmolLM2-135M-Instruct."""
     model = smollm2.write(smollm2.CACHE)
     settings = gsm8k.write(folder / "data", args.gsm8k, model)
     paths = files(folder, model, None, "heldout")
@@ -129,7 +129,7 @@ def real_word_problems(folder: Path, steps: int, seed: int, args: Any) -> Prepar
 
 TASKS = {
     "words": Task({"": 28}, words),
-    # Enough for each to learn the digits, with room; luffy and grpo get as many as paper, the others as many as plus.
+    # Enough for each preset to learn the digits. luffy and grpo get as many steps as paper, the others as many as plus.
     "digits": Task({"": 120, "paper": 180, "luffy": 180, "grpo": 180}, reversed_digits),
     "gsm8k": Task({"": 3}, real_word_problems),
 }

@@ -1,8 +1,9 @@
-"""A model and a tokenizer that fit a laptop, made on the spot: Qwen2's architecture, random weights, no download.
+"""Makes a tiny model and its tokenizer without any download: Qwen2's architecture with random weights.
 
     python recipes/quickstart/tiny_model.py --output DIR
 
-The alphabet is what the task writes plus the chat template; with `alphabet=None` it is every byte, for real text.
+The vocabulary is the characters of the task and what the chat template needs; with `alphabet=None` it is every byte,
+for real text.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-# verl's prompt builder for Qwen wants <|im_end|> to exist and a newline to be one token.
+# verl's prompt builder for Qwen needs the token <|im_end|>, and a newline that is one token.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -21,7 +22,7 @@ ROLES = ("user", "assistant")
 
 
 def make_tokenizer(alphabet: str | None) -> PreTrainedTokenizerBase:
-    """A byte-level tokenizer without merges: one token a character of `alphabet`, one a role.
+    """A byte-level tokenizer without merges: one token for each character of `alphabet` and one for each role.
 
     Args:
         alphabet: the characters of the task, ASCII; None for every byte.
@@ -30,7 +31,7 @@ def make_tokenizer(alphabet: str | None) -> PreTrainedTokenizerBase:
     if alphabet is None:
         symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     else:
-        # transformers rebuilds a Qwen2 tokenizer as byte-level BPE, in which a newline is spelt U+010A.
+        # transformers makes a Qwen2 tokenizer a byte-level BPE, in which a newline is written as U+010A.
         symbols = sorted(char for char in {byte_level.pre_tokenize_str(c)[0][0] for c in {*alphabet, "\n"}})
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     tokenizer.pre_tokenizer = byte_level
@@ -38,7 +39,7 @@ def make_tokenizer(alphabet: str | None) -> PreTrainedTokenizerBase:
     fast = Qwen2Tokenizer(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>"
     )
-    # Roles are tokens of their own, so that a prompt of three digits is not mostly the word "assistant".
+    # Each role is one token; otherwise a prompt of three digits would consist mostly of the word "assistant".
     fast.add_tokens([*ROLES, "system"], special_tokens=False)
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     fast.chat_template = CHAT_TEMPLATE
@@ -46,7 +47,7 @@ def make_tokenizer(alphabet: str | None) -> PreTrainedTokenizerBase:
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase, *, hidden: int, layers: int, seed: int) -> Qwen2ForCausalLM:
-    """Qwen2 with random weights; head size 32, the smallest that vLLM's CPU attention takes."""
+    """A Qwen2 model with random weights; its head size is 32, the smallest that vLLM's CPU attention supports."""
     torch.manual_seed(seed)
     heads = hidden // 32
     config = Qwen2Config(

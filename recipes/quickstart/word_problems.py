@@ -1,13 +1,13 @@
-"""Word problems: a task that a small instruct model can nearly do, and for which GRPO never sees a success.
+"""Word problems: a task that a small instruct model can nearly do, but on which GRPO never sees a success.
 
-A question is a story of one to three steps of arithmetic. Only an answer whose last line is exactly `#### n`, with the
-right number, is rewarded. A model that was not told so never writes that line, so a group of rollouts is all failures
-and GRPO's advantages are all 0. The demonstration is the working, a line a step, and the last line.
+A question is a story with one to three steps of arithmetic. Only an answer whose last line is exactly `#### n`, with
+the right number, is rewarded. A model that was not told so never writes that line. So all rollouts of a group fail, and
+GRPO's advantages are all 0. The demonstration has one line for each step of the calculation, and then the last line.
 
     python recipes/quickstart/word_problems.py --output DIR      writes DIR/{train,heldout,new_templates}.parquet
 
-Held out are numbers (`heldout`: the templates of the training data, no story of it) and whole templates
-(`new_templates`).
+There are two sets of held-out problems: new stories from the templates of the training data (`heldout`), and stories
+from templates that are never trained on (`new_templates`).
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 DATA_SOURCE = "word_problems"
-# Of SmolLM2's tokens: the longest demonstration has 34, its end of sequence included.
+# Limits in SmolLM2's tokens; the longest demonstration has 34, end of sequence included.
 PROMPT_TOKENS, RESPONSE_TOKENS = 64, 40
 
 NAMES = (
@@ -33,7 +33,7 @@ BOXES = ("boxes", "bags", "baskets", "crates", "jars", "packs")
 
 
 class Problem(NamedTuple):
-    """A question, the demonstrator's solution and the number that it ends with."""
+    """A question, its worked solution, and the number at the end of the solution."""
 
     question: str
     demonstration: str
@@ -49,7 +49,7 @@ def sums(*steps: tuple[int, str, int]) -> tuple[list[str], int]:
     return lines, result
 
 
-# Each template draws its numbers and gives the story and the steps, each of them (left, operator, right).
+# Each template draws its numbers and returns the story and the steps, each as (left, operator, right).
 def finds_more(rng, name, things, box):
     a, b = rng.randint(2, 20), rng.randint(2, 9)
     return f"{name} has {a} {things} and finds {b} more. How many {things} does {name} have?", [(a, "+", b)]
@@ -127,27 +127,27 @@ NEW_TEMPLATES: tuple[Template, ...] = (shelves, friends)
 
 
 def problem(rng: random.Random, templates: tuple[Template, ...]) -> Problem:
-    """A problem of one of the templates."""
+    """Make a problem from a random template."""
     story, steps = rng.choice(templates)(rng, rng.choice(NAMES), rng.choice(THINGS), rng.choice(BOXES))
     lines, result = sums(*steps)
     return Problem(story, "\n".join([*lines, f"#### {result}"]), str(result))
 
 
 def is_right(text: str, answer: str) -> bool:
-    """The last line is `#### n` with the right number."""
+    """Whether the last line is `#### n` with the right number."""
     return bool(re.fullmatch(rf"#### {re.escape(answer)}", text.strip().rpartition("\n")[2].strip()))
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    """verl's custom reward function: 1 for a right last line, 0 for everything else."""
+    """The reward function for verl: 1 for a right last line, 0 for everything else."""
     success = float(is_right(solution_str, ground_truth))
     return {"score": success, "acc": success}
 
 
 def splits(*, train: int, heldout: int, seed: int) -> dict[str, list[Problem]]:
-    """Problems to train on, and two lots to hold out: other stories of the same templates, and other templates.
+    """Training problems and two held-out sets: `heldout`, from the same templates, and `new_templates`.
 
-    The held-out problems are the same for every seed; no question of the training data is among them.
+    The held-out problems are the same for every seed, and no training problem is among them.
     """
     rng = random.Random("held out")
     held = {
@@ -159,7 +159,7 @@ def splits(*, train: int, heldout: int, seed: int) -> dict[str, list[Problem]]:
 
 
 def _distinct(rng: random.Random, templates: tuple[Template, ...], number: int, seen: set[str]) -> list[Problem]:
-    """So many problems, each question once and none that was seen."""
+    """Make `number` problems with distinct questions, none of which is in `seen`."""
     found: dict[str, Problem] = {}
     while len(found) < number:
         new = problem(rng, templates)

@@ -1,11 +1,11 @@
-"""Benchmarks as validation data of verl: local parquet files with problems and answers become one file.
+"""Joins local parquet files with the problems and answers of benchmarks into one validation file for verl.
 
     python recipes/qwen2.5_math_7b_openr1/benchmarks.py --input benchmarks --train data/openr1/train.parquet \
         --output data/openr1/benchmarks.parquet
 
 Reads `aime24`, `aime25`, `amc`, `math500`, `minerva` and `olympiadbench`, each `.parquet`, with a column `problem` or
-`question` and a column `answer` or `final_answer`. A problem of AIME is sampled 32 times (avg@32), every other once.
-Prompts are those of training: the same system message, then the problem.
+`question` and a column `answer` or `final_answer`. A problem of AIME is sampled 32 times (avg@32), any other once.
+Prompts have the same form as in training: the same system message, then the problem.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ BENCHMARKS = {"aime24": 32, "aime25": 32, "amc": 1, "math500": 1, "minerva": 1, 
 
 
 def row(record: Mapping[str, Any], name: str, number: int, system: list[dict[str, str]]) -> dict[str, Any]:
-    """A row of verl's parquet; its `__rollout_n__` tells verl how often to sample it.
+    """A row of verl's parquet file; its `__rollout_n__` tells verl how often to sample it.
 
     Raises:
-        DataError: where the record has no problem or no single answer.
+        DataError: if the record has no problem or not exactly one answer.
     """
     problem = record.get("problem") or record.get("question")
     if not isinstance(problem, str):
@@ -47,7 +47,11 @@ def row(record: Mapping[str, Any], name: str, number: int, system: list[dict[str
 
 
 def system_messages(train: Path) -> list[dict[str, str]]:
-    """The messages in front of the problem in the training data's first prompt."""
+    """The system messages of the training data's first prompt.
+
+    Raises:
+        DataError: if the training data has no rows.
+    """
     first = next(read_parquet(train), None)
     if first is None:
         raise DataError(f"--train {train}: no rows. Name the training data, whose system message is taken over.")
@@ -55,7 +59,7 @@ def system_messages(train: Path) -> list[dict[str, str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 0 when every benchmark was written."""
+    """Run the command line and return the exit code: 0 if every benchmark was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True, help="folder with <benchmark>.parquet")
     parser.add_argument("--train", type=Path, required=True, help="training data, for its system message")

@@ -1,18 +1,18 @@
-"""The reward of a mathematical answer: 1 where math-verify finds it equal to the ground truth, else 0.
+"""The reward of a mathematical answer: 1 if math-verify finds it equal to the ground truth, else 0.
 
-What a model thinks before `</think>` is not its answer. Needs `pip install hapo-verl[eval]`.
+The text before `</think>` is not part of the answer. Needs `pip install hapo-verl[eval]`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# verl's wrapper scores every answer 0 where math-verify is missing; this line fails instead.
+# Without math-verify, verl's wrapper would score every answer 0; this import fails instead.
 import math_verify  # noqa: F401
 from verl.utils.reward_score.math_verify import compute_score as verify
 
-# math-verify gives up after 5 s by itself. This is for what it cannot interrupt, and for the start of the process that
-# verl runs it in: with verl's own 30 s, the first right answers on a busy machine would count as wrong.
+# math-verify itself gives up after 5 s. This limit is for what it cannot interrupt, and for the start of the process in
+# which verl runs it: with verl's own 30 s, the first right answers on a busy machine would count as wrong.
 SECONDS = 300.0
 
 
@@ -22,10 +22,10 @@ def compute_score(
     """Score and accuracy, which are the same number, 0.0 or 1.0.
 
     Args:
-        data_source: of the row; every source is scored alike.
-        solution_str: the response's text; the answer stands in a box or as the last expression.
-        ground_truth: in LaTeX, without a box.
-        extra_info: of the row; not read.
+        data_source: data source of the row; not used, every source is scored in the same way.
+        solution_str: text of the response; the answer is in a box or is the last expression.
+        ground_truth: the right answer in LaTeX, without a box.
+        extra_info: not used.
     """
     answer = solution_str.rpartition("</think>")[2]
     score = float(verify(answer, ground_truth, timeout=SECONDS))

@@ -1,7 +1,7 @@
-"""Wait until the Ray cluster has its nodes: `python wait_for_nodes.py 4`.
+"""Waits until the Ray cluster has its nodes: `python wait_for_nodes.py 4`.
 
-verl itself waits without end for GPUs that never come. Exit code 1, with who is there, where nodes are missing at the
-end of the time.
+verl itself would wait for missing GPUs for ever. If nodes are missing when the time is up, the exit code is 1, and the
+nodes that are present are printed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def wait(
     seconds: float,
     pause: float = 5.0,
 ) -> list[str]:
-    """Addresses of the living nodes with GPUs, as soon as there are `nodes` of them or the time is up.
+    """Wait until there are `nodes` living nodes with GPUs or the time is up; returns the addresses of the nodes.
 
     Args:
-        nodes: to wait for.
-        look: `ray.nodes`; a ConnectionError says that there is no cluster yet.
-        seconds: to wait at most.
-        pause: seconds between two looks.
+        nodes: number of nodes to wait for.
+        look: a function like `ray.nodes`; a ConnectionError means that there is no cluster yet.
+        seconds: longest time to wait.
+        pause: seconds between two checks.
     """
     end = time.monotonic() + seconds
     while True:
@@ -41,17 +41,17 @@ def wait(
 
 
 def ray_nodes() -> list[dict[str, Any]]:
-    """The nodes of the cluster that RAY_ADDRESS names, else of the one that this machine belongs to."""
+    """The nodes of the cluster that RAY_ADDRESS names, or else of the cluster that this machine belongs to."""
     import ray
 
     if not ray.is_initialized():
-        # Without an address Ray would start a cluster of its own.
+        # Without an address Ray would start a new cluster.
         ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
     return ray.nodes()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 0 when all nodes are there."""
+    """Run the command line and return the exit code: 0 if all nodes are present."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("nodes", type=int, help="machines with GPUs")
     parser.add_argument("--seconds", type=float, default=600, help="to wait at most")

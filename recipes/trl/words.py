@@ -1,4 +1,4 @@
-"""Word problems for SmolLM2-135M-Instruct in TRL's trainer, on a CPU: the quickstart's data and model.
+"""Trains SmolLM2-135M-Instruct on word problems with TRL's trainer on a CPU; data and model are the quickstart's.
 
 python recipes/trl/words.py                                       HAPO
 python recipes/trl/words.py --hapo '{"gate": {"name": "never"}}'  no demonstrations
@@ -24,12 +24,12 @@ SETTINGS = {
 
 
 def reward(completions, answer, **_):
-    """1 for a right last line."""
+    """The rewards: 1 for a right last line, else 0."""
     return [float(word_problems.is_right(c[0]["content"], a)) for c, a in zip(completions, answer, strict=True)]
 
 
 def success(model, tokenizer, problems):
-    """Share of right greedy answers."""
+    """The share of problems whose greedy answer is right."""
     chats = [[{"role": "user", "content": problem.question}] for problem in problems]
     tokenizer.padding_side = "left"
     prompts = tokenizer.apply_chat_template(
@@ -41,7 +41,7 @@ def success(model, tokenizer, problems):
 
 
 def setup(trainer_class, args):
-    """Trainer, tokenizer and held-out problems."""
+    """Make the trainer, the tokenizer and the held-out problems."""
     model, tokenizer = smollm2.load()
     problems = word_problems.splits(train=8 * args.max_steps, heldout=50, seed=args.seed)
     rows = [

@@ -1,4 +1,4 @@
-"""What verl's own FSDP2 engine computes with and without a head of ours, in processes of its own (gloo, CPU)."""
+"""Runs verl's own FSDP2 engine with and without one of our heads, in separate processes (gloo, CPU)."""
 
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 
 def run(cases, processes, folder):
-    """For each case the result with verl's head ("off") and with ours, by rank: results[case][head][rank]."""
+    """The results of each case with verl's head ("off") and with ours, as results[case][head][rank]."""
     ranks = on_ranks(_both_heads, list(cases), processes, folder, triton=any(case.triton for case in cases))
     return {
         case: {head: [rank[i][head] for rank in ranks] for head in ("off", case.head)} for i, case in enumerate(cases)
@@ -45,7 +45,7 @@ def _both_heads(case, folder):
 
 
 def on_ranks(measure, cases, processes, folder, *, triton=False):
-    """By rank the list of measure(case, folder), computed by processes that reach each other through gloo."""
+    """For each rank the list of measure(case, folder), computed in processes that communicate by gloo."""
     environment = {"VERL_PLATFORM": "cpu", "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"TRITON_INTERPRET": "1"} if triton else {}
     with pytest.MonkeyPatch.context() as patch:
@@ -161,7 +161,7 @@ def _batch(case, rank):
 
 
 def steps_around_silence(cases, folder):
-    """Of each case: a step in which no token trains, then an ordinary one; loss, gradients and weights behind each."""
+    """For each case: a step in which no token trains, then an ordinary one; loss, gradients and weights after each."""
     return dict(zip(cases, on_ranks(_steps_around_silence, list(cases), 1, folder)[0], strict=True))
 
 
@@ -183,7 +183,7 @@ def _steps_around_silence(case, folder):
 
 
 def _hapo_loss(case, head):
-    """The loss as the trainer hands it to the actor, with a KL term."""
+    """The loss function as the trainer passes it to the actor, with a KL term."""
     from verl.workers.config import FSDPActorConfig
 
     from hapo_verl.actor.loss import hapo_loss
@@ -205,7 +205,7 @@ def _impl(case, head):
 
 
 def _loss(model_output, data, dp_group=None):
-    """Any slope on any log-probability, and one on the entropy."""
+    """A loss with arbitrary slopes on the log-probabilities and on the entropy."""
     from verl.workers.utils.padding import no_padding_2_padding
 
     rows = data.select("slope", "response_mask").to_padded_tensor()

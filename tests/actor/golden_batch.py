@@ -1,8 +1,8 @@
 """The recorded batch of the goldens: four groups of eight rollouts with 0, 3, 7 and 8 successes, each with a demonstration.
 
-Of a token there are log π of the policy in training, log π_old and the entropy; a tool's token, which does not train,
-is null. The batch is drawn from a seed; the goldens are the formulas' loss on it and, of each row, norm and first two
-entries of the gradient with respect to its log-probabilities. `golden_batch.json` was written by
+Each token has log π of the policy in training, log π_old and the entropy; a token of a tool, which does not train, is
+null. The batch is drawn from a seed. The goldens are the formulas' loss on this batch and, for each row, the norm and
+the first two entries of the gradient with respect to its log-probabilities. `golden_batch.json` was written by
 
     python -m tests.actor.golden_batch
 """
@@ -25,14 +25,14 @@ ROLLOUTS, SUCCESSES = 8, (0, 3, 7, 8)
 
 @dataclass(frozen=True)
 class Result:
-    """Loss, its gradients by place, and what a golden keeps of them."""
+    """A loss and its gradients by row, and the part of them that a golden stores."""
 
     loss: float
     of_policy: dict[tuple[int, int, bool], Tensor]
     of_entropy: dict[tuple[int, int, bool], Tensor]
 
     def golden(self) -> dict[str, Any]:
-        """Nine digits; a place is group/row, with a star on a demonstration."""
+        """The stored part, with nine digits; rows are named group/row, with a star for a demonstration."""
         return {
             "loss": rounded(self.loss),
             "gradient": {
@@ -45,7 +45,7 @@ class Result:
 
 
 def evaluate(launch: str, recorded: dict[str, Any]) -> Result:
-    """The formula of a launch on the recorded batch."""
+    """Evaluate the formula of a launch on the recorded batch."""
     loss, rows = FORMULAS[launch](*read(recorded))
     leaves = [row.policy for row in rows] + [row.entropy for row in rows]
     slopes = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
@@ -57,7 +57,7 @@ def evaluate(launch: str, recorded: dict[str, Any]) -> Result:
 
 
 def read(recorded: dict[str, Any]) -> tuple[list[Group], list[Row]]:
-    """Groups and their demonstrations, log-probabilities and entropies as leaves."""
+    """Read the groups and their demonstrations, with log-probabilities and entropies as leaf tensors."""
 
     def row(fields: dict[str, Any], place: tuple[int, int, bool]) -> Row:
         policy, old, entropy = (
@@ -76,7 +76,7 @@ def read(recorded: dict[str, Any]) -> tuple[list[Group], list[Row]]:
 
 
 def record(seed: int = 77) -> dict[str, Any]:
-    """The batch, from a seed."""
+    """Draw the batch from a seed."""
     rng = random.Random(seed)
 
     def row(length: int, reward: int, **more: Any) -> dict[str, Any]:

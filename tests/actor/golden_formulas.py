@@ -1,10 +1,10 @@
-"""The loss of every preset straight from its paper, in fp64; nothing of the product is imported.
+"""The loss of every preset written directly from its paper, in fp64, without any import from the product.
 
     A      (r − mean)/(std + 1e-6), or r − mean without the division, over the rows that the method compares
-    ℓ      PPO's clipped surrogate with the dual clip at 3; without clip −A ρ
-    f(π)   π/(π + 0.1), LUFFY's shaping of a demonstration's tokens; HAPO+ takes its logarithm
+    ℓ      PPO's clipped surrogate with the dual clip at 3; without clipping −A ρ
+    f(π)   π/(π + 0.1), LUFFY's shaping of a demonstration's tokens; HAPO+ uses its logarithm
 
-A formula takes groups of rollouts and a demonstration of each, and gives the loss and the rows that took part.
+A formula takes groups of rollouts with a demonstration for each group, and returns the loss and the rows in it.
 """
 
 import math
@@ -22,7 +22,7 @@ LIMIT = 12
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the loss: place among the group's rows, then a demonstration or not; of tokens only those that train."""
+    """A row of the loss, with only the tokens that train."""
 
     place: tuple[int, int, bool]
     reward: float
@@ -42,12 +42,12 @@ Group = list[Row]
 
 
 def paper_gate(group: Group) -> bool:
-    """Posterior mean of Beta(1, 1) below 0.8: at N = 8 up to 6 successes."""
+    """The paper's gate: fires if the posterior mean of Beta(1, 1) is below 0.8; at N = 8, up to 6 successes."""
     return Fraction(1 + sum(row.reward == 1 for row in group), 2 + len(group)) < Fraction(4, 5)
 
 
 def replaced(group: Group, demonstration: Row) -> Group:
-    """The demonstration in the place of the worst rollout: lowest reward, then truncated, then longest."""
+    """Replace the worst rollout by the demonstration: the one with the lowest reward, then truncated, then longest."""
     worst = min(group, key=lambda row: (row.reward, not row.truncated, -row.length))
     return [demonstration_at(demonstration, row.place[1]) if row is worst else row for row in group]
 
@@ -69,7 +69,7 @@ def deviation(values: Sequence[float]) -> float:
 
 
 def rewards(rows: Group, *, own: bool = False) -> list[float]:
-    """Of all rows, or of the policy's own."""
+    """The rewards of all rows, or of the policy's own rows."""
     return [row.reward for row in rows if not (own and row.demonstration)]
 
 
@@ -100,24 +100,24 @@ def shaped(row: Row, advantage: float) -> Tensor:
 
 
 def logarithm(row: Row, advantage: float) -> Tensor:
-    """log f: the gradient of log π, less where the policy writes the token anyway."""
+    """log f, whose gradient is that of log π, but smaller for tokens that the policy writes anyway."""
     return -advantage * (row.policy - (row.policy.exp() + 0.1).log()).sum()
 
 
 def power(row: Row, advantage: float) -> Tensor:
-    """(f^κ − 1)/κ, between the two, at κ = 0.3 and λ = 0.5."""
+    """(f^κ − 1)/κ with κ = 0.3 and λ = 0.5, between f and log f."""
     probability = row.policy.exp()
     return -advantage * (((probability / (probability + 0.5)) ** 0.3 - 1) / 0.3).sum()
 
 
 def trust_region(row: Row, advantage: float) -> Tensor:
-    """TrSFT (arXiv 2512.17636): log π weighed by min(π/0.2, 1); of the weight's integral, 1 + log(π/0.2) from 0.2 on."""
+    """TrSFT (arXiv 2512.17636): log π with the weight min(π/0.2, 1), whose integral is 1 + log(π/0.2) above 0.2."""
     probability = row.policy.exp()
     return -advantage * torch.where(probability < 0.2, probability / 0.2, 1 + (probability / 0.2).log()).sum()
 
 
 def uncertain(row: Row, advantage: float) -> Tensor:
-    """CHORD: log π weighed by π(1 − π), which is the slope of π − π²/2."""
+    """CHORD: log π with the weight π(1 − π), which is the slope of π − π²/2."""
     probability = row.policy.exp()
     return -advantage * (probability - probability**2 / 2).sum()
 
@@ -136,7 +136,7 @@ def surrogate_loss(
     of_demonstration: Callable[[Row, float], Tensor] = shaped,
     **clip: float,
 ) -> tuple[Tensor, Group]:
-    """Mean over all tokens, a demonstration's by a loss of their own."""
+    """The mean of the token losses; the tokens of a demonstration have their own loss."""
     total = torch.zeros((), dtype=torch.float64)
     for group, of_group in zip(groups, advantages, strict=True):
         for row, advantage in zip(group, of_group, strict=True):
@@ -151,7 +151,7 @@ def grpo(groups: list[Group], _: list[Row]) -> tuple[Tensor, Group]:
 
 
 def dapo(groups: list[Group], _: list[Row]) -> tuple[Tensor, Group]:
-    """Clip-higher; only groups with a success and a failure."""
+    """DAPO: clip-higher, and only groups with a success and a failure."""
     kept = [group for group in groups if 0 < sum(rewards(group)) < len(group)]
     return surrogate_loss(kept, [normalised(group) for group in kept], low=0.2, high=0.28)
 
@@ -166,7 +166,10 @@ def plus(
     demonstrations: list[Row],
     of_demonstration: Callable[[Row, float], Tensor] = logarithm,
 ) -> tuple[Tensor, Group]:
-    """At the first step γ is the paper's; rollouts compared with rollouts, the demonstration by the spread of all."""
+    """HAPO+ in its first step, where γ is the paper's.
+
+    Rollouts are compared with rollouts; the demonstration's advantage is divided by the deviation of all rows.
+    """
     groups = [appended(g, d) if paper_gate(g) else g for g, d in zip(groups, demonstrations, strict=True)]
     advantages = []
     for group in groups:
@@ -181,13 +184,13 @@ def plus(
 
 
 def s_grpo(groups: list[Group], demonstrations: list[Row]) -> tuple[Tensor, Group]:
-    """A group of failures gets its demonstration, with which all are compared; the demonstration: −A log π."""
+    """S-GRPO: a group of failures gets its demonstration, whose loss is −A log π; advantages are over all rows."""
     groups = [g if any(rewards(g)) else appended(g, d) for g, d in zip(groups, demonstrations, strict=True)]
     return surrogate_loss(groups, [normalised(group) for group in groups], imitated)
 
 
 def chord(groups: list[Group], demonstrations: list[Row]) -> tuple[Tensor, Group]:
-    """0.9 of GRPO's mean over the policy's tokens and 0.1 of the demonstrations' mean over theirs."""
+    """CHORD: 0.9 times GRPO's mean over the policy's tokens plus 0.1 times the mean over the demonstrations' tokens."""
     own = sum(
         surrogate(row, advantage) for group in groups for row, advantage in zip(group, normalised(group), strict=True)
     )
@@ -203,7 +206,7 @@ def luffy(
     of_row: Callable[[Row, float], Tensor] = unclipped,
     own_statistics: bool = False,
 ) -> tuple[Tensor, Group]:
-    """Sum over tokens by the response length of the run, mean over rows; entropy bonus 0.001."""
+    """LUFFY: sum over tokens divided by the run's response length, mean over rows; entropy bonus 0.001."""
     total, rows = torch.zeros((), dtype=torch.float64), []
     for group, demonstration in zip(groups, demonstrations, strict=True):
         injected = replaced(group, demonstration)
@@ -224,7 +227,7 @@ def luffy_own_statistics(groups: list[Group], demonstrations: list[Row]) -> tupl
 
 
 def srft(groups: list[Group], demonstrations: list[Row]) -> tuple[Tensor, Group]:
-    """Weights 0.5 e^−H, 0.1 e^H and −1 of log π; mean over all tokens."""
+    """SRFT: log π with the weights 0.5 e^−H, 0.1 e^H and −1; mean over all tokens."""
     groups = [appended(g, d) for g, d in zip(groups, demonstrations, strict=True)]
     rows = [row for group in groups for row in group]
     entropy = torch.cat([row.entropy for row in rows]).mean().item()
@@ -240,7 +243,7 @@ def srft(groups: list[Group], demonstrations: list[Row]) -> tuple[Tensor, Group]
 
 
 def real(groups: list[Group], _: list[Row]) -> tuple[Tensor, Group]:
-    """log(1 + Σ₊ e^{−s/τ}) + log(1 + Σ₋ e^{s/τ}), τ = 0.5, of groups with both classes; by the number of all."""
+    """REAL: log(1 + Σ₊ e^{−s/τ}) + log(1 + Σ₋ e^{s/τ}), τ = 0.5, of groups with both classes, divided by all groups."""
     total = torch.zeros((), dtype=torch.float64)
     for group in groups:
         # s/τ

@@ -1,4 +1,4 @@
-"""An optimizer step of an objective that weighs likelihoods, through verl's own FSDP engine (gloo, CPU)."""
+"""Runs an optimizer step of an objective that weights likelihoods in verl's own FSDP engine (gloo, CPU)."""
 
 from functools import partial
 from typing import NamedTuple
@@ -17,7 +17,7 @@ TOOL_TOKENS = {2: [3], 4: [1, 2]}
 
 
 class Step(NamedTuple):
-    """How the step's eight rows are cut, and which of verl's settings it runs under."""
+    """How the step's eight rows are divided, and verl's settings for it."""
 
     objective: str
     micro_batch: int = 2
@@ -32,7 +32,7 @@ class Step(NamedTuple):
 
 
 def run(steps, processes, folder):
-    """For each step, by rank: gradients, weights, metrics."""
+    """Run the steps; returns gradients, weights and metrics for each step and rank."""
     ranks = on_ranks(_train, steps, processes, folder)
     return {step: [results[i] for results in ranks] for i, step in enumerate(steps)}
 
@@ -46,14 +46,14 @@ def rows():
 
 
 def mask_of(row):
-    """1 where the policy wrote the token."""
+    """The mask of a response: 1 on tokens that the policy wrote."""
     mask = torch.ones(LENGTHS[row], dtype=torch.int64)
     mask[TOOL_TOKENS.get(row, [])] = 0
     return mask
 
 
 def model(folder):
-    """The engine's model in fp64, and of the policy's own tokens (a list a row) log-probabilities and entropies."""
+    """The engine's model in fp64, with log-probabilities and entropies of the policy's tokens (a list for each row)."""
     from transformers import Qwen2ForCausalLM
 
     policy = Qwen2ForCausalLM.from_pretrained(folder, attn_implementation="sdpa").double()

@@ -1,4 +1,4 @@
-"""Our head in verl's own FSDP2 engine against verl's head: log-probabilities, entropy, loss, every gradient."""
+"""Our heads compared with verl's in verl's own FSDP2 engine: log-probabilities, entropy, loss, every gradient."""
 
 from itertools import product
 

@@ -1,8 +1,8 @@
-"""Every preset's loss and gradient on a recorded batch: the product's, its paper's formula in fp64, and what is on file.
+"""Loss and gradient of every preset on a recorded batch: the product, the paper's formula in fp64, and stored goldens.
 
-The product's way is a launch's: configuration by Hydra, situations by the gatekeeper, groups closed by the agent loop
-worker, DAPO's filter by verl's replay buffer, advantages by the trainer, likelihoods weighed as in front of an
-optimizer step, then the loss. TransferQueue is a dictionary, and what a model would compute is on record.
+The product's result comes from the same steps as in a launch: configuration by Hydra, situations by the gatekeeper,
+groups closed by the agent loop worker, DAPO's filter by verl's replay buffer, advantages by the trainer, weights of the
+likelihoods, then the loss. TransferQueue is replaced by a dictionary, and the outputs of the model are recorded.
 """
 
 import asyncio
@@ -55,7 +55,7 @@ CUTS = {
 
 
 class Queue:
-    """TransferQueue in a dictionary, as far as a step reads and writes it."""
+    """A dictionary that replaces TransferQueue, with the methods that a step uses."""
 
     def __init__(self):
         self.rows, self.tags = defaultdict(dict), {}
@@ -74,7 +74,7 @@ class Queue:
 
 
 class Batch(NamedTuple):
-    """verl's KVBatchMeta, as far as the trainer's advantage reads it."""
+    """A replacement of verl's KVBatchMeta, with the fields that the trainer reads for advantages."""
 
     keys: list
     tags: list
@@ -85,7 +85,7 @@ class Batch(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What reaches the actor in one optimizer step; outputs are a row's, over its whole sequence."""
+    """What the actor gets in one optimizer step; outputs are for each row, over its whole sequence."""
 
     config: object
     hapo: HapoConfig
@@ -96,7 +96,7 @@ class Step(NamedTuple):
 
 
 class RecordedEngine:
-    """verl's engine as `weigh_likelihoods` sees it, with outputs that are on record."""
+    """A replacement of verl's engine for `weigh_likelihoods`, with recorded outputs."""
 
     def __init__(self, step):
         self.step = step
@@ -113,7 +113,7 @@ class RecordedEngine:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank(tmp_path_factory):
-    """A process group of this process alone."""
+    """A process group with only this process."""
     rendezvous = tmp_path_factory.mktemp("goldens") / "rendezvous"
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
     yield
@@ -122,7 +122,7 @@ def one_rank(tmp_path_factory):
 
 @pytest.fixture
 def step(launch, monkeypatch):
-    """The first step of a launch on the recorded batch."""
+    """Run the first step of a launch on the recorded batch."""
 
     def build(line):
         preset, *others = line.split()
@@ -186,7 +186,7 @@ def an_output(number, row):
 
 
 def kept(trainer, queue):
-    """Keys of the rows that verl's replay buffer hands out."""
+    """The keys of the rows that verl's replay buffer returns."""
     buffer = object.__new__(ReplayBuffer)
     buffer.filter_groups_metric = trainer._resolve_filter_groups_metric()
     buffer.partitions, buffer._dapo_classification_cache = {"train": queue.tags}, defaultdict(dict)
@@ -196,7 +196,7 @@ def kept(trainer, queue):
 
 
 def recorded_at(queue, key):
-    """Place of a row, and what is on record of it."""
+    """The position of a row, and its record."""
     group, session, _ = key.removeprefix("group").split("_")
     place = int(group), int(session), bool(queue.rows[key]["hapo_demonstration"])
     of_group = ON_FILE["groups"][place[0]]
@@ -204,7 +204,7 @@ def recorded_at(queue, key):
 
 
 def score_rows(queue, keys):
-    """Old log-probs; those of the rollout are the same, so that no rollout is corrected."""
+    """Write old log-probs; the rollout's are the same, so that rollout correction changes nothing."""
     for key in keys:
         old = fp32(recorded_at(queue, key)[1]["old"])
         queue.rows[key] |= {"old_log_probs": old, "rollout_log_probs": old}
@@ -242,7 +242,7 @@ def jagged(rows):
 
 
 class Outcome(NamedTuple):
-    """Loss and gradients by place, of a response's tokens that train."""
+    """The loss, and the gradients by row, for the response's tokens that train."""
 
     loss: float
     of_policy: dict
@@ -252,7 +252,7 @@ class Outcome(NamedTuple):
 
 
 def trained(step, micro_batches):
-    """The step as verl's engine takes it: losses of the micro-batches are added up."""
+    """Train the step as verl's engine does: the losses of the micro-batches are added up."""
     with_entropy = step.config.calculate_entropy or step.config.entropy_coeff != 0
     log_probs, entropy = ([row.clone().requires_grad_() for row in rows] for rows in (step.log_probs, step.entropy))
     total, own_loss = 0.0, None
@@ -275,7 +275,7 @@ def trained(step, micro_batches):
 
 
 def of_response(step, row, gradient):
-    """Of the tokens that train; no other has a gradient."""
+    """The gradients of the tokens that train; checks that no other token has one."""
     if gradient is None:
         gradient = torch.zeros_like(step.entropy[row])
     mask = step.data["response_mask"].unbind()[row].bool()
@@ -286,7 +286,7 @@ def of_response(step, row, gradient):
 
 
 def assert_close(ours, expected, bound):
-    """Each entry within `bound` of the largest one of the batch, and 0 where all are."""
+    """Check that each entry differs by at most `bound` times the largest entry of the batch."""
     assert list(ours) == list(expected)
     ours, expected = (torch.cat(list(of_rows.values())).double() for of_rows in (ours, expected))
     torch.testing.assert_close(ours, expected, rtol=0, atol=bound * float(expected.abs().max()))

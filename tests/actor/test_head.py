@@ -1,4 +1,4 @@
-"""What may get a head of ours, and what the head does where nothing is to be scored."""
+"""Which models can get one of our heads, and what the head does if nothing is to be scored."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from hapo_verl.config import ConfigError
 
 
 class Model(nn.Module):
-    """The part of a Hugging Face causal language model that a head meets."""
+    """The parts of a Hugging Face causal language model that our head uses."""
 
     def __init__(self, lm_head, **settings):
         super().__init__()

@@ -1,6 +1,6 @@
-"""REAL and SRFT through verl's engine: the formula's gradient in fp64, whatever the cut, the ranks and the padding.
+"""REAL and SRFT in verl's engine: the formula's gradient in fp64, for any division into micro-batches, ranks and padding.
 
-A rollout and a demonstration have tokens that a tool wrote: they are in no mean and have no gradient.
+A rollout and a demonstration have tokens that a tool wrote; these are in no mean and have no gradient.
 """
 
 import pytest

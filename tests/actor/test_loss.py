@@ -1,4 +1,4 @@
-"""The loss in verl's actor against verl's own, on micro-batches in the form that verl's engine passes."""
+"""The loss in verl's actor compared with verl's own, on micro-batches in the form that verl's engine passes."""
 
 import math
 from functools import partial
@@ -27,7 +27,7 @@ def jagged(rows):
 
 
 def a_batch(demonstrations=(), *, rows=range(8), dp_size=1, extra=()):
-    """Rows of one fixed batch of eight, as verl's engine hands a micro-batch to the loss."""
+    """Rows of a fixed batch of eight, in the form in which verl's engine passes a micro-batch to the loss."""
     generator = torch.Generator().manual_seed(0)
     columns = {"old_log_probs": [], "advantages": [], "ref_log_prob": [], "rollout_is_weights": [], "log_probs": []}
     for length in LENGTHS:
@@ -182,7 +182,7 @@ def test_without_a_demonstration_its_tokens_have_no_mean_probability(whole, toke
 
 
 def as_the_trainer_sees_it(mini_batches, data):
-    """The actor's metrics, mini_batches[number][rank] a list of micro-batches', added up by verl's own functions."""
+    """Combine the actor's metrics with verl's own functions; mini_batches[number][rank] is a list of micro-batches'."""
     metrics = {}
     for ranks in mini_batches:
         of_ranks = [postprocess_batch_func([{"metrics": m} for m in parts], None, data)["metrics"] for parts in ranks]

@@ -1,4 +1,4 @@
-"""Group-relative advantages against a worked example and against verl's own estimator."""
+"""Group-relative advantages compared with a worked example and with verl's own estimator."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What a tokenizer's turns are made of; the templates of public models are in `tests/rollout/test_tokens.py`."""
+"""The turn format of a tokenizer; the templates of public models are tested in `tests/rollout/test_tokens.py`."""
 
 import sys
 from pathlib import Path

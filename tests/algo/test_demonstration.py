@@ -1,4 +1,4 @@
-"""A demonstration's tokens: exact, complete, ended once, or refused with a reason."""
+"""The tokens of a demonstration: exact, complete and with one end, or else refused with a reason."""
 
 import pytest
 

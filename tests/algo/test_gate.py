@@ -1,4 +1,4 @@
-"""The gate of `hapo_verl.algo.gate` against enumeration, simulation and exact arithmetic."""
+"""The gate of `hapo_verl.algo.gate` compared with enumeration, simulation and exact arithmetic."""
 
 import random
 from fractions import Fraction

@@ -1,9 +1,9 @@
-"""A demonstration with one token that the policy would never write: what the paper's loss cannot teach, and its logarithm can.
+"""A demonstration with one token that the policy would never write: the paper's loss cannot teach it, its logarithm can.
 
-The policy is a table, a distribution over 32 tokens at each of four places, and the reward is for the demonstration's
-tokens exactly. Three of them are likely; the last has probability 1e-7, as ` ####` has under an instruct model. Gate,
-injection, advantages and loss are the run's own; the optimizer is plain gradient ascent, since Adam, given a parameter
-for each token, would hide how small a gradient is. A network has no such parameter.
+The policy is a table with a distribution over 32 tokens at each of four positions, and only the exact tokens of the
+demonstration are rewarded. Three of them are likely; the last one has probability 1e-7, like ` ####` under an instruct
+model. Gate, injection, advantages and loss are those of a run. The optimizer is plain gradient ascent: Adam with a
+separate parameter for each token would hide how small a gradient is, and a network has no such parameters.
 """
 
 import math
@@ -23,7 +23,7 @@ PROBABILITIES = torch.tensor([0.6, 0.5, 0.4, 1e-7])
 
 
 def fresh_policy():
-    """(T, V) logits under which the demonstration's tokens have these probabilities."""
+    """Logits (T, V) under which the demonstration's tokens have these probabilities."""
     logits_TV = torch.zeros(len(DEMONSTRATION), V)
     for t, p in enumerate(PROBABILITIES):
         logits_TV[t, DEMONSTRATION[t]] = math.log(p * (V - 1) / (1 - p))
@@ -31,7 +31,7 @@ def fresh_policy():
 
 
 def train(shape, mode, seed=0):
-    """On-policy success rate, exactly, after the last step; and how often the gate has fired."""
+    """Train, and return the exact on-policy success rate after the last step, and how often the gate fired."""
     logits_TV = fresh_policy()
     optimizer = torch.optim.SGD([logits_TV], lr=20.0)
     generator, rng, fired = torch.Generator().manual_seed(seed), random.Random(seed), 0

@@ -1,4 +1,4 @@
-"""Which rollout gives way to the demonstration."""
+"""Which rollout the demonstration replaces."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""A batch of groups through the gate: who is judged, whom a demonstration replaces, and what is logged of it."""
+"""The gate on a batch of groups: which groups it is applied to, which rollout is replaced, and the metrics."""
 
 import math
 

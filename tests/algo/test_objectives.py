@@ -1,4 +1,4 @@
-"""Objectives that weigh likelihoods: their gradient is that of the formula, by autograd in fp64."""
+"""Objectives that weight likelihoods: their gradient equals that of the formula, by autograd in fp64."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ MASK = torch.arange(5) < LENGTHS[:, None]
 
 
 def recorded(seed=0):
-    """log π, log π_old (B, T), fp64."""
+    """Random log π and log π_old, (B, T), fp64."""
     generator = torch.Generator().manual_seed(seed)
     shape = MASK.shape
     old_BT = -3 * torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -38,7 +38,7 @@ def rows_of(logp_BT, old_BT, entropy_B=None):
 
 
 def formula_of_real(logp_BT, old_BT, tau=0.5):
-    """L of the paper, written down group by group."""
+    """The paper's L, computed group by group."""
     s = ((logp_BT - old_BT) * MASK).sum(1) / LENGTHS
     total, groups = 0.0, GROUP.unique().tolist()
     for group in groups:

@@ -1,4 +1,4 @@
-"""Beta posteriors of prompts: against counting by hand, in any order, through a file."""
+"""Beta posteriors of prompts: compared with counting by hand, in any order, and after saving to a file."""
 
 import io
 import random

@@ -1,4 +1,4 @@
-"""How the help retracts: closed forms against enumeration of the steps, budgets against counting."""
+"""The schedules of thresholds and budgets: closed forms compared with enumeration of steps, budgets with counting."""
 
 import random
 

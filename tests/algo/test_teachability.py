@@ -1,4 +1,4 @@
-"""What a loss cannot teach: the bound against the weights themselves, the counts against a count by hand."""
+"""Untaught tokens: the bound compared with the weights themselves, the counts with counting by hand."""
 
 import math
 

@@ -1,7 +1,7 @@
-"""What the gates do to the expected gradient: a policy of three actions, enumerated through the product's own functions.
+"""The effect of the gates on the expected gradient of a policy with three actions, enumerated with the product's code.
 
-A is the demonstrator's way, B another right way, C is wrong. One token a rollout, N = 8, advantages without deviation.
-`hapo_verl/algo/THEORY.md` says what the numbers mean.
+A is the demonstrator's solution, B another right one, C is wrong. A rollout has one token, N = 8, and advantages are
+not divided by the deviation. `hapo_verl/algo/THEORY.md` explains the numbers.
 """
 
 import math
@@ -24,7 +24,7 @@ REWARD = torch.tensor([1.0, 1.0, 0.0])
 
 
 def group_rows(actions, gate, mode, situation, rng, demonstration=A):
-    """Actions, demonstration flags of one group after gate and injection."""
+    """The actions and demonstration flags of a group after gate and injection."""
     rollouts = [Rollout(REWARD[a].item(), bool(REWARD[a]), False, 1) for a in actions]
     successes = sum(rollout.success for rollout in rollouts)
     if not fires(firing_probabilities(gate, N, situation), successes, rng):
@@ -41,7 +41,7 @@ PAPER, LOGARITHM = DemonstrationShape("power", 0.1, 1.0), DemonstrationShape("po
 
 
 def gradient(logits, groups, mode, tokens, shape=PAPER):
-    """Gradient of the summed loss over `tokens`, one tensor of three."""
+    """The gradient of the summed loss divided by `tokens`, one tensor of three numbers."""
     logits = logits.clone().requires_grad_()
     actions = torch.tensor([action for rows, _ in groups for action in rows])
     demonstration_B = torch.tensor([flag for _, flags in groups for flag in flags])
@@ -66,7 +66,7 @@ def gradient(logits, groups, mode, tokens, shape=PAPER):
 
 
 def outcomes(pi):
-    """Every composition of a group, with its probability."""
+    """Every possible composition of a group, with its probability."""
     for a in range(N + 1):
         for b in range(N + 1 - a):
             c = N - a - b
@@ -128,7 +128,7 @@ def test_the_logarithm_pushes_harder_and_its_bias_is_larger_too(pi, gate, replac
     ("exponent", "biases"), [(0.0, (0.0513, 0.0715, 0.0782, 0.0790)), (1.0, (0.0171, 0.0065, 0.0008, 0.0))]
 )
 def test_the_rarer_the_demonstrators_way_the_more_the_logarithm_and_the_less_the_paper_teaches_it(exponent, biases):
-    """At p = .9, with the demonstrator's way at .05, .01, .001 and 1e-5 of the policy: bounded, and fading."""
+    """At p = .9, with the demonstrator's action at probability .05, .01, .001 and 1e-5."""
     shape = DemonstrationShape("power", 0.1, exponent)
     for q, expected in zip((0.05, 0.01, 0.001, 1e-5), biases, strict=True):
         pi = (q, 0.9 - q, 0.1)
@@ -163,7 +163,7 @@ def test_the_weights_are_those_of_the_table(name, shaping, exponent, largest, wh
 
 
 def test_dividing_by_the_demonstrations_tokens_too_shrinks_every_row_alike():
-    """verl's token-mean counts every token of the batch; at a success rate of .9 that is most of what is left."""
+    """verl's token-mean counts every token of the batch; at a success rate of .9 this is most of the remaining bias."""
     pi = (0.05, 0.85, 0.10)
     assert relative_bias(pi, "paper", "append", divide_by_all_rows=True) == pytest.approx(0.059, abs=6e-4)
 

@@ -1,4 +1,4 @@
-"""How a demonstration goes on from what the chat template has written of a thought."""
+"""How a demonstration continues a thought that the chat template has opened."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The one command for a GPU machine, rehearsed on a CPU: from its folder, with that machine's packages and no others."""
+"""The command for a GPU machine, rehearsed on a CPU: from its folder, with only the packages of that machine."""
 
 import json
 import os
@@ -21,7 +21,7 @@ CRASHING = "import os\nos._exit(134)\n"
 
 
 def with_what_they_need(names):
-    """The distributions and all that they require without an extra, as far as installed here."""
+    """The distributions and all their requirements (without extras) that are installed here."""
     found, queue = {}, list(names)
     while queue:
         name = queue.pop()
@@ -38,7 +38,7 @@ def with_what_they_need(names):
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    """An interpreter that sees the packages of the GPU machine alone: no verl, no Ray, no vLLM."""
+    """An interpreter that sees only the packages of the GPU machine: no verl, no Ray, no vLLM."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False)
     (site,) = (folder / "lib").glob("python*/site-packages")
@@ -55,7 +55,7 @@ def python(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rehearsal(python, tmp_path_factory):
-    """What it printed, its folder of results and its exit code; one of the peers takes the process down with it."""
+    """Output, folder of results and exit code of a rehearsal in which a peer crashes the process."""
     folder, out = tmp_path_factory.mktemp("carried"), tmp_path_factory.mktemp("out")
     assert gpu_bundle.bundle(folder, []) < 2
     (folder / "crashing" / "flash_attn").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The bench that writes the table of launch settings: rehearsed on a CPU, and its choice under times that are made up."""
+"""The bench that writes the table of launch settings: rehearsed on a CPU, and its choice with made-up times."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def test_without_a_gpu_nothing_is_measured_and_nothing_written(tmp_path):
 
 
 def times_of(speeds, monkeypatch, *, deadline=math.inf):
-    """The table after a run in which the candidates of a kernel take the times of `speeds`, by their number."""
+    """The table after a run in which the candidates of a kernel take the times in `speeds`."""
     from hapo_kernels import launch
 
     def calls(device, dtype, *, tiny):

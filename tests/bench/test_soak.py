@@ -1,4 +1,4 @@
-"""What the soak makes of samples of memory."""
+"""How the soak evaluates samples of memory."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ TIMES = [float(second) for second in range(1, STEPS + 1)]
 
 
 def samples(held):
-    """One a second, of a process that holds `held(second)` MiB."""
+    """One sample per second of a process that holds `held(second)` MiB."""
     return [(second + 0.5, {"worker 7": held(second) * soak.MIB}) for second in range(STEPS + 5)]
 
 

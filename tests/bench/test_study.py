@@ -1,4 +1,4 @@
-"""The study's methods are the presets: what it sets in the plain loop is what the preset sets in verl."""
+"""The study's methods are the presets: its settings of the plain loop equal those of the presets in verl."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The table of the quickstart's runs says what their results say, and the committed one is of the committed results."""
+"""The table of the quickstart's runs agrees with their results, and the committed table with the committed results."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server that misbehaves on demand, and counts what it is asked and what it has answered."""
+"""An OpenAI-compatible server that misbehaves as told, and counts requests and answers."""
 
 import json
 import threading
@@ -8,15 +8,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Server:
-    """`script(question, number)` says what becomes of the `number`-th request (from 0) with this question:
+    """The state of a server. `script(question, number)` decides the answer to a question's `number`-th request (from 0):
 
-    a text              answered
+    a text              this answer
     ("half", text)      the first half of the answer's JSON
     ("cut", text)       the connection closes in the middle of it
     ("choices", value)  these choices
     ("finish", text, why)
     ("status", code, headers, message)
-    ("hold", event)     answered with "held", once the event is set
+    ("hold", event)     the answer "held", once the event is set
     """
 
     def __init__(self, script, tokens=10):

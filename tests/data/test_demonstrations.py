@@ -1,4 +1,4 @@
-"""Columns of other projects: read as they are, the shortest demonstration that a run would inject, a reason else."""
+"""Other projects' columns: the shortest demonstration that a run would inject is chosen, or a reason is given."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from hapo_verl.data.parquet import DataError, read_parquet, write_parquet
 
 
 def judge(limit=6):
-    """One token a character; a text succeeds where it ends in the row's answer and verl would count its turns so."""
+    """A judge with one token per character; a text is a success if it ends in the row's answer with the right turns."""
 
     def respond(value, row):
         turns = demonstration_turns(value)

@@ -1,4 +1,4 @@
-"""GSM8K: what is kept, what is left out and why, and one line for what cannot be read."""
+"""GSM8K: which rows are kept or left out, with reasons, and one line for an unreadable file."""
 
 import json
 

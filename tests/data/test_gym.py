@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym as verl's rows: verified by the task's own score, with a demonstration where there is a solution."""
+"""Tasks of reasoning-gym as rows for verl: verified by the task's own score, with demonstrations from its solutions."""
 
 import json
 

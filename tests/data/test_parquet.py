@@ -1,4 +1,4 @@
-"""Parquet files: written whole or not at all, read as plain values, and one line for what cannot be read."""
+"""Parquet files: written atomically, read as plain values, and one line for an unreadable file."""
 
 import pandas
 import pytest

@@ -1,4 +1,4 @@
-"""A server that `teach` starts itself: waited for, told its model and port, and gone at the end, whatever the end."""
+"""A server that `teach` starts: it gets model and port, is waited for, and has ended whenever `teach` ends."""
 
 import os
 import signal

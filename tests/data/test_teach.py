@@ -1,4 +1,4 @@
-"""A teacher over the wire: what is asked, what is asked again, what is kept, and that no answer is paid for twice."""
+"""A teacher behind a real server: requests, retries, the kept answers, and that no answer is paid for twice."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ KEY = "sk-never-to-be-seen"
 
 
 def judge(limit=6):
-    """One token a character; a text succeeds where it ends in the row's answer."""
+    """A judge with one token per character; a text is a success if it ends in the row's answer."""
 
     def respond(value, row):
         turns = demonstration_turns(value)
@@ -57,7 +57,7 @@ def prompts_of(rows, system=None):
 
 
 def taught(endpoint, rows, journal, **settings):
-    """Teach these rows; the prompts, the teacher."""
+    """Teach these rows; returns the prompts and the teacher."""
     from openai import AsyncOpenAI
 
     asked = {"samples": 1, "rule": "shortest", "concurrency": 4, "reward_timeout": 5.0}
@@ -92,7 +92,7 @@ def texts(prompts):
 
 
 def misbehave(question, number):
-    """Every question ends in the right answer, each after a trouble of its own."""
+    """A script in which every question gets the right answer after a different error."""
     trouble = {
         "timeout": ("hold", threading.Event()),
         "busy": ("status", 429, {"retry-after": "0.05"}, "slower"),
@@ -377,7 +377,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 
 
 def prepared(folder, count):
-    """Files, and the command of a run whose answers are the question's digits backwards."""
+    """Write the files of a run whose answers are the question's digits backwards, and return its command."""
     rows = [
         {
             "data_source": "digits",
@@ -515,7 +515,7 @@ def test_what_cannot_work_is_one_line_before_anything_is_asked(tmp_path, key, ca
 
 
 def test_likeliest_asks_the_policy_itself(tmp_path):
-    """Against transformers' own loss of the same tokens, on the quickstart's tiny model."""
+    """Compared with transformers' own loss of the same tokens, on the quickstart's tiny model."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,7 +1,7 @@
-"""Steps of the trainers, driver and workers, in processes of their own (gloo, CPU): real but for Ray and the rollouts.
+"""Runs steps of the trainers, driver and workers, in separate processes (gloo, CPU), without Ray and real rollouts.
 
-Every process runs verl's own `_step_once` over the same rows, and its rank's part of what the driver hands out: verl's
-training worker around verl's FSDP2 engine. TransferQueue is a dictionary in each of them, and rollouts are drawn.
+Every process runs verl's own `_step_once` over the same rows, and its rank's part of the work: verl's training worker
+with verl's FSDP2 engine. TransferQueue is a dictionary in each process, and rollouts are random.
 """
 
 import copy
@@ -24,7 +24,7 @@ WHOLE = "hapo.skip_idle_rows=false", "hapo.old_log_probs=all"
 
 
 class Run(NamedTuple):
-    """Some steps of a trainer: overrides of its launch, beside those that all share."""
+    """Some steps of a trainer, with overrides of its launch beside those that all runs share."""
 
     overrides: tuple[str, ...]
     # What becomes of the demonstrations: "replace" and "append" where a group fails, "always"; None: not injected.
@@ -39,18 +39,18 @@ class Run(NamedTuple):
     steps: int = STEPS
 
     def whole(self):
-        """The same, and nothing is left out."""
+        """The same run without leaving out any rows or passes."""
         return self._replace(overrides=(*self.overrides, *WHOLE))
 
 
 def run(runs, processes, folder):
-    """For each run, by rank, what `_train` gives."""
+    """The results of `_train` for each run and rank."""
     ranks = on_ranks(_train, runs, processes, folder)
     return {one: [results[i] for results in ranks] for i, one in enumerate(runs)}
 
 
 class Queue:
-    """TransferQueue's key-value interface over a dictionary: of a batch only the fields that all of its rows have."""
+    """TransferQueue's key-value interface with a dictionary; a batch has only the fields that all its rows have."""
 
     def __init__(self):
         self.rows, self.tags = {}, {}
@@ -85,7 +85,7 @@ class Queue:
 
 
 def rollouts(one, step):
-    """Rows of a step by key, and their tags."""
+    """The rows of a step by key, and their tags."""
     generator = torch.Generator().manual_seed(step)
     rows, tags = {}, {}
     for prompt, successes in enumerate(one.successes):
@@ -162,7 +162,7 @@ def _config(one):
 
 
 def _worker(one, config, folder):
-    """verl's training worker, without what Ray would give it."""
+    """verl's training worker without Ray."""
     from functools import partial
 
     from verl.utils.config import omega_conf_to_dataclass
@@ -205,7 +205,7 @@ def _worker(one, config, folder):
 
 
 class WorkerGroup:
-    """What Ray's worker group does with a batch: each rank's slice to its rank. Of all ranks, in every process."""
+    """Replaces Ray's worker group: each rank gets its slice of a batch, and every process gets all ranks' results."""
 
     def __init__(self, worker, queue):
         self._worker, self._queue, self.calls = worker, queue, []

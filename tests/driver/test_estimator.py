@@ -1,4 +1,4 @@
-"""The estimator in verl's registry: verl's contract where demonstrations are known, a refusal where they are not."""
+"""The estimator in verl's registry: it follows verl's contract if demonstrations are known, and else refuses."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,7 @@
-"""Steps without the rows that have no gradient against steps with them: verl's driver, worker and engine around both.
+"""Steps without the rows that have no gradient, compared with steps with all rows, in verl's driver, worker and engine.
 
-Plain SGD where nothing else is said; rows left out take zeros out of sums, so what differs is the order of the others.
+The optimizer is plain SGD unless a test says otherwise. A left-out row only removes zeros from sums, so results differ
+only by the order of summation.
 """
 
 import pytest
@@ -87,7 +88,7 @@ def largest(ours, theirs):
 
 
 def assert_same_steps(one, ours, whole):
-    """Parameters after every step, and what both log under one name."""
+    """Check that parameters after every step, and metrics with the same name, are equal."""
     # Adam divides a gradient by its own size, and what rounding made of it too.
     rounding = 1e-5 if one.optimizer == "AdamW" else 2e-6
     moved = largest(whole["parameters"][-1], whole["parameters"][0])
@@ -120,7 +121,7 @@ def test_without_demonstrations_they_are_those_of_verls_own_grpo(alone):
 
 
 def passes(result):
-    """Rows of each pass for old log-probs, and of each update."""
+    """The numbers of rows in each pass for old log-probs, and in each update."""
     return [[len(keys) for kind, keys in result["calls"] if kind == which] for which in ("score", "train")]
 
 

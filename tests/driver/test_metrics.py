@@ -1,4 +1,4 @@
-"""What a run logs about its groups, on a batch small enough to count by hand."""
+"""The metrics of a run's groups, on a batch that is small enough to count by hand."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ PAPER = firing_probabilities("paper", 8, Situation())
 
 
 def a_group(successes, outcome, own_step=None):
-    """Eight rollouts, the first of them successful."""
+    """A group of eight rollouts, of which the first ones are successful."""
     flags = [i < successes for i in range(8)]
     return {
         "outcome": outcome,

@@ -1,4 +1,4 @@
-"""A step's rows in optimizer steps: of whole groups, and of the rows that are computed."""
+"""The division of a step's rows into mini-batches: with whole groups, and without left-out rows."""
 
 from types import SimpleNamespace
 

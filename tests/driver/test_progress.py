@@ -1,4 +1,4 @@
-"""Where a trainer is: another place, step or finished prompt is progress, and polling is none."""
+"""Progress of a trainer: another place, step or finished prompt is progress, and polling is not."""
 
 import threading
 import time
@@ -40,7 +40,7 @@ def functions(code, file):
 
 @pytest.fixture
 def running():
-    """A trainer of these functions in a thread of its own: it waits in its buffer, then at its gate."""
+    """A trainer of these functions in a separate thread; it waits in its buffer, then at its gate."""
     buffer = type("Buffer", (), functions(BUFFER, "replay_buffer.py"))()
     buffer.done, buffer.polls = threading.Event(), 0
     buffer.finished_keys, buffer.running_keys, buffer.failure_keys = (

@@ -1,4 +1,4 @@
-"""Death of actors, engines and what only looks like it, with real Ray actors and HTTP servers."""
+"""Deaths of actors and engines, and events that only look like a death, with real Ray actors and HTTP servers."""
 
 import os
 import queue
@@ -44,7 +44,7 @@ def actors():
 
 @pytest.fixture
 def server():
-    """An engine's HTTP server: what it answers can be set."""
+    """An engine's HTTP server, with answers that can be set."""
     answer = {"status": 200, "delay": 0.0}
 
     class Health(BaseHTTPRequestHandler):
@@ -65,7 +65,7 @@ def server():
 
 
 def eventually(look, seconds=30):
-    """The first answer that is not empty."""
+    """Call until the answer is not empty, and return it."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
         assert time.monotonic() < deadline, "nothing was found"
@@ -147,7 +147,7 @@ def test_the_run_ends_once_with_a_line_that_names_all_that_died(actors, capsys):
 
 @pytest.fixture
 def stopping(actors):
-    """A started watch that has not looked yet, its actor, and what its end has done."""
+    """A started watch that has not checked anything yet, its actor, and the calls of its `end`."""
     actor = actors()
     ray.get(actor.process.remote())
     ends: list[str] = []
@@ -204,7 +204,7 @@ def test_an_engine_that_could_not_load_new_weights_ends_the_run_with_its_own_err
 
 @pytest.fixture
 def standing(actors, tmp_path):
-    """A watch over a busy and an idle actor, and a trainer whose place is in `place`."""
+    """A watch over a busy and an idle actor, and a trainer whose position is `place`."""
     busy, idle = actors(), actors()
     ray.get([actor.process.remote() for actor in (busy, idle)])
     place, ends, watches = [("here", 1)], queue.Queue(), []

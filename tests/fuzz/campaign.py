@@ -1,6 +1,6 @@
-"""How many examples a campaign takes: a few hundred in `make test`, always the same; 10,000 new ones in `make test-long`.
+"""Settings of the fuzz campaigns: the same few hundred examples in `make test`, 10,000 new ones in `make test-long`.
 
-What a campaign finds becomes a plain test beside the code that it found wanting.
+A fault that a campaign finds becomes an ordinary test beside the tests of the faulty code.
 """
 
 import os
@@ -42,5 +42,5 @@ values = st.recursive(
 
 
 def is_one_line(error: BaseException) -> bool:
-    """Its text is for a reader: one line that says something."""
+    """Whether the error's text is one non-empty line."""
     return len(str(error).splitlines()) == 1 and len(str(error)) > 10

@@ -1,4 +1,4 @@
-"""Any value under any key: accepted and meaningful, or one line that names the key as typed."""
+"""Any value under any key is either accepted and meaningful, or refused with one line that names the key as typed."""
 
 import dataclasses
 import math
@@ -54,7 +54,7 @@ def block_with(key, value, choice):
 
 
 def assert_meaningful(hapo):
-    """What is computed from a configuration that was accepted is finite, and in its range."""
+    """Check that everything computed from an accepted configuration is finite and in its range."""
     rng = random.Random(0)
     keeper = Gatekeeper(hapo, total_steps=10)
     for step in (1, 2, 10, 11):

@@ -1,4 +1,4 @@
-"""The data tools on files that nobody would write, and somebody does: read as they are, or refused in one line."""
+"""The data tools on strange and broken files: they are read correctly, or refused with one line."""
 
 import json
 
@@ -99,7 +99,7 @@ def test_any_value_of_a_column_is_turns_or_has_a_reason(value):
 
 
 def judge():
-    """Every text of turns is a response of its characters; a text with an even number of them succeeds."""
+    """A judge with one token per character, for which a text with an even number of characters is a success."""
 
     def respond(value, row):
         turns = demonstration_turns(value)

@@ -1,4 +1,4 @@
-"""Any text in any chat template: exactly what the policy would have sampled, once, or a reason."""
+"""Any text in any chat template gives exactly the tokens that the policy would have sampled, or a reason."""
 
 import pytest
 from hypothesis import given

@@ -1,9 +1,9 @@
-"""Compile every kernel for every target, with its entries in the table of launch settings, without a GPU.
+"""Compiles every kernel for every target without a GPU, with the table of launch settings.
 
-With what the table has chosen every variant of a kernel is compiled; with `--candidates`, instead, the costliest
-variants with the other candidates. Prints one JSON line a build.
+With the chosen entries of the table every variant of a kernel is compiled; with `--candidates`, instead, the most
+expensive variants with the other candidates. Prints one JSON line per build.
 
-Run by test_kernels_compile.py in a process of its own: under TRITON_INTERPRET=1 a kernel cannot be compiled. By hand:
+Run by test_kernels_compile.py in a separate process, since with TRITON_INTERPRET=1 a kernel cannot be compiled. By hand:
 
     python tests/kernels/compile_kernels.py [sm_80 sm_90 sm_100 gfx942] [--candidates]
 """
@@ -137,7 +137,7 @@ def head_cases():
 
 
 def chosen_cases(settings, dtype):
-    """(launch, case) of what an architecture has chosen for a storage dtype."""
+    """(launch, case) of an architecture's chosen entries for a storage dtype."""
     for kernel, entries in settings.chosen.items():
         if dtype in entries:
             launch = entries[dtype].launch

@@ -1,4 +1,4 @@
-"""Kernel tests run on the GPU where there is one, and under Triton's interpreter elsewhere."""
+"""Runs kernel tests on the GPU if there is one, and else in Triton's interpreter."""
 
 import importlib.metadata
 

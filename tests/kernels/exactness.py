@@ -1,4 +1,4 @@
-"""What "correct" means for a kernel: no less exact than PyTorch in the same dtype, against the fp64 truth."""
+"""The definition of a correct kernel: no less exact than PyTorch in the same dtype, compared with fp64."""
 
 import torch
 
@@ -7,10 +7,10 @@ STORAGE = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda"
 
 
 def assert_no_less_exact(ours, same_dtype, exact, name=""):
-    """Largest error of `ours` <= twice the largest error of PyTorch's path in the same dtype + 1e-6 of the scale.
+    """Check: largest error of `ours` <= 2 x the largest error of PyTorch in the same dtype + 1e-6 of the scale.
 
-    The scale is the largest magnitude of the fp64 result: an absolute allowance would be blind for gradients, most of
-    which are below 1e-5.
+    The scale is the largest magnitude of the fp64 result. A fixed absolute tolerance would detect no error in
+    gradients, most of which are below 1e-5.
     """
     assert torch.equal(ours.isfinite(), exact.isfinite()), f"{name}: finite where fp64 is not, or the other way round"
     if not exact.numel():

@@ -1,4 +1,4 @@
-"""Triton's interpreter: on for the kernels alone, and not with a NumPy that it cannot work with."""
+"""Switches Triton's interpreter on for the kernels only, and refuses a NumPy that it cannot work with."""
 
 import importlib
 import os
@@ -8,7 +8,7 @@ OPERATIONS = ("segment_norm", "policy_loss", "linear_logprob", "policy_head")
 
 
 def unusable(numpy: str, triton: str) -> str:
-    """One line if the interpreter of this Triton fails with this NumPy, else nothing."""
+    """One line if the interpreter of this Triton fails with this NumPy, else an empty string."""
 
     def version(text: str) -> tuple[int, int]:
         major, minor = text.split(".")[:2]
@@ -23,9 +23,9 @@ def unusable(numpy: str, triton: str) -> str:
 
 
 def import_kernels() -> None:
-    """Import Triton once more, as interpreter, for the kernels; other tests' processes keep the compiler.
+    """Import Triton again as interpreter, for the kernels; processes of other tests keep the compiler.
 
-    Triton decides when it is imported, and importing verl imports it.
+    Triton makes this choice when it is imported, and importing verl imports Triton.
     """
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"

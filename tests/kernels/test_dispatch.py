@@ -1,4 +1,4 @@
-"""What every kernel refuses, in one line: a DTensor, fp64, a name that is no implementation."""
+"""Inputs that every kernel refuses with one line: a DTensor, fp64, an unknown implementation."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
-"""What the head does to the memory of a GPU, counted: GEMMs by shape, bytes read and written, and the peak.
+"""Counts the head's work on a GPU: GEMMs by shape, bytes read and written, and the peak of memory.
 
-The operations of PyTorch are recorded at the size of a real model, with tensors that have a shape and no memory, as they
-are launched on a GPU. A recorded operation reads and writes each of its tensors once; a row kernel reads the logits twice
-and writes their gradient. What the host would have to wait for has no value here and is an error.
+PyTorch's operations are recorded at the size of a real model, with tensors that have a shape but no memory, as they
+would be launched on a GPU. A recorded operation reads and writes each of its tensors once; a row kernel reads the logits
+twice and writes their gradient. A value for which the host would wait for the device does not exist and is an error.
 """
 
 import collections
@@ -28,7 +28,7 @@ GIB = 2**30
 
 
 class Recorder(TorchDispatchMode):
-    """Every operation that touches memory, and the most memory that was held at once."""
+    """Records every operation that touches memory, and the peak of memory."""
 
     def __init__(self):
         super().__init__()
@@ -100,7 +100,7 @@ def _bytes(tensor):
 
 
 class Launch:
-    """A row kernel that only says what it would read and write."""
+    """A replacement of a row kernel that only records what it would read and write."""
 
     def __init__(self, recorder, name, sweeps):
         self.recorder, self.name, self.sweeps = recorder, name, sweeps
@@ -139,7 +139,7 @@ def tensors(T, H, V, frozen=False):
 
 
 def policy_head(recorder, T, H, V, rows, *, active=None, training=None, main_grad=None, frozen=False, backward=True):
-    """Forward and backward pass of T active tokens, in one sequence; what the registered operation and its formula do."""
+    """Forward and backward pass of the registered operation for T active tokens in one sequence."""
     hidden, weight = tensors(T, H, V, frozen)
     label = torch.empty(1, T, dtype=torch.int64)
     ones = torch.empty(1, T)
@@ -188,7 +188,7 @@ BIG = V * H  # an operation that moves this many bytes touches a tensor of the w
 
 
 def test_the_budget_of_the_headline_shape(recorder):
-    """8192 x 4096 x 151936 in bf16: 6THV flops, dW written once and added to once, no fill, one pass upstream."""
+    """8192 x 4096 x 151936 in bf16: 6THV flops, ∂W written once and added to once, no fill, one pass in backward."""
     assert rows_of(V) == ROWS
     policy_head(recorder, T, H, V, ROWS)
     assert recorder.gemms == {

@@ -1,4 +1,4 @@
-"""Every kernel x storage dtype x candidate of the launch table compiles without a GPU: no spills, shared memory that fits, wide loads."""
+"""Every kernel, dtype and candidate of the launch table compiles without a GPU: no spills, little shared memory, wide loads."""
 
 import json
 import os

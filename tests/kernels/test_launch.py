@@ -1,4 +1,4 @@
-"""Every device finds its entries in the table of launch settings, and the table is written as it is read."""
+"""Every device has entries in the table of launch settings, and the table is unchanged by reading and writing."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The language-model head's reference: torch's own log-softmax."""
+"""The reference of the language-model head compared with torch's own log-softmax."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The Triton language-model head against fp64 autograd, no less exact than PyTorch's own head in the same dtype."""
+"""The Triton language-model head compared with fp64 autograd: no less exact than PyTorch's head in the same dtype."""
 
 import functools
 import math
@@ -24,7 +24,7 @@ def head(rows, V, H=37, seed=0, dtype=torch.float32, scale=1.0):
 
 
 def eager(hidden, weight, label, *, bias_V=None, temperature=1.0, with_entropy=False, keep_N=None):
-    """What a trainer would write: logits in the storage dtype, softmax in fp32."""
+    """The usual implementation in a trainer: logits in the storage dtype, softmax in fp32."""
     logits = torch.nn.functional.linear(hidden, weight, bias_V)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if isinstance(temperature, torch.Tensor):

@@ -1,4 +1,4 @@
-"""`hapo_kernels` by itself: no verl, and the page's example does what the page says."""
+"""`hapo_kernels` works without verl, and the example of its documentation page works."""
 
 import re
 import subprocess

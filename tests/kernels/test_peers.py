@@ -1,4 +1,4 @@
-"""What the page says of other heads, run where they run on a CPU. Peers lie beside the environment, not in it."""
+"""Statements of the kernels' page about other heads, checked on a CPU. Peers are installed outside the environment."""
 
 import inspect
 import os

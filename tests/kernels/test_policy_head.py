@@ -1,4 +1,4 @@
-"""Head and loss in one pass: the loss of the log-probabilities, no less exact than PyTorch, and only the work that is needed."""
+"""Head and loss in one pass: equal to the loss of the log-probabilities, no less exact than PyTorch, no needless work."""
 
 import math
 
@@ -19,7 +19,7 @@ GLOBAL = {"dp_size": 2, "batch_num_tokens": 4321, "global_batch_size": 37, "loss
 
 
 def batch(rows=4, tokens=5, V=37, H=24, seed=0, dtype=torch.float32):
-    """Prefix masks of every length; one teacher row; NaN, inf and out-of-range labels wherever nothing may be read."""
+    """A batch with prefix masks of every length, one teacher row, and NaN, inf and wrong labels on inactive tokens."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -91,7 +91,7 @@ def ours(fields, impl="triton", dtype=None, chunk_rows=4, collect_rows=8, memory
 
 
 def eager(fields, **given):
-    """What a trainer would write: logits in the storage dtype, softmax in fp32, autograd."""
+    """The usual implementation in a trainer: logits in the storage dtype, softmax in fp32, autograd."""
     hidden, weight, bias = leaves = leaves_of(fields)
     settings = settings_of(fields, **given)
     temperature = settings.pop("temperature")
@@ -168,7 +168,7 @@ def test_without_old_log_probabilities_they_are_the_policys_own(mode):
 
 
 def logp_of(fields):
-    """Of the labels, by the kernel itself, as the policy that sampled would have scored them."""
+    """The labels' log-probabilities by the kernel itself, as if the same policy had sampled them."""
     return linear_logprob(
         fields["hidden"].flatten(0, 1),
         fields["weight"],
@@ -379,7 +379,7 @@ def test_a_budget_picks_the_pieces_and_changes_nothing_else(monkeypatch):
 
 
 def into_main_grad(fields, impl, main_grad, upstream=1.0, multiplies=None, **given):
-    """Gradients of hidden, weight (None) and bias; the weight's is added to main_grad."""
+    """The gradients of hidden states, weight (None) and bias; the weight's gradient is added to main_grad."""
     hidden, weight, bias = leaves_of(fields)
     result = policy_head(
         hidden,
@@ -508,7 +508,7 @@ def test_a_second_derivative_is_refused():
 
 
 def from_logits(fields, impl, dtype=None, **given):
-    """The loss from logits, of which the inactive ones are NaN."""
+    """The loss from logits, with NaN at inactive positions."""
     if dtype:
         fields = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in fields.items()}
     logits = torch.nn.functional.linear(fields["hidden"], fields["weight"], fields["bias"]).requires_grad_()

@@ -1,4 +1,4 @@
-"""The policy loss: verl's own bits on on-policy rows, LUFFY's shaping on teacher rows, one aggregation over both."""
+"""The policy loss: the same bits as verl on on-policy rows, LUFFY's shaping on teacher rows, one aggregation for both."""
 
 import math
 
@@ -14,7 +14,7 @@ GLOBAL = {"dp_size": 2, "batch_num_tokens": 4321, "global_batch_size": 37, "loss
 
 
 def batch(rows=6, tokens=33, seed=0, dtype=torch.float32):
-    """Ratios on both sides of every clip edge, prefix masks of every length from 0 up, one full row."""
+    """A batch with ratios on both sides of every clip edge, prefix masks of every length from 0 up, and one full row."""
     generator = torch.Generator().manual_seed(seed)
     policy = (torch.randn(rows, tokens, generator=generator, dtype=dtype) - 1).requires_grad_()
     behaviour = policy.detach() + 0.7 * torch.randn(rows, tokens, generator=generator, dtype=dtype)
@@ -232,7 +232,7 @@ def test_infinite_clips_give_the_plain_importance_ratio():
 
 
 def everything(seed=0, dtype=torch.float64):
-    """A batch with all terms on, as one dict of tensors that rows and tokens can be cut from."""
+    """A batch with all terms on, as one dict of tensors from which rows and tokens can be selected."""
     policy, behaviour, advantage, mask = batch(rows=8, seed=seed, dtype=dtype)
     generator = torch.Generator().manual_seed(seed + 100)
     noise = torch.randn(3, *mask.shape, generator=generator, dtype=dtype)
@@ -330,7 +330,7 @@ def test_what_stands_in_masked_positions_leaks_nowhere(mode, garbage):
 @pytest.mark.parametrize("mode", AGGREGATION_MODES)
 @pytest.mark.parametrize("count", [None, 0, torch.tensor(0)], ids=["counted here", "a number", "a tensor"])
 def test_a_batch_without_active_tokens_gives_zero(mode, count):
-    """Also where the whole global batch has none: everything was rejected, or is padding."""
+    """This holds too if the whole global batch has no active token, since all are rejected or padding."""
     policy, behaviour, advantage, mask = batch()
     nothing = Aggregation(mode, batch_num_tokens=count, global_batch_size=count)
     result, gradient = loss_and_gradient(policy, behaviour, advantage, torch.zeros_like(mask), aggregation=nothing)

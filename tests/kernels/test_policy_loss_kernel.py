@@ -1,4 +1,4 @@
-"""The Triton policy loss against fp64 autograd of the reference: every term, mode and edge, no less exact than PyTorch."""
+"""The Triton policy loss compared with the reference's fp64 autograd: every term, mode and edge, as exact as PyTorch."""
 
 import math
 
@@ -15,7 +15,7 @@ GLOBAL = {"dp_size": 2, "batch_num_tokens": 4321, "global_batch_size": 37, "loss
 
 
 def batch(rows=6, tokens=129, seed=0, dtype=torch.float32):
-    """All terms on; prefix masks of every length from 0 to T; NaN, inf and -inf wherever a value must not be read."""
+    """A batch with all terms on, prefix masks of every length from 0 to T, and NaN and ±inf where nothing may be read."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):

@@ -1,4 +1,4 @@
-"""Group normalisation: verl's own bits, and exactly 0 where there is nothing to learn."""
+"""Group normalisation: the same bits as verl, and exactly 0 for groups with equal scores."""
 
 import math
 import re

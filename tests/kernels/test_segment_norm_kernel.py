@@ -1,4 +1,4 @@
-"""The Triton group normalisation against fp64: any sizes, order, offsets; one launch and three give the same bits."""
+"""The Triton group normalisation compared with fp64, for any sizes, order and offsets; all launches give equal bits."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""How hard a demonstration's token is pushed: every shape's value and weight against its formula in fp64, from log π = -100 on."""
+"""The value and weight of every shape of a demonstration's token, compared with formulas in fp64 from log π = -100 on."""
 
 import math
 
@@ -19,7 +19,7 @@ SHAPES = [*POWERS, ("trsft", 0.1, 1.0), ("trsft", 0.01, 0.0), ("chord", 0.1, 1.0
 
 
 def formula(shape, shaping, exponent, log_q):
-    """F and ∂F/∂log q of one log-probability as Python floats, a case at a time; a branch never subtracts what is nearly equal."""
+    """F and ∂F/∂log q of one log-probability as Python floats; no branch subtracts nearly equal numbers."""
     q = math.exp(log_q)
     if shape == "chord":
         return q - q * q / 2, q * -math.expm1(log_q)
@@ -36,7 +36,7 @@ def formula(shape, shaping, exponent, log_q):
 
 
 def found(shape, shaping, exponent, impl, dtype):
-    """-loss and its gradient, token by token, of one teacher row with advantage 1."""
+    """The negative loss and its gradient for each token of a teacher row with advantage 1."""
     logp = torch.tensor([LOGP], dtype=dtype, device=DEVICE, requires_grad=True)
     values, row = [], torch.ones(1, dtype=torch.bool, device=DEVICE)
     for token in range(len(LOGP)):

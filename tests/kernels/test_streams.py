@@ -1,7 +1,8 @@
-"""Row kernels beside GEMMs on two streams: overlapped, without a race, and with the same bits. Checked without a GPU.
+"""Row kernels and GEMMs on two streams overlap, without a race and with the same bits. Checked without a GPU.
 
-Streams are played by vector clocks: an operation is known to run after another one only if a wait says so. All memory
-that the operations touch is recorded, so that two of them that touch the same bytes, one writing, have to be ordered.
+Streams are simulated with vector clocks: one operation counts as running after another only if a wait guarantees it.
+All memory that operations touch is recorded, and two operations that touch the same bytes, one of them writing, must
+be ordered.
 """
 
 import collections
@@ -26,7 +27,7 @@ Touch = collections.namedtuple("Touch", "stream tick first last writes name")
 
 
 class Played(TorchDispatchMode):
-    """Two streams, and every operation that is launched on them."""
+    """Simulates two streams and records every operation on them."""
 
     def __init__(self, buffers=2, joins=True):
         super().__init__()
@@ -78,7 +79,7 @@ class Played(TorchDispatchMode):
 
 
 def play(played, monkeypatch, rows, *, wanted=(True, True, True), chunk=4, collected=8):
-    """Gradients of x = h Wᵀ + b under a row kernel that halves, and what happened on the way."""
+    """Run x = h Wᵀ + b with a row kernel that halves x; returns the gradients and the record of operations."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((rows, 6), (10, 6), (10,)))
     monkeypatch.setattr(chunked, "streams_of", lambda *_: played or One())
@@ -116,14 +117,14 @@ def test_every_row_kernel_but_the_last_runs_beside_the_next_chunks_first_gemm(mo
 
 
 def test_the_races_of_a_wrong_schedule_are_seen(monkeypatch):
-    """One buffer for two chunks of logits, or no wait for the row kernel."""
+    """The wrong schedules: one buffer for two chunks of logits, or no wait for the row kernel."""
     for wrong in (Played(buffers=1), Played(joins=False)):
         play(wrong, monkeypatch, 13)
         assert wrong.races
 
 
 class Second(One):
-    """Two streams' buffers; nothing may be allocated, and no operation of PyTorch run, beside the caller's stream."""
+    """Buffers of two streams; on the second one nothing may be allocated and no PyTorch operation may run."""
 
     buffers = 2
 

@@ -1,4 +1,4 @@
-"""A vocabulary spread over processes gives every process the whole vocabulary's result, and its own slice of the gradients."""
+"""With a vocabulary spread over processes, each process gets the whole result and its slice of the gradients."""
 
 import math
 import os
@@ -19,7 +19,7 @@ WHOLE = slice(None)
 
 
 def batch(dtype):
-    """(3, 4) tokens; the second slice holds no probability but for one token; NaN where nothing may be read."""
+    """A batch of (3, 4) tokens; the second slice has almost no probability, except for one token; NaN if not to be read."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -141,7 +141,7 @@ def test_two_processes_give_the_whole_vocabularys_result(tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_group_of_one_process_changes_nothing(case, tmp_path):
-    """The kernel's path through a process group, on one GPU where there is one."""
+    """The kernel's code path with a process group, on one GPU if there is one."""
     backend = "nccl" if DEVICE == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:

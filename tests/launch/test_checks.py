@@ -118,7 +118,7 @@ def test_a_preset_name_that_was_taken_for_a_string_is_refused(launch):
 
 
 class CharTokenizer:
-    """One token a character; `$` ends a sequence."""
+    """A tokenizer with one token per character; `$` ends a sequence."""
 
     eos_token_id = ord("$")
     all_special_ids, added_tokens_decoder = (eos_token_id,), {}

@@ -34,7 +34,7 @@ def test_a_worker_with_another_version_is_named_with_the_fix(cluster, monkeypatc
 
 
 def test_a_worker_with_another_commit_of_this_version_is_named_with_both_digests(cluster, tmp_path, monkeypatch):
-    """The driver's files lie elsewhere, then a byte of one of them differs."""
+    """First the driver's files are in another folder, then a byte of one of them differs."""
     for package in (hapo_verl, hapo_kernels):
         copy = tmp_path / package.__name__
         shutil.copytree(package.__path__[0], copy, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,4 +1,4 @@
-"""A launch whose files are not there, or lack what verl and HAPO read of them, is one line before anything is started."""
+"""If files of a launch are missing or lack columns, it stops with one line before anything is started."""
 
 import pyarrow
 import pyarrow.parquet

@@ -1,4 +1,4 @@
-"""The estimates of the docstring, to the last digit that it names; a budget that nothing fits is refused at the start."""
+"""The estimates of the module's docstring, to its last digit; a budget that is too small is refused at the start."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A launch is rehearsed on its files: what is right is counted, what is wrong is named before anything is started."""
+"""The doctor's checks of a launch: right things are counted, wrong ones named, before anything is started."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ import tiny_model
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model of 64 positions, 20 rows to train on (one overlong, one missing, one wrong), and validation data."""
+    """A folder with a model of 64 positions, 20 training rows (one overlong, one missing, one wrong), and validation data."""
     folder = tmp_path_factory.mktemp("launch")
     tiny_model.write(folder / "model", alphabet="0123456789", hidden=64, layers=1, seed=0)
     rows = [digits.row(f"{number:03d}", number, "train") for number in range(20)]
@@ -127,7 +127,7 @@ def test_what_is_wrong_is_named(folder, check, overrides, message):
 
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory):
-    """A model that calls tools and 20 rows: the call as a message, one as text, one of another tool's."""
+    """A model with tools and 20 rows: calls as messages, one as text, one of an unknown tool."""
     folder = tmp_path_factory.mktemp("tools")
     make_tokenizer(QWEN).save_pretrained(folder / "model")
     (folder / "model" / "config.json").write_text('{"model_type": "qwen2"}')
@@ -199,7 +199,7 @@ def test_a_head_that_does_not_fit_the_gpu_is_wrong(folder, monkeypatch):
 
 @pytest.fixture(scope="module")
 def biased(folder, tmp_path_factory):
-    """The model with a head that hardly ever writes the digit 7: its weights towards it are those away from all others."""
+    """A model whose head hardly ever writes the digit 7."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = tmp_path_factory.mktemp("biased") / "model"

@@ -1,4 +1,4 @@
-"""Numbers that do not fit each other are named before anything is started; those that fit are counted out."""
+"""Sizes that do not fit together are named before anything is started; sizes that fit are described."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tied weights and the bucket that takes them to vLLM: sizes as verl's actor would send them, read from headers."""
+"""The bucket for weights to vLLM, with tied weights: sizes read from headers equal what verl's actor would send."""
 
 import sys
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_a_vllm_that_does_not_look_for_the_other_name_takes_any_bucket(bucket, t
 
 
 def test_the_installed_vllm_looks_for_the_other_name(bucket, tmp_path):
-    """Else the rule above guards against nothing."""
+    """Otherwise the rule above would not be needed."""
     assert weight_bucket._tied_weights_need_one_bucket()
 
 

@@ -1,4 +1,4 @@
-"""Jagged tensors against the same rows one by one."""
+"""Operations on jagged tensors compared with the same operations row by row."""
 
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ def test_row_sums_are_the_sums_of_the_rows(dtype):
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of a tensor made meanwhile."""
+    """Records the largest number of elements of any tensor that is made."""
 
     elements = 0
 

@@ -1,4 +1,4 @@
-"""The protocol's table says what the code does."""
+"""The protocol's table of fields agrees with the code."""
 
 import ast
 from pathlib import Path
@@ -14,7 +14,7 @@ HELPERS = {rows.DEMONSTRATION: "demonstration_flags", rows.MINI_BATCH: "mini_bat
 
 
 def rooms_that_name(*names: str) -> set[str]:
-    """Rooms in which one of these names is imported from the protocol."""
+    """The folders in which one of these names is imported from the protocol."""
     return {
         path.parent.name
         for path in PACKAGE.glob("*/*.py")

@@ -1,4 +1,4 @@
-"""Stacks of processes that answer nothing else, and no harm to those that were not asked to answer."""
+"""Stacks of blocked processes, and no harm to processes that have not registered for the signal."""
 
 import os
 import signal
@@ -70,7 +70,7 @@ def test_a_process_that_is_gone_is_no_error(process):
 
 
 def test_a_process_of_the_users_own_keeps_its_signal():
-    """Importing verl outside of Ray changes no handler."""
+    """Importing verl outside Ray changes no signal handler."""
     code = f"import verl, signal; print(signal.getsignal({int(SIGNAL)}) is signal.SIG_DFL, flush=True)"
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     run = subprocess.run(

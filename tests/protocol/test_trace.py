@@ -1,4 +1,4 @@
-"""The trace: a sample that stays with its prompts, files that stay small and keep their beginning and their end."""
+"""The trace: the same prompts are sampled in every step, and files stay small and keep their beginning and end."""
 
 import json
 

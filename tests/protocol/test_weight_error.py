@@ -1,4 +1,4 @@
-"""An error of vLLM's worker in a weight update, from verl's own receiver to what the watch is told."""
+"""The way of an error of vLLM's worker in a weight update, from verl's own receiver to the watch."""
 
 import asyncio
 import importlib.util
@@ -22,7 +22,7 @@ TIED = "'lm_head.weight' was skipped because it is tied to 'model.embed_tokens.w
 
 
 def update_that_fails():
-    """verl's receiver with a real segment of shared memory, whose clean-up fails over the error of the load."""
+    """verl's receiver with a real segment of shared memory; its clean-up fails after the error of the load."""
     receiver = transfer.BucketedWeightReceiver("ipc:///tmp/hapo-test.sock", torch.device("cpu"), use_shm=True)
     segment = transfer.create_shared_memory(1024, "hapo-test-weights")
     received = [{"name": "hapo-test-weights", "size": 1024}, {"bucket_meta": {}, "is_last": True}]
@@ -46,7 +46,7 @@ def update_that_fails():
 
 
 def test_verls_clean_up_hides_the_error_that_came_first(monkeypatch):
-    """Else there would be nothing to do here."""
+    """Otherwise the wrapper would not be needed."""
     monkeypatch.setattr(
         transfer, "get_torch_device", lambda: SimpleNamespace(synchronize=lambda: None, empty_cache=lambda: None)
     )
@@ -58,7 +58,7 @@ def test_verls_clean_up_hides_the_error_that_came_first(monkeypatch):
 
 @pytest.fixture
 def modules(monkeypatch):
-    """verl's two modules, as far as they are touched: a worker that fails, and a server with an engine."""
+    """Replacements of verl's two modules: a worker that fails, and a server with an engine."""
 
     class Worker:
         def update_weights_from_ipc(self, fail):
@@ -118,7 +118,7 @@ def test_other_calls_that_fail_are_waited_for_by_verl_itself(modules):
 
 
 def test_verls_own_classes_are_those_that_are_wrapped():
-    """vLLM's worker and verl's server, in every process in which verl is imported."""
+    """They are wrapped in every process in which verl is imported."""
     code = (
         "import verl\n"
         "from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension as Worker\n"

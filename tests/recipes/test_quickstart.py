@@ -1,4 +1,4 @@
-"""The quickstart around the trainer: task, tokenizer, progress, and an end for everything that was started."""
+"""The quickstart without the trainer: task, tokenizer, progress, and that all started processes are ended."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def test_the_tokenizer_is_what_verls_prompt_builder_needs_also_after_a_reload(tm
 
 @pytest.fixture(autouse=True)
 def _a_lock_of_its_own(monkeypatch, tmp_path):
-    """A real trainer that happens to run on this machine holds the other one."""
+    """Use a separate lock, since a real trainer on this machine may hold the usual one."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 

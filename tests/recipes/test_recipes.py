@@ -1,4 +1,4 @@
-"""Every recipe in its dry mode: the command composes against the installed verl, and verl and HAPO accept it."""
+"""Every recipe in dry mode: its command composes with the installed verl, and verl and HAPO accept it."""
 
 import os
 import shlex
@@ -38,14 +38,14 @@ def shell(*command, **environment):
 
 
 def dry(*command, **environment):
-    """The commands that a launch script prints in its dry mode, each as a list of words."""
+    """The commands that a launch script prints in dry mode, each as a list of words."""
     run = shell(*command, **environment)
     assert run.returncode == 0, run.stderr
     return [shlex.split(line) for line in run.stdout.splitlines()]
 
 
 def composed(launch, command):
-    """The configuration of a printed command; it has passed verl's checks and ours."""
+    """The configuration of a printed command, after verl's checks and ours."""
     assert command[:3] == ["python3", "-m", "verl.trainer.main_ppo"]
     config = launch(preset=command[3:])
     validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=False)

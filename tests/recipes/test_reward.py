@@ -1,4 +1,4 @@
-"""The reward of the mathematical recipes: what stands behind the thoughts is compared with the ground truth."""
+"""The reward of the mathematical recipes: the text after the thoughts is compared with the ground truth."""
 
 import sys
 from pathlib import Path

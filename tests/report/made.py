@@ -1,4 +1,4 @@
-"""Files of a run, made up: verl's metrics and HAPO's trace."""
+"""Writes made-up files of a run: verl's metrics and HAPO's trace."""
 
 import json
 import random
@@ -7,7 +7,7 @@ OUTCOMES = ("injected", "not_fired", "overlong")
 
 
 def write_metrics(path, steps, *, seed=0, more=0):
-    """The records that were written, {step: data}."""
+    """Write verl's metrics; returns the records as {step: data}."""
     rng = random.Random(seed)
     names = [
         "hapo/on_policy_success", "hapo/gate/firing_rate", "hapo/gate/threshold", "hapo/injected/row_share",
@@ -25,7 +25,7 @@ def write_metrics(path, steps, *, seed=0, more=0):
 
 
 def write_trace(folder, steps, *, prompts, groups=4, rollouts=4, tokens=20, seed=0, vocabulary=9):
-    """A trace in which prompt i is visited in turn; the rows of every group are traced."""
+    """Write a trace in which the prompts are visited in turn, with the rows of every group."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(

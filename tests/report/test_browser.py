@@ -24,7 +24,7 @@ def browser():
 
 @pytest.fixture
 def report(tmp_path):
-    """A report as a file, of a run of so many steps."""
+    """The report of a run with this number of steps, as a file."""
 
     def make(steps, prompts, **trace):
         write_metrics(tmp_path / "run" / "metrics.jsonl", steps)
@@ -38,7 +38,7 @@ def report(tmp_path):
 
 @pytest.fixture
 def open_page(browser):
-    """Opens a file at a width and gives its page; whatever its console or its network said fails the test."""
+    """Open a file at a given width; any console message or network request fails the test."""
     said, pages = [], []
 
     def open_at(path, width, scheme="light"):

@@ -1,4 +1,4 @@
-"""The page: its numbers are the files', it loads nothing, it stays small, and nothing in a text can change it."""
+"""The page: its numbers equal those of the files, it loads nothing, it stays small, and no text can inject HTML."""
 
 import json
 import math
@@ -25,7 +25,7 @@ MIB = 2**20
 
 
 class Page(HTMLParser):
-    """What a page is made of: tags with attributes, and the text of elements with an id."""
+    """Parses a page: tags with attributes, and the text of elements with an id."""
 
     def __init__(self, text):
         super().__init__()
@@ -47,7 +47,7 @@ class Page(HTMLParser):
 
 
 def table(page):
-    """Rows of the table of all metrics: (metric, run) → records, first, last, least, greatest."""
+    """The table of all metrics: (metric, run) → records, first, last, least, greatest."""
     body = page[page.index('<details id="numbers">') :]
     rows = re.findall(r"<tr><th>([^<]*)</th><td>([^<]*)</td>(.*?)</tr>", body)
     return {(name, run): [float(cell) for cell in re.findall(r"<td>([^<]*)</td>", cells)] for name, run, cells in rows}
@@ -211,7 +211,7 @@ def test_examples_stop_where_the_page_would_grow_too_large():
 
 
 def loaded(page):
-    """Whatever a browser would fetch for this page."""
+    """Everything that a browser would fetch for this page."""
     found = []
     for tag, attributes in page.tags:
         if tag in ("link", "base", "iframe", "object", "embed", "video", "audio", "source", "form"):

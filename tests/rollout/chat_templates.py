@@ -1,8 +1,8 @@
-"""What public chat templates write around an assistant's turn, and tokenizers of one token a byte with their tokens.
+"""Chat templates like those of public models, and tokenizers with one token per byte and the models' special tokens.
 
-Written anew for these tests, and as short as they allow: roles, headers, ends of turns and thoughts are those of the
-templates that the models' authors publish in `tokenizer_config.json` (system prompts and tools are left out, as nothing
-here depends on them). Which tokens are special, and where generation stops, is what these files say, too.
+The templates were written for these tests and are short. Roles, headers, ends of turns and thoughts are those of the
+templates that the models' authors publish in `tokenizer_config.json`; system prompts and tools are left out, since
+nothing here depends on them. Special tokens and stop tokens are those of the published files too.
 """
 
 import sys
@@ -64,17 +64,17 @@ PHI3 = (
 
 @dataclass(frozen=True)
 class Chat:
-    """A model's way to write a chat.
+    """The chat format of a model.
 
     Attributes:
         template: its chat template.
-        end: closes an assistant's turn.
-        header: opens a user's turn.
+        end: token that closes an assistant's turn.
+        header: text that opens a user's turn.
         special: further special tokens.
-        plain: added tokens that are not called special.
+        plain: added tokens that are not marked as special.
         stops: further tokens at which generation stops.
         kwargs: `data.apply_chat_template_kwargs`.
-        ends_with: what stands in front of the policy's first token.
+        ends_with: text before the policy's first token.
     """
 
     template: str

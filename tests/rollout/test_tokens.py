@@ -1,4 +1,4 @@
-"""Demonstrations in the chat templates of public models: thoughts, control tokens and the end, each of them once."""
+"""Demonstrations in the chat templates of public models: thoughts, control tokens and the end appear exactly once."""
 
 import pytest
 
@@ -56,7 +56,7 @@ def test_a_thought_is_opened_once_and_closed_before_the_answer_in_every_template
 
 
 def answer(name, text):
-    """The text as an answer that this template takes: behind a thought where it begins one."""
+    """The text as a valid answer for this template: after a thought if the template opens one."""
     return f"</think>{text}" if name == "DeepSeek-R1-Distill" else text
 
 
@@ -82,7 +82,7 @@ def test_added_tokens_that_are_text_and_names_of_roles_are_no_control_tokens(cha
 
 
 def test_what_a_template_writes_in_front_of_a_text_may_stand_there():
-    """As gpt-oss does, whose channels are tokens: the policy writes them itself, in front of every answer."""
+    """For example gpt-oss, whose channels are tokens: the policy writes them itself before every answer."""
     tokenizer = CHATS["Phi-3"].tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>", "<|message|>"]})
     tokenizer.chat_template = CHATS["Phi-3"].template.replace(

@@ -1,7 +1,7 @@
-"""Demonstrations with calls of tools against verl's own tool loop: the same tokens, the same mask, the same turns.
+"""Demonstrations with tool calls compared with verl's own tool loop: the same tokens, mask and turns.
 
-verl's `ToolAgentLoop` runs with a server that says what the demonstration's assistant says, written out here token by
-token, and with tools that answer what the demonstration's tools answer.
+verl's `ToolAgentLoop` runs with a server that writes the demonstration's assistant turns, given here as tokens, and
+with tools that give the demonstration's answers.
 """
 
 import asyncio
@@ -60,9 +60,9 @@ class Run:
 
     Attributes:
         config: verl's whole configuration.
-        template: of the chat.
-        special: tokens beside the quickstart's.
-        model_type: by which verl chooses how answers become tokens.
+        template: chat template.
+        special: special tokens beside the quickstart's.
+        model_type: the model type, by which verl chooses its builder for answers.
         ends: tokens at which generation stops.
     """
 
@@ -90,7 +90,7 @@ class Run:
         return chat.demonstration(demonstration, row, max_tokens=max_tokens)
 
     def verls(self, written, answers, **row):
-        """verl's output where the policy writes these texts and the tools answer so."""
+        """verl's output if the policy writes these texts and the tools give these answers."""
         said = [self.tokenizer.encode(text, add_special_tokens=False) for text in written]
 
         class Server:
@@ -392,7 +392,7 @@ def test_a_list_with_one_message_is_the_string_bit_for_bit(a_run):
 
 
 def test_a_launch_loads_its_own_tools_loops_and_model(a_run, tmp_path):
-    """The driver, the doctor and the data tools have no agent loop worker to ask."""
+    """The driver, the doctor and the data tools have no agent loop worker."""
     run = a_run()
     (tmp_path / "loops.yaml").write_text(
         "- name: own\n  _target_: verl.experimental.agent_loop.tool_agent_loop.ToolAgentLoop\n"

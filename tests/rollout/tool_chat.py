@@ -1,4 +1,4 @@
-"""Chat templates that render tools, and a tokenizer for them: one token a byte, special tokens of their own."""
+"""Chat templates that render tools, and a tokenizer for them with one token per byte and their special tokens."""
 
 import sys
 from pathlib import Path
@@ -62,7 +62,7 @@ GLM = """
 
 
 def make_tokenizer(template, *special):
-    """The quickstart's tokenizer of every byte, with this template and further special tokens."""
+    """The quickstart's byte tokenizer, with this template and further special tokens."""
     tokenizer = tiny_model.make_tokenizer(None)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *special]})
     tokenizer.chat_template = template

@@ -1,4 +1,4 @@
-"""A tiny model that writes digits backwards, in TRL's trainer; these tests run where TRL is, see the Makefile."""
+"""Fixtures with a tiny model that reverses digits in TRL's trainer; these tests need TRL's environment, see Makefile."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ PER_GROUP = 4
 
 
 def reward(completions, answer, **_):
-    """1 for exactly the answer."""
+    """The rewards: 1 for exactly the answer, else 0."""
     return [float(completion[0]["content"] == right) for completion, right in zip(completions, answer, strict=True)]
 
 
@@ -38,7 +38,7 @@ def tiny():
 
 @pytest.fixture
 def settings(tmp_path):
-    """Of a run that ends in a second or two; two prompts a step."""
+    """The settings of a run that takes a second or two, with two prompts per step."""
 
     def of(**more):
         values = {

@@ -1,6 +1,6 @@
-"""Two optimizer steps of HAPO in this process or in one of several, on completions that are given; writes weights.
+"""Runs two optimizer steps of HAPO on given completions, in one process or in one of several, and writes the weights.
 
-Started by `test_processes.py`: `step_process.py OUTPUT`, by itself or by torchrun.
+Started by `test_processes.py` as `step_process.py OUTPUT`, directly or by torchrun.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The same completions through TRL's trainer, the plain loop and the functions that verl's adapter calls."""
+"""The same completions give the same results in TRL's trainer, the plain loop and the functions of verl's adapter."""
 
 import random
 
@@ -22,7 +22,7 @@ SHAPES = {"paper": {}, "log": {"exponent": 0.0}, "trsft": {"shape": "trsft"}}
 
 
 class Digits:
-    """The tests' task, as the plain loop asks for one."""
+    """The tests' task with the plain loop's interface."""
 
     tokens = 6
 
@@ -31,7 +31,7 @@ class Digits:
 
 
 def in_the_plain_loop(model, tokenizer, statistics, shape):
-    """Rows, advantages and loss of the plain loop; the model has the gradient."""
+    """Rows, advantages and loss of the plain loop; the gradient is left in the model."""
     import plain_loop
     from task import Problem
 
@@ -131,7 +131,7 @@ def test_advantages_and_loss_are_those_of_verls_adapter(trainer, monkeypatch, lo
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 def test_the_loss_does_not_change_with_the_cut_into_passes(trainer, monkeypatch, loss_type):
-    """Two passes of half the rows each, as gradient accumulation takes them, add up to one of all rows."""
+    """Two passes with half of the rows each, as in gradient accumulation, add up to one pass with all rows."""
     losses = []
     for passes in (1, 2):
         hapo = trainer(

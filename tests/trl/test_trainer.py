@@ -1,4 +1,4 @@
-"""HAPO in TRL's trainer: whom a demonstration replaces, what is scored, what is learned, and in which settings."""
+"""HAPO in TRL's trainer: which completion is replaced, what is scored, what is learned, and for which settings."""
 
 import math
 
@@ -28,7 +28,7 @@ def metrics(trainer, name):
 
 
 def writes(trainer, monkeypatch, *texts):
-    """Let the policy write these texts, and again from the first, instead of sampling."""
+    """Let the policy write these texts instead of sampling, starting again from the first when they run out."""
 
     def generate(prompt_ids, *args, **kwargs):
         chosen = [texts[i % len(texts)] for i in range(len(prompt_ids))]

@@ -1,11 +1,11 @@
-"""REAL, "Rewards as Labels" (arXiv 2602.05630): a group's rewards are labels, its mean log-ratios are logits.
+"""REAL, "Rewards as Labels" (arXiv 2602.05630): a classification loss, rewards as labels and mean log-ratios as logits.
 
     s_i = mean over the tokens of row i of log π − log π_old
     L   = log(1 + Σ₊ exp(−s_i/τ)) + log(1 + Σ₋ exp(s_j/τ))          Σ₊: rows of reward 1, Σ₋: rows of reward 0
 
-summed over the groups that have both classes, divided by the number of all groups. No ratio is clipped: a row's weight
-|∂L/∂s| = e^{∓s/τ} / (τ (1 + Σ)) is at most 1/τ by itself. It needs the s of the whole group, which lie in other
-micro-batches and on other ranks, so they are obtained first and the loss is differentiated as −Σ W log π.
+L is summed over the groups that have both classes and divided by the number of all groups. No clipping is needed: a
+row's weight |∂L/∂s| = e^{∓s/τ} / (τ (1 + Σ)) is at most 1/τ. The weight depends on the s of the whole group, whose rows
+may be in other micro-batches and on other ranks. So all s are computed first, and the gradient is that of −Σ W log π.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from hapo_verl.config import checked, positive
 
 @dataclass(frozen=True)
 class Real(Objective):
-    """τ is `temperature`."""
+    """The objective REAL; `temperature` is τ."""
 
     name: str = "real"
-    # tau of the logits s/tau, s a row's mean log-probability over its old one.
+    # tau of the logits s/tau, where s is a row's mean log-ratio between the policy in training and the old one.
     temperature: float = checked(
         0.5,
         # A weight of 1/tau has to fit fp32.
@@ -49,7 +49,7 @@ class Real(Objective):
     def likelihood_weight(self, rows: Rows) -> Tensor:
         logit_B, class_B, total_C, both_G = self._classes(rows)
         weight_B = (logit_B - total_C[class_B]).exp() / self.temperature * both_G[class_B // 2]
-        # Divided by groups here, by rows in the aggregation.
+        # REAL divides by the number of groups, but the aggregation will divide by the number of rows.
         weight_B = weight_B * (rows.batch_size / rows.groups)
         return torch.where(class_B % 2 == 1, weight_B, -weight_B)
 
@@ -58,7 +58,7 @@ class Real(Objective):
         return total_C.view(-1, 2)[both_G].sum() / rows.groups
 
     def _classes(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of each row ∓s/τ and its class 2g + r; of each class log(1 + Σ); whether a group has both classes."""
+        """Per row its logit ∓s/τ and its class 2g + r, per class log(1 + Σ), per group whether it has both classes."""
         positive_B = rows.score_B > 0.5
         logit_B = torch.where(positive_B, -rows.log_ratio_B, rows.log_ratio_B) / self.temperature
         ids_G, group_B = torch.unique(rows.group_B, return_inverse=True)
@@ -70,5 +70,5 @@ class Real(Objective):
 
 
 def _both_classes(class_B: Tensor, groups: int) -> Tensor:
-    """(groups,) bool: some row is of class 2g, some of class 2g + 1."""
+    """Whether each group has rows of both classes, 2g and 2g + 1; (groups,) bool."""
     return torch.bincount(class_B, minlength=2 * groups).view(-1, 2).all(dim=1)

@@ -1,12 +1,12 @@
-"""SRFT (arXiv 2506.19767): fine-tuning and reinforcement in one step, weighed by the policy's entropy.
+"""SRFT (arXiv 2506.19767): fine-tuning and reinforcement in one step, weighted by the policy's entropy.
 
-    H              mean token entropy of the batch's responses, no gradient
+    H              mean token entropy of the batch's responses, without gradient
     demonstration  −0.5 e^{−H} log π  −  A f(π)         cross-entropy, and LUFFY's shaped term of `policy_loss.py`
     success        −0.1 e^{H} log π
     failure         log π
 
-A is relative to the group, demonstration included. Its authors published no code; the weights of the policy's own rows
-are those of the only public implementation, inside HPT's.
+A is group-relative, with the demonstration in the statistics. The authors of SRFT published no code; the weights of the
+policy's own rows are those of the only public implementation, which is part of HPT's code.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ _WEIGHT = "a weight must be positive and at most 1e6."
 
 
 def _is_weight(value: Any) -> bool:
-    # Beyond that an entropy of a few nats makes fp32 overflow.
+    # With larger weights an entropy of a few nats could overflow fp32.
     return positive(value) and value <= 1e6
 
 
 @dataclass(frozen=True)
 class Srft(Objective):
-    """Factors of the entropy weights, and the weight of failures."""
+    """The objective SRFT: factors of the entropy weights, and the weight of failures."""
 
     name: str = "srft"
-    # Of the demonstrations' cross-entropy, times exp(-H).
+    # Factor of the demonstrations' cross-entropy, which is multiplied by exp(-H) too.
     demonstration_weight: float = checked(0.5, _is_weight, f"{_WEIGHT} Use 0.5.")
-    # Of the log-likelihood of rollouts that succeeded, times exp(H).
+    # Factor of the log-likelihood of successful rollouts, which is multiplied by exp(H) too.
     success_weight: float = checked(0.1, _is_weight, f"{_WEIGHT} Use 0.1.")
-    # By which the log-likelihood of rollouts that failed is pushed down.
+    # Factor with which the log-likelihood of failed rollouts is pushed down.
     failure_weight: float = checked(1.0, _is_weight, f"{_WEIGHT} Use 1.0.")
     reads: ClassVar[frozenset[str]] = frozenset({"entropy"})
     binary_scores: ClassVar[bool] = True
-    # No weight is 0.
+    # No weight is 0, so every row has a gradient.
     idle_rows: ClassVar[bool] = False
 
     def advantage(self, advantage_B: Tensor, demonstration_B: Tensor, tokens_B: Tensor) -> Tensor:

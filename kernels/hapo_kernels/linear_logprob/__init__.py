@@ -1,18 +1,18 @@
-"""Log-probability of each chosen token, and entropy, straight from hidden states and the language-model head.
+"""Log-probability of each chosen token, and entropy, from hidden states and the language-model head.
 
     x = h Wᵀ + b,    d_v = (x_v - m)/τ,    log π(y) = d_y - log Σ_v e^{d_v},    H = log Σ_v e^{d_v} - Σ_v p_v d_v
 
-with m = max x, so that no exponential overflows and H is a sum of two non-negative terms. The (N, V) logits never exist
-as a whole: a chunk of rows at a time goes through the vendor's GEMM into fp32, one kernel sweep takes the statistics,
-and the backward pass computes the chunk again (`chunked`):
+with m = max x, so that no exponential overflows and H is a sum of two non-negative terms. The (N, V) logits are never
+stored as a whole: for one chunk of rows at a time, the vendor's GEMM computes fp32 logits and one kernel sweep computes
+the statistics. The backward pass computes the chunk again (`chunked`):
 
     ∂/∂x_v = (1/τ) [ g (1{v=y} - p_v) - g_H p_v (log p_v + H) ],    g, g_H the upstream gradients of log π and H
 
-Work: 2NHV flops forward, 6NHV backward (4NHV with a frozen weight), over the rows that are kept, and backward over
+Work: 2NHV flops forward, 6NHV backward (4NHV with a frozen weight). N counts only rows that are kept, and backward only
 those whose upstream gradient is not 0. Rows that do not train never enter a GEMM.
 
-Vocabulary-parallel: each rank of a process group holds a contiguous slice of V; only four numbers a row travel forward,
-and ∂h is summed over the ranks backward.
+Vocabulary-parallel: each rank of a process group holds a contiguous slice of V. Forward, the ranks exchange only four
+numbers per row; backward, ∂h is summed over the ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IGNORED = -100
 
 
 class LinearLogprob(NamedTuple):
-    """What the head returns, a value a token."""
+    """The results of the head, one value per row."""
 
     logp_N: Tensor  # nats, fp32 (fp64 for fp64 input); exactly 0 on rows that are not kept
     entropy_N: Tensor  # nats; exactly 0 on rows that are not kept, and everywhere without with_entropy
@@ -60,32 +60,36 @@ def linear_logprob(
     """log π(label) and entropy of softmax((h Wᵀ + b) / τ), differentiable in hidden, weight and bias.
 
     Args:
-        hidden_NH: rows to score; flatten (B, T, H) first.
-        weight_VH: the head, or this rank's slice of it in rank order, all slices of one size. A frozen weight costs no
-            gradient work; one tied to the embedding gets its gradient added there by autograd.
+        hidden_NH: hidden states of the rows; flatten (B, T, H) first.
+        weight_VH: the head, or this rank's slice of it in rank order, all slices of equal size. A frozen weight costs
+            no gradient work; for a weight tied to the embedding, autograd adds the gradients.
         label_N: int32 or int64 token ids of the whole vocabulary. -100 leaves a row out. Any other label outside
             [0, V) gives NaN, and an error with HAPO_KERNELS_DEBUG=1.
-        temperature: τ > 0, one number or one a row (N,).
-        keep_N: bool, rows to compute; default all. What stands in the others is not read.
-        with_entropy: also H. Its sums cost nothing in the forward sweep; its gradient is computed if asked for.
-        vocabulary_group: ranks that each hold a slice of V. They pass the same rows and upstream gradients, and all get
-            the whole result and ∂hidden.
+        bias_V: bias of the head.
+        temperature: τ > 0, one number or one per row (N,).
+        keep_N: bool, rows to compute; default all. The values of other rows are not read.
+        with_entropy: also compute H. This costs nothing in the forward sweep; its gradient is computed if needed.
+        vocabulary_group: ranks that each hold a slice of V. They must pass the same rows and upstream gradients, and
+            all get the whole result and ∂hidden.
         chunk_rows: rows of fp32 logits held at once. Every chunk is padded to this size, so that the bits of a row do
-            not depend on how many rows there are. The default holds at most 1 GiB.
+            not depend on the number of rows. The default takes at most 1 GiB.
         collect_rows: rows whose ∂logits, in the storage dtype, are collected for one GEMM of the weight's gradient,
-            rounded down to whole chunks. The default is 4,096, or what 2 GiB of 16 bits hold.
-        memory_gib: picks both, so that logits, ∂logits and the weight's gradient in fp32 stay within that many GiB.
-            What works is at least the gradient, in fp32 and as it is handed on (`hapo_kernels.memory`). The reference
-            takes all rows at once and reads none of the three.
-        kept_rows: how many rows are kept (keep_N, and no label of -100), where the caller knows. Without it the host
-            waits for the device once in each pass; with it, nothing here waits, and the backward pass takes every kept
-            row, also one whose upstream gradient is 0. A wrong number is an error; on a GPU it is an assertion on the
-            device, which waits for nothing.
-        main_grad_VH: fp32, the caller's own. The backward pass adds the weight's gradient there, and the weight itself
-            gets none from autograd.
+            rounded down to whole chunks. The default is 4,096, or as many as fit into 2 GiB of 16-bit numbers.
+        memory_gib: chooses both, so that logits, ∂logits and the weight's gradient in fp32 fit into this many GiB. The
+            minimum is the memory of the gradient, in fp32 and converted (`hapo_kernels.memory`). The reference
+            computes all rows at once and ignores all three.
+        kept_rows: the number of kept rows (keep_N, and no label of -100), if the caller knows it; else the host waits
+            for the device once in each pass. With it, nothing waits, but the backward pass computes every kept row,
+            even if its upstream gradient is 0. A wrong number is an error; on a GPU it is checked by an assertion on
+            the device, without waiting.
+        main_grad_VH: fp32 tensor of the caller. The backward pass adds the weight's gradient to it, and the weight gets
+            no gradient from autograd.
 
     The reference computes in fp32 (fp64 for fp64 input). The kernel multiplies in the storage dtype with fp32
     accumulation and fp32 logits, and accumulates the weight's gradient in fp32.
+
+    Raises:
+        ValueError, TypeError: if arguments do not fit together.
     """
     check_head(hidden_NH, weight_VH, label_N, bias_V, temperature, keep_N)
     keep_N = label_N != IGNORED if keep_N is None else keep_N & (label_N != IGNORED)
@@ -107,14 +111,14 @@ def linear_logprob(
 
 
 def temperature_of(temperature: float | Tensor, hidden_NH: Tensor) -> Tensor:
-    """τ of every row, so that an equal tensor and a number give the same bits."""
+    """The temperature of every row, (N,), so that one number and a tensor of equal values give the same bits."""
     dtype = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
     temperature = torch.as_tensor(temperature, device=hidden_NH.device).detach().to(dtype)
     return temperature.expand(hidden_NH.shape[0]).contiguous()
 
 
 def vocabulary_size(weight_VH: Tensor, group: ProcessGroup | None) -> int:
-    """Tokens of the whole vocabulary, of which `weight_VH` may be a slice; HAPO_KERNELS_DEBUG=1 compares the ranks'."""
+    """The size of the whole vocabulary; with HAPO_KERNELS_DEBUG=1, checks that all ranks' slices have equal size."""
     if group is None:
         return weight_VH.shape[0]
     if debug():
@@ -129,7 +133,7 @@ def vocabulary_size(weight_VH: Tensor, group: ProcessGroup | None) -> int:
 
 
 def check_labels(name: str, label: Tensor, kept: Tensor, V: int, fix: str) -> None:
-    """With HAPO_KERNELS_DEBUG=1: the labels that are read lie in [0, V)."""
+    """With HAPO_KERNELS_DEBUG=1, raise ValueError if a label that is read lies outside [0, V)."""
     if not debug():
         return
     wrong = kept & ((label < 0) | (label >= V))
@@ -139,7 +143,7 @@ def check_labels(name: str, label: Tensor, kept: Tensor, V: int, fix: str) -> No
 
 
 def check_main_grad(main_grad_VH: Tensor | None, weight_VH: Tensor) -> None:
-    """Refuse what the weight's gradient cannot be added to, in one line."""
+    """Raise ValueError, with one line, if the weight's gradient cannot be added to this tensor."""
     if main_grad_VH is None:
         return
     found = f"main_grad_VH: {main_grad_VH.dtype} of shape {tuple(main_grad_VH.shape)} on {main_grad_VH.device}"
@@ -161,7 +165,7 @@ def check_head(
     temperature: float | Tensor,
     keep_N: Tensor | None,
 ) -> None:
-    """Refuse inputs of a head that do not fit each other, one line each."""
+    """Raise ValueError or TypeError, with one line, for inputs of a head that do not fit together."""
     if hidden_NH.ndim != 2 or weight_VH.ndim != 2 or hidden_NH.shape[1] != weight_VH.shape[1]:
         raise ValueError(
             f"hidden_NH {tuple(hidden_NH.shape)} and weight_VH {tuple(weight_VH.shape)}: (N, H) and (V, H) with one H. "

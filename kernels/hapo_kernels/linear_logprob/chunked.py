@@ -1,14 +1,14 @@
-"""The GEMMs of a language-model head, a chunk of rows at a time, with a row kernel behind the first of them.
+"""The GEMMs of a language-model head for one chunk of rows at a time, with a row kernel after the first GEMM.
 
     a chunk, R rows:        x = h Wᵀ + b in fp32,    row kernel: x -> ∂x in the storage dtype,    ∂h = ∂x W
     a collection, C rows:   ∂W (+)= ∂xᵀ h in fp32
 
-∂W has 4VH bytes, and every GEMM that adds to it reads and writes all of them, so the ∂x of several chunks are collected
-for one. The first one writes: ∂W is not filled with zeros.
+∂W has 4VH bytes, and every GEMM that adds to it reads and writes all of them. So the ∂x of several chunks are collected
+for one GEMM. The first GEMM writes instead of adding, so ∂W need not be filled with zeros.
 
-Every GEMM over a chunk has one shape, whatever the batch, so that the bits of a row's results do not depend on the
-number of rows. The last chunk is padded with rows of zeros. On a GPU a row kernel runs beside the next chunk's first
-GEMM (`streams`).
+Every GEMM over a chunk has the same shape for every batch, so that the bits of a row's results do not depend on the
+number of rows. The last chunk is padded with rows of zeros. On a GPU a row kernel runs at the same time as the next
+chunk's first GEMM (`streams`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor
 from hapo_kernels.linear_logprob.streams import One, Two, streams_of
 from hapo_kernels.memory import Rows
 
-# Takes a chunk's rows, its place among all rows, its logits, and where their gradient goes (None: nowhere).
+# Arguments: the chunk's row numbers, the number of rows before it, its logits, the output for their gradient or None.
 RowKernel = Callable[[Tensor, int, Tensor, "Tensor | None"], None]
 
 
 class Gradients:
-    """Where dlogits go: ∂hidden row by row, ∂weight and ∂bias summed over the collections in fp32."""
+    """Computes the gradients from dlogits: ∂hidden for each row, ∂weight and ∂bias summed in fp32."""
 
     def __init__(
         self,
@@ -39,7 +39,14 @@ class Gradients:
         main_grad_VH: Tensor | None = None,
         upstream: float = 1.0,
     ):
-        """main_grad_VH takes the place of ∂weight: `upstream` times that is added there."""
+        """Allocate the gradients.
+
+        Args:
+            hidden_NH, weight_VH, bias_V: the inputs of the head.
+            wanted: whether the gradients of hidden states, weight and bias are needed.
+            main_grad_VH: if given, `upstream` times ∂weight is added to it instead of being returned.
+            upstream: factor of what is added to `main_grad_VH`.
+        """
         dense, fp32 = torch.contiguous_format, torch.float32
         self.weight_VH = weight_VH
         self.hidden_NH = torch.zeros_like(hidden_NH, memory_format=dense) if wanted[0] else None
@@ -52,17 +59,17 @@ class Gradients:
 
     @property
     def collects(self) -> bool:
-        """Whether anything is summed over rows."""
+        """Whether the gradient of weight or bias is needed, so that dlogits must be collected."""
         return self._dweight_VH is not None or self.dbias_V is not None
 
     def of_chunk(self, row: Tensor, dlogits: Tensor) -> None:
-        """`dlogits` is padded."""
+        """Compute ∂hidden for the rows of a chunk; `dlogits` is padded to the size of a chunk."""
         if self.hidden_NH is not None:
             dhidden = matmul(dlogits, self.weight_VH)[: len(row)]
             self.hidden_NH.index_copy_(0, row, dhidden.to(self.hidden_NH.dtype))
 
     def of_collection(self, hidden: Tensor, dlogits: Tensor) -> None:
-        """Both are padded; dlogits of the padding is 0."""
+        """Add a collection to ∂weight and ∂bias; both arguments are padded, and dlogits is 0 in the padding."""
         if self._dweight_VH is not None:
             matmul_into(self._dweight_VH, dlogits.T, hidden, adds=self._adds, alpha=self._upstream)
             self._adds = True
@@ -70,7 +77,7 @@ class Gradients:
             self.dbias_V += dlogits.sum(0, dtype=torch.float32)
 
     def result(self, group: dist.ProcessGroup | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """∂hidden is summed over the slices of a vocabulary; ∂weight is None where it went to `main_grad_VH`."""
+        """Returns ∂hidden (summed over the ranks of `group`), ∂weight (None if added to `main_grad_VH`) and ∂bias."""
         if group is not None and self.hidden_NH is not None:
             dist.all_reduce(self.hidden_NH, group=group)
         if self._dweight_VH is not None and not self._adds:
@@ -83,12 +90,12 @@ class _Chunk(NamedTuple):
 
     row: Tensor
     dlogits: Tensor
-    # Hidden states and dlogits of the whole collection, where this is its last chunk.
+    # Hidden states and dlogits of the whole collection if this is its last chunk, else None.
     collection: tuple[Tensor, Tensor] | None
 
 
 class Head:
-    """A head, and the pieces in which it takes rows of hidden states."""
+    """A language-model head, and the chunk sizes in which it processes rows of hidden states."""
 
     def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, rows: Rows):
         self.hidden_NH, self.weight_VH, self.bias_V, self.rows = hidden_NH, weight_VH, bias_V, rows
@@ -96,9 +103,9 @@ class Head:
     def run(
         self, row: Tensor, row_kernel: RowKernel, gradients: Gradients | None = None, *, overlap: bool = True
     ) -> None:
-        """Take the rows `row` through the head and `row_kernel`; their dlogits go to `gradients`.
+        """Run the head and `row_kernel` over the rows `row`, and pass their dlogits to `gradients`.
 
-        `row_kernel` allocates nothing that it hands to the GPU, unless `overlap` is off.
+        With `overlap` the row kernel runs on a second stream; then it must not allocate memory on the GPU.
         """
         if not len(row):
             return
@@ -113,7 +120,7 @@ class Head:
             streams.join()
 
     def _buffers(self, slots: int, logits: int, gradient: bool) -> tuple[list[Tensor], Tensor | None]:
-        """Chunks of logits, and dlogits of `slots` chunks."""
+        """Allocate `logits` chunks of logits and, if a gradient is needed, dlogits of `slots` chunks."""
         size, V = self.rows.chunk, self.weight_VH.shape[0]
         chunks = [self.hidden_NH.new_empty(size, V, dtype=torch.float32) for _ in range(logits)]
         return chunks, self.hidden_NH.new_empty(slots * size, V) if gradient else None
@@ -136,7 +143,7 @@ class Head:
                 hidden = self._gather(row[done : done + collected])
             here, x = slice(start, start + size), logits[number % len(logits)]
             logits_into(x, hidden[here], self.weight_VH, self.bias_V)
-            streams.join()  # with the last chunk's row kernel, which has run beside this chunk's logits
+            streams.join()  # waits for the last chunk's row kernel, which ran while these logits were computed
             if gradients is not None and last is not None:
                 _finish(last, gradients)
             into = None if dlogits is None else _padded(dlogits[here], len(piece))
@@ -150,7 +157,7 @@ class Head:
             _finish(last, gradients)
 
     def _gather(self, row: Tensor) -> Tensor:
-        """Hidden states of these rows, and rows of zeros up to a multiple of a chunk."""
+        """The hidden states of these rows, padded with rows of zeros to a multiple of the chunk size."""
         padded = -(-len(row) // self.rows.chunk) * self.rows.chunk
         hidden = self.hidden_NH.new_empty(padded, self.hidden_NH.shape[1])
         torch.index_select(self.hidden_NH, 0, row, out=hidden[: len(row)])
@@ -164,23 +171,23 @@ def _finish(chunk: _Chunk, gradients: Gradients) -> None:
 
 
 def _padded(values: Tensor, rows: int) -> Tensor:
-    """`values` itself, zero from the row `rows` on."""
+    """Set `values` to zero from the row `rows` on, in place, and return it."""
     if rows < len(values):
         values[rows:].zero_()
     return values
 
 
 def logits_into(out: Tensor, hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> None:
-    """h Wᵀ + b in fp32."""
+    """out = h Wᵀ + b in fp32."""
     matmul_into(out, hidden, weight_VH.T)
     if bias_V is not None:
         out.add_(bias_V)
 
 
 def multiplies_narrow(a: Tensor) -> bool:
-    """Whether 16-bit numbers are multiplied as they are, and summed in fp32.
+    """Whether 16-bit numbers are multiplied in their own dtype, with sums in fp32.
 
-    The CPU, where kernels are only tested, multiplies in fp32.
+    On a CPU, where kernels are only tested, they are converted to fp32 first.
     """
     return a.is_cuda and a.dtype != torch.float32
 
@@ -204,5 +211,5 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, adds: bool = False, alpha:
 
 
 def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """upstream · gradient in another dtype, in one pass: no product in the gradient's own dtype is written."""
+    """upstream · gradient converted to another dtype, in one pass, without a temporary in the gradient's own dtype."""
     return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))

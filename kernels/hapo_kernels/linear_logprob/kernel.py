@@ -1,9 +1,10 @@
-"""The language-model head: the vendor's GEMMs of `chunked`, and one Triton program a row between them.
+"""The language-model head: the vendor's GEMMs of `chunked`, with one Triton program per row between them.
 
-`sweep` is the online softmax of one row, `write_dlogits` its gradient; `policy_head` puts the loss between the two. A
-row's offset is int64 (N·V passes 2³¹ at 16k tokens), nothing length-like is a constexpr, there are no atomics.
+`sweep` is the online softmax of one row, `write_dlogits` its gradient; `policy_head` computes the loss between the two.
+The offset of a row is int64, since N·V exceeds 2³¹ at 16k tokens. No length is a constexpr, so a new length needs no
+compilation. There are no atomic operations.
 
-A row kernel reads fp32 logits, 4 B an element, and its backward reads 4 B and writes the storage dtype.
+A row kernel reads fp32 logits, 4 B per element; its backward reads 4 B and writes the storage dtype.
 """
 
 # Triton passes ints and bools for constexpr parameters, adds num_warps to every launch and iterates over its own range;
@@ -28,19 +29,19 @@ from hapo_kernels.linear_logprob import reference
 from hapo_kernels.linear_logprob.chunked import Gradients, Head
 from hapo_kernels.memory import Rows
 
-LOWEST = tl.constexpr(-3.0e38)  # finite start of the running maximum: -inf - -inf is NaN
-FLOOR = tl.constexpr(-1.0e30)  # e^FLOOR is 0, and FLOOR · 0 is 0 where -inf · 0 is NaN
+LOWEST = tl.constexpr(-3.0e38)  # start of the running maximum; finite, because -inf - -inf is NaN
+FLOOR = tl.constexpr(-1.0e30)  # e^FLOOR is 0, and FLOOR · 0 is 0, while -inf · 0 is NaN
 
 
 @triton.jit
 def floored(x):
-    """max(x, FLOOR), NaN stays NaN."""
+    """max(x, FLOOR); NaN stays NaN."""
     return tl.where(x < FLOOR, FLOOR, x)
 
 
 @triton.jit
 def sweep(p_row, V, inverse_temperature, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """(m, Σ e^d, Σ d e^d) with d = (x - m)/τ over one row: lane by lane, then over the lanes."""
+    """(m, Σ e^d, Σ d e^d) with d = (x - m)/τ over one row: first in each lane, then over all lanes."""
     m = tl.full((BLOCK,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
@@ -65,7 +66,7 @@ def write_dlogits(
     p_row, p_out, label, V, inverse_temperature, row_max, log_sum, entropy, slope, entropy_slope,
     HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(1/τ) [ g (1{v=y} - p) - g_H p (log p + H) ]; p_out may be p_row."""
+    """Write dlogits, (1/τ) [ g (1{v=y} - p) - g_H p (log p + H) ]; p_out may be p_row."""
     for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         o = start + tl.arange(0, BLOCK)
         x = tl.load(p_row + o, mask=o < V, other=-float("inf")).to(tl.float32)
@@ -82,9 +83,9 @@ def stats_row_kernel(
     row_ptr, logits_ptr, label_ptr, temperature_ptr, stats_ptr, V, first_label, N,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Of the token row_ptr[program]: maximum, Σ e^d, Σ d e^d and label logit, into the program's column of (4, N).
+    """Write maximum, Σ e^d, Σ d e^d and label logit of the row row_ptr[program] into the program's column of (4, N).
 
-    The label logit is 0 where the label is not in this slice, which begins with the token first_label.
+    The label logit is 0 if the label is not in this slice of the vocabulary, which begins with the token first_label.
     """
     i_program = tl.program_id(0).to(tl.int64)
     i_row = tl.load(row_ptr + i_program)
@@ -106,7 +107,7 @@ def dlogits_row_kernel(
     row_ptr, logits_ptr, out_ptr, label_ptr, temperature_ptr, max_ptr, log_sum_ptr, entropy_ptr, slope_ptr,
     entropy_slope_ptr, V, first_label, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Of the token row_ptr[program], whose logits stand at the program's own place."""
+    """Write dlogits of the row row_ptr[program]; its logits are row number `program` of the chunk."""
     i_program = tl.program_id(0).to(tl.int64)
     i_row = tl.load(row_ptr + i_program)
     entropy, entropy_slope = 0.0, 0.0
@@ -121,7 +122,7 @@ def dlogits_row_kernel(
 
 
 def row_settings(kernel: str, written: Tensor) -> dict[str, int]:
-    """Of a kernel that writes, or reads, rows like these."""
+    """The launch settings of a row kernel, for rows with this dtype and device."""
     block, warps, stages = launch_of(kernel, written.device, written.dtype)
     return {"BLOCK": block, "num_warps": warps, "STAGES": stages}
 
@@ -129,7 +130,7 @@ def row_settings(kernel: str, written: Tensor) -> dict[str, int]:
 def row_stats(
     row: Tensor, logits: Tensor, label_N: Tensor, temperature_N: Tensor, first_label: int, stats: Tensor
 ) -> None:
-    """Into the first columns of stats (4, ...), one for each of `row`: max, Σ e^d, Σ d e^d and label logit."""
+    """Write max, Σ e^d, Σ d e^d and label logit of the rows `row` into the first columns of stats (4, ...)."""
     settings = row_settings("stats_row", logits)
     V, N = logits.shape[1], stats.stride(0)
     stats_row_kernel[(len(row),)](row, logits, label_N, temperature_N, stats, V, first_label, N, **settings)
@@ -148,7 +149,7 @@ def row_dlogits(
     entropy_slope_N: Tensor | None,
     first_label: int,
 ) -> None:
-    """Into the first rows of dlogits, one for each of `row`; without entropy_slope_N entropy_N is not read."""
+    """Write the gradients of the rows `row` into the first rows of dlogits; entropy_N needs entropy_slope_N."""
     dlogits_row_kernel[(len(row),)](
         row,
         logits,
@@ -181,7 +182,7 @@ def slice_of(group: dist.ProcessGroup | None, V: int) -> tuple[int, int]:
 
 
 def empty_or(value: Tensor | None, like: Tensor) -> Tensor:
-    """A custom op returns tensors, not None."""
+    """The value, or an empty tensor for None, which a custom op cannot return."""
     return like.new_empty(0) if value is None else value
 
 
@@ -199,9 +200,9 @@ def linear_logprob_op(
     main_grad_VH: Tensor | None,
     kept_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp_N, entropy_N, max_N, log_sum_N; the last two are what the backward pass needs of the softmax.
+    """Returns logp_N, entropy_N, max_N, log_sum_N; the backward pass needs the last two.
 
-    `main_grad_VH` is only handed on to the backward pass.
+    `main_grad_VH` is only passed on to the backward pass.
     """
     N, V = hidden_NH.shape[0], weight_VH.shape[0]
     process_group = group_of(group)
@@ -255,8 +256,10 @@ def linear_logprob_backward_op(
     kept_rows: int | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∂hidden, ∂weight and ∂bias; empty where not wanted. Rows without an upstream gradient enter no GEMM, unless
-    `kept_rows` spares the host to ask for their number."""
+    """Returns ∂hidden, ∂weight and ∂bias; empty if not wanted.
+
+    Rows with upstream gradient 0 are left out, unless `kept_rows` is given: their number would need a wait.
+    """
     V = weight_VH.shape[0]
     process_group = group_of(group)
     first, _ = slice_of(process_group, V)
@@ -298,7 +301,7 @@ def _save(ctx, inputs, output):
     hidden_NH, weight_VH, label_N, temperature_N, bias_V, keep_N, ctx.with_entropy, *settings = inputs
     ctx.group, ctx.rows, ctx.main_grad_VH, ctx.kept_rows = settings
     ctx.save_for_backward(hidden_NH, weight_VH, label_N, temperature_N, bias_V, keep_N, *output[1:])
-    # main_grad_VH is not saved as a tensor of the forward pass: whoever owns it adds to it meanwhile.
+    # main_grad_VH is not saved as a tensor of the forward pass, because its owner may change it before the backward.
     ctx.set_materialize_grads(False)  # an entropy that no loss uses costs nothing
 
 

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy of a language-model head in PyTorch: whole logits, gradient by autograd."""
+"""Log-probabilities and entropy of a language-model head in PyTorch, from whole logits, with autograd's gradient."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ def from_logits(
     zero_N = logp_RV.new_zeros(len(label_N))
     if not with_entropy:
         return zero_N.index_put((row,), logp), zero_N
-    # p log p is 0 where p is; log p = -inf would make it NaN.
+    # p log p is 0 for p = 0; with log p = -inf it would be NaN.
     finite_RV = logp_RV.masked_fill(logp_RV == -torch.inf, 0.0)
     return zero_N.index_put((row,), logp), zero_N.index_put((row,), -(logp_RV.exp() * finite_RV).sum(1))
 
 
 def logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-    """(N, V) logits in fp32, in fp64 for fp64 input."""
+    """The logits (N, V), in fp32 or, for fp64 input, in fp64."""
     dtype = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
     logits_NV = hidden_NH.to(dtype) @ weight_VH.to(dtype).T
     return logits_NV if bias_V is None else logits_NV + bias_V.to(dtype)
 
 
 def clamped(label_N: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Labels that are safe to gather, and which of them are labels."""
+    """The labels clamped to valid ids, so that they can be gathered, and a mask of those that were valid."""
     return label_N.clamp(0, max(size - 1, 0)), (label_N >= 0) & (label_N < size)
 
 
 def combine(
     max_N: Tensor, sum_N: Tensor, weighted_N: Tensor, label_logit_N: Tensor, temperature_N: Tensor, group
 ) -> tuple:
-    """Row statistics of a vocabulary from those of its slices.
+    """Combine the row statistics of the slices of a vocabulary into those of the whole vocabulary.
 
-    max = max x,  sum = Σ e^d,  weighted = Σ d e^d  with  d = (x - max)/τ;  label_logit is 0 off the slice that has it.
+    max = max x,  sum = Σ e^d,  weighted = Σ d e^d  with  d = (x - max)/τ;  label_logit is 0 on ranks without the label.
     """
     whole_max_N = max_N.clone()
     dist.all_reduce(whole_max_N, dist.ReduceOp.MAX, group=group)
-    # A slice of nothing but -inf has sum 0; its shift is finite so that 0 · shift is 0.
+    # A slice with only -inf has sum 0; its shift is kept finite, so that 0 · shift is 0.
     shift_N = ((max_N - whole_max_N) / temperature_N).clamp(min=-1e30)
     scale_N = shift_N.exp()
     sums_3N = torch.stack([scale_N * sum_N, scale_N * (weighted_N + sum_N * shift_N), label_logit_N])
@@ -66,7 +66,7 @@ def combine(
 
 
 class _VocabularyParallel(torch.autograd.Function):
-    """Statistics are reduced over the ranks, so the gradient is written out instead of left to autograd."""
+    """The vocabulary-parallel head; its gradient is explicit, because autograd does not follow the all-reduces."""
 
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, label_N, temperature_N, bias_V, group):
@@ -105,7 +105,7 @@ class _VocabularyParallel(torch.autograd.Function):
 
 
 class _AddsTo(torch.autograd.Function):
-    """The weight itself, whose gradient is added to a tensor of the caller's."""
+    """Returns the weight unchanged; its backward adds the gradient to a tensor of the caller."""
 
     @staticmethod
     def forward(ctx, weight_VH, main_grad_VH):
@@ -120,7 +120,7 @@ class _AddsTo(torch.autograd.Function):
 
 
 def adds_to(main_grad_VH: Tensor, weight_VH: Tensor) -> Tensor:
-    """`weight_VH`, whose gradient the backward pass adds to `main_grad_VH` and hands to nobody else."""
+    """Returns `weight_VH` so that the backward pass adds its gradient to `main_grad_VH`, and to nothing else."""
     return _AddsTo.apply(weight_VH, main_grad_VH)
 
 
@@ -134,7 +134,7 @@ def vocabulary_parallel(
     with_entropy: bool,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
-    """`linear_logprob` where each rank of `group` holds a slice of V. Every rank gets the whole result and ∂hidden."""
+    """`linear_logprob` with a slice of V on each rank of `group`; every rank gets the whole result and ∂hidden."""
     row = keep_N.nonzero()[:, 0]
     logp, entropy = _VocabularyParallel.apply(
         hidden_NH[row], weight_VH, label_N[row], temperature_N[row], bias_V, group

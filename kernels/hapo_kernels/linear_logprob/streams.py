@@ -1,15 +1,15 @@
-"""Two CUDA streams: GEMMs on the caller's, row kernels beside them.
+"""Two CUDA streams: GEMMs run on the caller's stream, and row kernels at the same time on a second one.
 
     the caller's    x 0 | x 1   | ∂h 0 | x 2   | ∂h 1, ∂W | x 3   | ...        x: logits of a chunk
     the second            row 0          row 1              row 2
 
-A row kernel starts when everything that was launched on the caller's stream before it has run, and `join` makes the
-caller's stream wait for it. What is launched on the caller's stream between the two runs at the same time: the next
-chunk's logits, which therefore need a buffer of their own.
+A row kernel starts after everything that was launched before it on the caller's stream; `join` makes the caller's
+stream wait for the row kernel. Work launched on the caller's stream between the two runs at the same time as the row
+kernel. That is the GEMM for the next chunk's logits, which therefore need a second buffer.
 
-Nothing depends on which stream the caller uses: it is asked at every call. All memory is allocated on the caller's
-stream and held until after the last `join`, also if an error ends the call, so that the allocator hands none of it out
-while the second stream uses it.
+The caller may use any stream: the current one is looked up at every call. All memory is allocated on the caller's
+stream and held until after the last `join`, even if the call ends with an error, so that the allocator cannot give it
+away while the second stream uses it.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ import torch
 
 
 class One:
-    """Everything in the order of its launch."""
+    """A single stream: everything runs in the order of its launch."""
 
-    buffers = 1  # chunks of logits that are in use at once
+    buffers = 1  # number of chunks of logits in use at once
 
     @contextmanager
     def rows(self) -> Iterator[None]:
-        """Around the launch of a row kernel."""
+        """A context for the launch of a row kernel."""
         yield
 
     def join(self) -> None:
-        """What is launched from here on sees what the row kernels have written."""
+        """Wait for the row kernels: work launched after this call sees their results."""
 
 
 class Two:
-    """The caller's stream, and one of our own for each device."""
+    """The caller's stream, and a second one for row kernels, one per device."""
 
     buffers = 2
 
@@ -59,5 +59,5 @@ def _second(device: torch.device) -> torch.cuda.Stream:
 
 
 def streams_of(device: torch.device, overlap: bool) -> One | Two:
-    """Two on CUDA and ROCm, where `overlap` allows it; one elsewhere."""
+    """`Two` on CUDA and ROCm devices if `overlap` is True, else `One`."""
     return Two(device) if overlap and device.type == "cuda" else One()

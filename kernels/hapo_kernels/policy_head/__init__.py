@@ -1,17 +1,17 @@
-"""The policy loss straight from hidden states and the language-model head, its gradient computed in the forward pass.
+"""The policy loss from hidden states and the language-model head, with the gradient computed in the forward pass.
 
-The loss of a token is known from its own log-probability (`hapo_kernels.policy_loss`), and the normalisers of the
-global batch are known before the forward pass. So as soon as a row's softmax statistics are there, so is
+The loss of a token depends only on its own log-probability (`hapo_kernels.policy_loss`), and the normalisers of the
+global batch are known before the forward pass. So once a row's softmax statistics are computed, the gradient
 
     ∂loss/∂x_v = (w/τ) [ ℓ' (1{v=y} - p_v) + c_H p_v (log p_v + H) ],    ℓ' = ∂ℓ/∂log π of the token, w its row's weight
 
-while the chunk's logits x are still at hand: 3 GEMMs, 6NHV flops (4NHV with a frozen weight), where a head that
-computes the logits again in the backward pass does 8NHV. N counts active tokens only. Tokens whose gradient is exactly
-0 (advantage 0, no KL, no entropy term) take part in the forward GEMM alone, 2HV each. The backward pass multiplies by
-the upstream scalar.
+can be computed while the chunk's logits x are still in memory. This takes 3 GEMMs, 6NHV flops (4NHV with a frozen
+weight); a head that computes the logits again in the backward pass takes 8NHV. N counts active tokens only. Tokens
+whose gradient is exactly 0 (advantage 0, no KL, no entropy term) need only the forward GEMM, 2HV flops each. The
+backward pass only multiplies by the upstream scalar.
 
-A loss that is not per token, such as a ratio of whole sequences, cannot know its gradient row by row: take
-`linear_logprob`, whose backward pass computes the logits again, and any loss on its log-probabilities.
+For a loss that is not a sum over tokens, such as one with a ratio of whole sequences, the gradient of a row is not
+known at that point. Use `linear_logprob`, whose backward pass computes the logits again, and any loss on its result.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["PolicyHead", "policy_head", "policy_loss_from_logits"]
 
 
 class PolicyHead(NamedTuple):
-    """What the head returns."""
+    """The results of the head."""
 
     loss: Tensor  # 0-d, differentiable with respect to hidden, weight and bias, or to the logits
     metrics: PolicyLossMetrics
@@ -66,29 +66,32 @@ def policy_head(
     upstream: float = 1.0,
     impl: Impl = "auto",
 ) -> PolicyHead:
-    """`policy_loss` of `linear_logprob`, in one pass.
+    """`policy_loss` on the log-probabilities of `linear_logprob`, in one pass.
 
     Args:
-        hidden_BTH: the state that predicts label_BT, position for position.
+        hidden_BTH: hidden states; the one at a position predicts label_BT at the same position.
         weight_VH: the head, or this rank's slice of it as for `linear_logprob`.
-        label_BT: int32 or int64 ids of the chosen tokens; only active ones are read, and those lie in [0, V) or give
-            NaN, and an error with HAPO_KERNELS_DEBUG=1.
+        label_BT: int32 or int64 ids of the chosen tokens; only active ones are read. A label outside [0, V) gives NaN,
+            and an error with HAPO_KERNELS_DEBUG=1.
         behaviour_logp_BT ... kl: as for `policy_loss`.
         entropy_coefficient: c_H of - c_H · agg(H); with 0.0 the entropy is only measured.
         bias_V, chunk_rows, collect_rows, memory_gib: as for `linear_logprob`.
-        active_tokens: how many the mask keeps, where the caller knows. Without it the host waits for the device once,
-            or twice where tokens of advantage 0 need no gradient; with it, nothing here waits. A wrong number is an
-            error; on a GPU it is an assertion on the device, which waits for nothing.
-        training_tokens: how many of those have an advantage other than 0. With active_tokens alone, all of them enter
-            every GEMM: a token of advantage 0 has a gradient of 0 that is computed.
-        main_grad_VH: fp32, the caller's own. `upstream` times the weight's gradient is added there by the forward pass,
-            since that is where it is computed, and the weight itself gets none from autograd. So each forward pass that
-            tracks gradients needs its backward pass, and none may run twice (activation checkpointing).
-        upstream: ∂(what `backward` is called on)/∂(this loss), read with main_grad_VH only. Another one in the backward
-            pass is an error there; on a GPU it is an assertion on the device, which waits for nothing.
-        temperature: τ > 0, one number or one a token (B, T).
-        vocabulary_group: ranks that each hold a slice of V. They pass the same batch and all get the whole loss,
-            metrics and ∂hidden; a chunk costs two all-reduces of three numbers a row at most.
+        active_tokens: the number of tokens that the mask keeps, if the caller knows it; else the host waits for the
+            device once, or twice if tokens with advantage 0 need no gradient. A wrong number is an error; on a GPU it
+            is checked by an assertion on the device, without waiting.
+        training_tokens: the number of these tokens with a nonzero advantage. If only active_tokens is given, all active
+            tokens enter every GEMM, and a gradient of 0 is computed for tokens with advantage 0.
+        main_grad_VH: fp32 tensor of the caller. The forward pass adds `upstream` times the weight's gradient to it, and
+            the weight gets no gradient from autograd. So every forward pass that tracks gradients must have its
+            backward pass, and none may run twice (as with activation checkpointing).
+        upstream: ∂(the tensor on which `backward` is called)/∂(this loss), used with main_grad_VH only. If the backward
+            pass gets another value, that is an error; on a GPU it is checked on the device, without waiting.
+        temperature: τ > 0, one number or one per token (B, T).
+        vocabulary_group: ranks that each hold a slice of V. They must pass the same batch, and all get the whole loss,
+            metrics and ∂hidden; a chunk costs two all-reduces of at most three numbers per row.
+
+    Raises:
+        ValueError, TypeError: if arguments do not fit together.
     """
     flat_hidden = hidden_BTH.flatten(0, -2)
     flat_temperature = temperature.flatten() if isinstance(temperature, Tensor) else temperature
@@ -147,16 +150,16 @@ def policy_loss_from_logits(
     temperature: float | Tensor = 1.0,
     impl: Impl = "auto",
 ) -> PolicyHead:
-    """The same loss from logits that somebody else has made: two sweeps a row, no GEMM.
+    """The same loss from existing logits, with two sweeps per row and no GEMM.
 
     Args:
-        logits_BTV: the gradient flows here and is as large; inactive positions are not read and get 0.
+        logits_BTV: the gradient flows here and has the same size; inactive positions are not read and get 0.
         label_BT ... temperature: as for `policy_head`.
     """
     active_BT = mask_BT.bool()
     flat_temperature = temperature.flatten() if isinstance(temperature, Tensor) else temperature
     flat_logits = logits_BTV.flatten(0, -2)
-    # The checks of a head whose weight has one row for each logit.
+    # Reuse the checks of a head, with dummy hidden states and weight.
     one_by_one = flat_logits.new_empty(1, 1)
     check_head(flat_logits[:, :1], one_by_one, label_BT.flatten(), None, flat_temperature, active_BT.flatten())
     _check_tokens(behaviour_logp_BT, advantage, mask_BT, teacher, importance_weight_BT, kl)
@@ -194,7 +197,7 @@ def _check_tokens(
     importance_weight_BT: Tensor | None,
     kl: KLPenalty | None,
 ) -> None:
-    # Log-probabilities of the policy, which do not exist yet, have the shape of the mask.
+    # The policy's log-probabilities do not exist yet; they will have the shape of the mask.
     logp_BT = mask_BT.float() if behaviour_logp_BT is None else behaviour_logp_BT
     check_tokens(logp_BT, logp_BT, advantage, mask_BT, teacher, importance_weight_BT, kl, None)
 

@@ -1,8 +1,8 @@
-"""Statistics, loss and dlogits of a row in one Triton program, between the GEMMs of a chunk.
+"""Computes statistics, loss and dlogits of a row in one Triton program, between the GEMMs of a chunk.
 
-The mathematics is imported: `sweep` and `write_dlogits` from the head, `token_loss` from the loss. Where the vocabulary
-is spread over ranks, the head's statistics kernel sweeps a slice, two small all-reduces a chunk combine the slices, and
-the program here starts from their result.
+The mathematics is imported: `sweep` and `write_dlogits` from the head, `token_loss` from the loss. If the vocabulary is
+spread over ranks, the head's statistics kernel sweeps each slice, two small all-reduces per chunk combine the slices,
+and the program here starts from the result.
 """
 
 # Triton passes ints and bools for constexpr parameters and adds num_warps to every launch; pyright knows neither.
@@ -47,9 +47,11 @@ def head_row_kernel(
     HAS_WEIGHT: tl.constexpr, SHAPE: tl.constexpr, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr,
     HAS_ENTROPY: tl.constexpr, HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One row: the token row_ptr[program]. Its logits stand at that row of all logits (WHOLE), or of a chunk's at the
-    program's own place. Those of a SLICE begin with the token first_label, and stats (4, programs) is of the whole
-    vocabulary, its label logit NaN where no slice has the label.
+    """Statistics, loss and dlogits of one row, the token row_ptr[program].
+
+    Its logits are that row of all logits (WHOLE), or else row number `program` of a chunk. With SLICE they begin with
+    the token first_label, and stats (4, programs) holds the statistics of the whole vocabulary; there the label logit
+    is NaN if no slice has the label.
     """
     i_program = tl.program_id(0).to(tl.int64)
     i_row = tl.load(row_ptr + i_program)
@@ -71,7 +73,7 @@ def head_row_kernel(
     logp = (label_logit - row_max) * inverse_temperature - log_sum
     entropy = log_sum - weighted / total
 
-    # One token, as a block of one: the same functions take blocks of tokens in `policy_loss`.
+    # One token as a block of size one, since the functions shared with `policy_loss` take blocks of tokens.
     o = i_row + tl.arange(0, 1)
     policy = logp + tl.zeros((1,), tl.float32)
     row_weight = tl.load(row_weight_ptr + o)
@@ -116,11 +118,11 @@ def head_row_kernel(
 
 
 class Values(NamedTuple):
-    """What the rows' programs fill, beside gradients."""
+    """The outputs of the row kernel, except gradients."""
 
     logp_N: Tensor
     entropy_N: Tensor
-    partial: Tensor  # (active tokens, PARTIALS), the sums of each token alone
+    partial: Tensor  # (active tokens, PARTIALS), the contribution of each token to the metrics
 
     @classmethod
     def of(cls, temperature_N: Tensor, active: int) -> Values:
@@ -128,12 +130,15 @@ class Values(NamedTuple):
         return cls(torch.zeros_like(temperature_N), torch.zeros_like(temperature_N), partial)
 
     def sums(self) -> Tensor:
-        """fp64, in the order of PolicyLossMetrics."""
+        """The sums over all tokens in fp64, in the order of PolicyLossMetrics."""
         return self.partial.double().sum(0)[: len(PolicyLossMetrics._fields)]
 
 
 class RowLoss(NamedTuple):
-    """What a row's loss needs besides its logits: a number a token, and the settings. Both ops' arguments end so."""
+    """What the loss needs beside the logits: tensors with one value per token, and settings.
+
+    The arguments of both custom ops end with these fields.
+    """
 
     label_N: Tensor
     temperature_N: Tensor
@@ -156,9 +161,9 @@ class RowLoss(NamedTuple):
     entropy_coefficient: float
 
     def rows(self, with_gradient: bool, counts: list[int]) -> tuple[Tensor, Tensor]:
-        """Tokens with a gradient, and active tokens without one.
+        """The positions of tokens with a gradient, and of active tokens without one.
 
-        `counts` are how many tokens are active, and how many of those have an advantage, as far as they are known.
+        `counts` has the number of active tokens and the number of those with a nonzero advantage, if known.
         """
         active, training = [*counts, None, None][:2]
         if not with_gradient:
@@ -173,7 +178,7 @@ class RowLoss(NamedTuple):
         return rows_where(trains_N, training), rows_where(self.active_N & ~trains_N, idle)
 
     def slice_stats(self, row: Tensor, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """(4, rows): statistics of the whole vocabulary from the logits of this rank's slice."""
+        """The statistics of the whole vocabulary, (4, rows), from the logits of all ranks' slices."""
         first, size = slice_of(group, logits.shape[1])
         stats = logits.new_empty(4, len(row))
         row_stats(row, logits, self.label_N, self.temperature_N, first, stats)
@@ -192,10 +197,10 @@ class RowLoss(NamedTuple):
         whole: bool,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Fills dlogits, and of the tokens `row`, before which `done` have been taken, what `into` holds."""
+        """Run the row kernel for the tokens `row`; fills dlogits, and `into` from its row `done` on."""
         if not len(row):
             return
-        # A pointer that its flag switches off is never read; temperature_N stands in for it.
+        # For absent inputs any pointer will do, since their flags keep the kernel from reading it.
         absent, written = self.temperature_N, logits if dlogits is None else dlogits
         stats = absent if group is None else self.slice_stats(row, logits, group)
         head_row_kernel[(len(row),)](
@@ -244,7 +249,7 @@ class RowLoss(NamedTuple):
 def run_policy_head(
     head: Head, loss: RowLoss, gradients: Gradients | None, group: dist.ProcessGroup | None, counts: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, sums in the order of PolicyLossMetrics, logp_N, entropy_N; `gradients` are filled."""
+    """Returns loss, sums in the order of PolicyLossMetrics, logp_N and entropy_N; fills `gradients`."""
     trains, rest = loss.rows(gradients is not None, counts)
     into = Values.of(loss.temperature_N, len(trains) + len(rest))
 
@@ -254,7 +259,7 @@ def run_policy_head(
 
         return row_kernel
 
-    # Ranks that share a vocabulary meet between the two sweeps of a row kernel, in memory of their own.
+    # With a vocabulary over ranks, the row kernel needs all-reduces and memory for them, so it must not overlap.
     head.run(trains, after(0), gradients, overlap=group is None)
     head.run(rest, after(len(trains)), overlap=group is None)
     sums = into.sums()
@@ -290,7 +295,7 @@ def policy_head_op(
     kl_coefficient: float,
     entropy_coefficient: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, sums in the order of PolicyLossMetrics, logp_N, entropy_N, ∂hidden, ∂weight (fp32), ∂bias (fp32)."""
+    """Returns loss, sums in the order of PolicyLossMetrics, logp_N, entropy_N, ∂hidden, and fp32 ∂weight and ∂bias."""
     loss = RowLoss(
         label_N, temperature_N, active_N, behaviour_logp_N, advantage_N, row_weight_N, teacher_N, teacher_logp_N,
         importance_weight_N, reference_logp_N, clip_low, clip_high, clip_dual, shaping, exponent, shape,
@@ -310,7 +315,7 @@ def policy_head_op(
 
 
 def fake_values(temperature_N: Tensor) -> tuple[Tensor, ...]:
-    """loss, sums, logp_N, entropy_N"""
+    """Empty tensors of the shapes of loss, sums, logp_N and entropy_N."""
     shapes = ((), (len(PolicyLossMetrics._fields),), temperature_N.shape, temperature_N.shape)
     return tuple(temperature_N.new_empty(shape) for shape in shapes)
 
@@ -350,7 +355,7 @@ def from_logits_op(
     kl_coefficient: float,
     entropy_coefficient: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, sums in the order of PolicyLossMetrics, logp_N, entropy_N, ∂logits (empty without gradient)."""
+    """Returns loss, sums in the order of PolicyLossMetrics, logp_N, entropy_N, ∂logits (empty without gradient)."""
     loss = RowLoss(
         label_N, temperature_N, active_N, behaviour_logp_N, advantage_N, row_weight_N, teacher_N, teacher_logp_N,
         importance_weight_N, reference_logp_N, clip_low, clip_high, clip_dual, shaping, exponent, shape,
@@ -401,7 +406,7 @@ def _backward_logits(ctx, upstream, *_):
 
 
 class _IntoMainGrad(torch.autograd.Function):
-    """`policy_head_op` that adds `upstream · ∂weight` to a tensor of the caller's, which no functional op may do."""
+    """`policy_head_op`, but adds `upstream · ∂weight` to a tensor of the caller, which a functional op must not do."""
 
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, bias_V, main_grad_VH, upstream, group, rows, counts, wanted, loss):
@@ -448,7 +453,7 @@ def row_loss(
     entropy_coefficient: float,
     temperature_N: Tensor,
 ) -> RowLoss:
-    """The terms of the public functions, a number a token each."""
+    """Convert the terms of the public functions to tensors with one value per token."""
 
     def per_token(value: Tensor) -> Tensor:
         value = value if value.ndim == 2 else value[:, None]
@@ -504,7 +509,7 @@ def policy_head(
     return result_of(*values[:4], hidden_BTH.shape[:-1])
 
 
-# A compiler would trace into the kernels: outside of a custom op nothing hides them.
+# torch.compile must not trace into the kernels, which are not inside a custom op here.
 _into_main_grad = torch.compiler.disable(_IntoMainGrad.apply)
 
 

@@ -1,4 +1,4 @@
-"""The head and the loss, one after the other, gradient by autograd."""
+"""The head and then the loss in PyTorch, with the gradient by autograd."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def policy_head(
     temperature_N: Tensor,
     **terms,
 ) -> tuple[Tensor, PolicyLossMetrics, Tensor, Tensor]:
-    """See `hapo_kernels.policy_head.policy_head`; the logits are made at once: there are no chunks."""
+    """See `hapo_kernels.policy_head.policy_head`; all logits are computed at once, without chunks."""
     if main_grad_VH is not None:
         weight_VH = head.adds_to(main_grad_VH, weight_VH)
     rows = (hidden_BTH.flatten(0, -2), weight_VH, label_BT.flatten(), temperature_N, bias_V, active_BT.flatten(), True)
@@ -64,7 +64,7 @@ def _loss(
     entropy_coefficient: float,
     **terms,
 ) -> tuple[Tensor, PolicyLossMetrics, Tensor, Tensor]:
-    """The policy loss of the log-probabilities; terms are those of `policy_loss`."""
+    """The policy loss from log-probabilities; `terms` are those of `policy_loss`."""
     logp_BT, entropy_BT = logp_N.view(active_BT.shape), entropy_N.view(active_BT.shape)
     entropy = EntropyBonus(entropy_BT, entropy_coefficient)
     behaviour_logp_BT = logp_BT.detach() if behaviour_logp_BT is None else behaviour_logp_BT

@@ -1,4 +1,4 @@
-"""The policy loss of a batch in which some rows are the policy's own and some are a teacher's.
+"""The policy loss of a batch in which some rows were sampled from the policy and some come from a teacher.
 
 Per active token, with A the advantage of its row:
 
@@ -10,13 +10,13 @@ Per active token, with A the advantage of its row:
     loss = agg(ℓ) - c_H · agg(H) + c_KL · agg(KL)
 
 On-policy rows: PPO, arXiv 1707.06347, with the dual clip of arXiv 1912.09729; w is the importance weight of a rollout
-correction. Teacher rows: κ = 1 is the policy shaping of LUFFY, arXiv 2504.14945, with f itself as its value; κ = 0 is
-log f. Each shape (`Teacher`) is computed from log q - log λ, which neither overflows nor divides 0 by 0. No ratio, no
-clip, no importance weight and no KL on teacher rows: each of these is an expectation under the policy's own samples.
-Entropy is a property of the state and counts on every row.
+correction. Teacher rows: κ = 1 is the policy shaping of LUFFY, arXiv 2504.14945, where the value is f itself; κ = 0 is
+log f. Each shape (`Teacher`) is computed from log q - log λ, which neither overflows nor divides 0 by 0. Teacher rows
+have no ratio, clip, importance weight or KL, because these are expectations under the policy's own samples. The entropy
+bonus counts on every row.
 
-agg is ONE aggregation over both kinds of rows (`Aggregation`). With the global normalisers given, loss and gradient do
-not depend on how the batch is cut into micro-batches, on row order, or on padding.
+agg is one aggregation over both kinds of rows (`Aggregation`). If the global normalisers are given, loss and gradient
+do not depend on how the batch is divided into micro-batches, on the order of rows, or on padding.
 """
 
 from __future__ import annotations
@@ -66,15 +66,18 @@ def policy_loss(
 
     Args:
         policy_logp_BT: log π of the chosen tokens under the policy being trained, nats. The gradient flows here.
-        behaviour_logp_BT: log π_old of the same tokens; not read on teacher rows. None: π_old is π, so that ρ is 1
-            and its gradient that of log π.
-        advantage: (B,), one a row, or (B, T), one a token.
-        mask_BT: nonzero on the tokens that train. What stands elsewhere, NaN and inf included, changes nothing.
+        behaviour_logp_BT: log π_old of the same tokens, nats; not read on teacher rows. None means that π_old is π, so
+            that ρ is 1 and its gradient is that of log π.
+        advantage: (B,), one per row, or (B, T), one per token.
+        mask_BT: nonzero on the tokens that train. Values at other tokens have no effect, not even NaN and inf.
         importance_weight_BT: w, multiplies the loss of on-policy tokens.
 
-    Computed in fp32, in fp64 for fp64 log-probabilities. With no teacher row, loss and gradient are those of verl's
-    `vanilla` loss with the same `loss_agg_mode`, to the last bit in fp32; a micro-batch without active tokens, where
-    verl may divide 0 by 0, gives 0.
+    Computed in fp32, in fp64 for fp64 log-probabilities. Without teacher rows, loss and gradient equal those of verl's
+    `vanilla` loss with the same `loss_agg_mode`, to the last bit in fp32. A micro-batch without active tokens gives 0,
+    where verl may divide 0 by 0.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit together.
     """
     behaviour_logp_BT = policy_logp_BT.detach() if behaviour_logp_BT is None else behaviour_logp_BT
     check_tokens(policy_logp_BT, behaviour_logp_BT, advantage, mask_BT, teacher, importance_weight_BT, kl, entropy)
@@ -108,7 +111,7 @@ def check_tokens(
     kl: KLPenalty | None,
     entropy: EntropyBonus | None,
 ) -> None:
-    """Refuse inputs of `policy_loss` that do not fit each other, one line each."""
+    """Raise ValueError, with one line, for inputs of `policy_loss` that do not fit together."""
     if policy_logp_BT.ndim != 2 or not policy_logp_BT.is_floating_point():
         raise ValueError(
             f"policy_logp_BT: {policy_logp_BT.dtype} of shape {tuple(policy_logp_BT.shape)}: "

@@ -1,11 +1,11 @@
 """The policy loss in one Triton launch: loss, gradient and metrics from one read of the per-token inputs.
 
-A program takes BLOCK tokens of one row and writes their gradient and its own ten partial sums; a column sum of the
-partials in fp64 follows. No atomics: two runs give the same bits. `token_loss` is the mathematics, shared with the
-language-model head of `policy_head`.
+A program handles BLOCK tokens of one row and writes their gradient and ten partial sums; the partial sums are then
+added in fp64. There are no atomic operations, so two runs give the same bits. The mathematics is in `token_loss`, which
+the language-model head of `policy_head` shares.
 
-Traffic a token with fp32 log-probabilities: 4 B policy, 4 B behaviour, 1 B mask, 4 B gradient, and 4 B for each of
-teacher, importance weight, reference and entropy that is given.
+Traffic per token with fp32 log-probabilities: 4 B policy, 4 B behaviour, 1 B mask, 4 B gradient, and 4 B for each of
+teacher, importance weight, reference and entropy, if given.
 """
 
 # Triton passes ints and bools for constexpr parameters and adds num_warps to every launch; pyright knows neither.
@@ -33,20 +33,23 @@ from hapo_kernels.policy_loss.terms import (
     Teacher,
 )
 
-PARTIALS = tl.constexpr(16)  # ten sums, padded to a power of two: one vector store a program
+PARTIALS = tl.constexpr(16)  # ten sums, padded to a power of two, so that a program stores them as one vector
 
 KL_CODE = {"": 0, "k1": 1, "kl": 1, "abs": 2, "k2": 3, "mse": 3, "k3": 4, "low_var_kl": 4}
 
 
 @triton.jit
 def clamp(x, low, high):
-    """NaN stays NaN, as in torch.clamp."""
+    """Clamp x to [low, high]; NaN stays NaN, as in torch.clamp."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
 @triton.jit
 def surrogate(log_ratio_raw, advantage, low_edge, high_edge, dual):
-    """Clipped surrogate, ∂/∂log π, and where the clips hold. Ties share the gradient as torch's maximum and min do."""
+    """The clipped surrogate, its ∂/∂log π, whether clip and dual clip hold, and the log-ratio.
+
+    At ties the gradient is shared as in torch's maximum and min.
+    """
     log_ratio = clamp(log_ratio_raw, -20.0, 20.0)
     ratio = tl.exp(log_ratio)
     unclipped = -advantage * ratio
@@ -62,12 +65,12 @@ def surrogate(log_ratio_raw, advantage, low_edge, high_edge, dual):
     return loss, slope, clipped > unclipped, bounded, log_ratio
 
 
-# What `shaped` computes, fixed when the kernel is compiled: no pow where the exponent is 0 or 1.
+# The case that `shaped` computes is fixed when the kernel is compiled, so that exponents 0 and 1 need no pow.
 SIGMOID, LOG_SIGMOID, POWER, LIKELIHOOD, LOG_LIKELIHOOD, LIKELIHOOD_POWER, TRSFT, CHORD = map(tl.constexpr, range(8))
 
 
 def shape_code(shape: str, shaping: float, exponent: float) -> int:
-    """Which of the shapes above a teacher's is."""
+    """The constant above for a teacher's shape."""
     if shape != "power":
         return {"trsft": TRSFT, "chord": CHORD}[shape].value
     one, zero, between = (
@@ -77,12 +80,12 @@ def shape_code(shape: str, shaping: float, exponent: float) -> int:
 
 
 def shape_of(teacher: Teacher | None) -> tuple[float, float, str]:
-    """λ, κ and shape as the ops take them; any where no row is a teacher's."""
+    """λ, κ and shape for the custom ops; without a teacher the values do not matter."""
     return (teacher.shaping, teacher.exponent, teacher.shape) if teacher else (1.0, 1.0, "power")
 
 
 def log_of(shaping: float) -> float:
-    """log λ for the kernels; with λ = inf they do not read it."""
+    """log λ for the kernels; 0 for λ = inf, where they do not read it."""
     return 0.0 if shaping == math.inf else math.log(shaping)
 
 
@@ -97,7 +100,7 @@ def log1p(x):
 def expm1(x):
     """exp(x) - 1 to fp32 rounding, x <= 0."""
     y = tl.exp(x)
-    # Below 2^-25 the result is -1, and the logarithm of a number that is hardly one has few digits.
+    # Below 2^-25 the result rounds to -1, and the formula would be inexact there.
     small = y < 2.0e-8
     quotient = x / tl.log(tl.where(small | (y == 1.0), 0.5, y))
     return tl.where(y == 1.0, x, tl.where(small, -1.0, (y - 1.0) * quotient))
@@ -105,10 +108,10 @@ def expm1(x):
 
 @triton.jit
 def shaped(log_q, advantage, log_shaping, exponent, SHAPE: tl.constexpr):
-    """-A F(q) and ∂/∂log π of the teacher's shape; the formulas are those of `reference.shaped`."""
+    """-A F(q) and its ∂/∂log π for the teacher's shape; the formulas are those of `reference.shaped`."""
     u = log_q - log_shaping
     if SHAPE == SIGMOID:
-        # f (1-f); the upstream factor first, as it has always been multiplied.
+        # f (1-f), multiplied in this order: another one would change the bits.
         value = tl.sigmoid(u)
         return -advantage * value, -advantage * value * tl.sigmoid(-u)
     if SHAPE == LIKELIHOOD:
@@ -135,7 +138,7 @@ def shaped(log_q, advantage, log_shaping, exponent, SHAPE: tl.constexpr):
 
 @triton.jit
 def kl_penalty(policy, reference, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr):
-    """Estimate of KL(π || π_ref) and ∂/∂log π; STRAIGHT_THROUGH takes k2's gradient."""
+    """Estimate of KL(π || π_ref) and its ∂/∂log π; with STRAIGHT_THROUGH the gradient is k2's."""
     k1 = policy - reference
     if KL == 1:
         value, slope = k1, tl.full(k1.shape, 1.0, tl.float32)
@@ -173,9 +176,9 @@ def token_loss(
     KL: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr,
 ):
-    """Per token: policy loss and slope, KL and slope, clip flags, log-ratio.
+    """Per token: policy loss and its slope, KL and its slope, clip flags, log-ratio.
 
-    Clip flags, log-ratio and KL have a meaning on on-policy tokens only: the caller selects.
+    Clip flags, log-ratio and KL are meaningful on on-policy tokens only; the caller must select these.
     """
     on_loss, on_slope, clipped, bounded, log_ratio = surrogate(policy - behaviour, advantage, low_edge, high_edge, dual)
     teacher_loss, teacher_slope = shaped(policy - teacher, advantage, log_shaping, exponent, SHAPE)
@@ -228,8 +231,8 @@ def policy_loss_kernel(
     m_token = o_token < T
     o = i_row * T + o_token
 
-    # Loads are bounded by the row only: a mask read from memory would forbid 128-bit loads. NaN and inf where nothing
-    # counts run through the arithmetic and are not selected at its end.
+    # Loads are masked only by the end of the row, since a mask from memory would prevent 128-bit loads. NaN and inf at
+    # inactive tokens pass through the arithmetic and are dropped at the end.
     active = tl.load(mask_ptr + o, mask=m_token, other=0) != 0
     is_teacher = tl.full((BLOCK,), 0, tl.int1)
     if HAS_TEACHER:
@@ -304,14 +307,14 @@ def policy_loss_op(
     entropy_coefficient: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss (0-d fp32), sums in the order of PolicyLossMetrics (fp32), ∂loss/∂policy_logp_BT (empty if not wanted)."""
+    """Returns loss (0-d fp32), sums in the order of PolicyLossMetrics (fp32), ∂loss/∂policy_logp_BT (may be empty)."""
     B, T = policy_logp_BT.shape
     block, warps, _ = launch_of("policy_loss", policy_logp_BT.device, policy_logp_BT.dtype)
     gradient_BT = torch.empty_like(policy_logp_BT, memory_format=torch.contiguous_format) if with_gradient else None
     programs = B * triton.cdiv(T, block)
     partial = torch.empty(programs, PARTIALS.value, dtype=torch.float32, device=policy_logp_BT.device)
     if programs:
-        # A pointer that its flag switches off is never read; policy_logp_BT stands in for it.
+        # For absent inputs any pointer will do, since their flags keep the kernel from reading it.
         absent = policy_logp_BT
         policy_loss_kernel[(programs,)](
             policy_logp_BT.contiguous(),

@@ -1,8 +1,8 @@
-"""The policy loss in PyTorch, gradient by autograd.
+"""The policy loss in PyTorch, with the gradient by autograd.
 
-The operations and their order are verl's (`compute_policy_loss_vanilla`, `kl_penalty`, `agg_loss`), so that without
-teacher rows the bits are verl's too. Where inputs do not count they are replaced by 0 before anything is computed: a
-zero gradient times an infinite derivative would be NaN.
+The operations and their order are those of verl (`compute_policy_loss_vanilla`, `kl_penalty`, `agg_loss`), so that
+without teacher rows the bits are the same too. Inputs at tokens that do not count are replaced by 0 before anything is
+computed, because a zero gradient times an infinite derivative would be NaN.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def policy_loss(
             entropy=entropy_sum.detach(),
             on_policy_tokens=on_policy_BT.sum().to(zero.dtype),
             teacher_tokens=teacher_BT.sum().to(zero.dtype),
-            # Elsewhere ρ = 1, which no clip holds.
+            # At other tokens ρ = 1, which is never clipped.
             clipped_tokens=clipped_BT.sum().to(zero.dtype),
             dual_clipped_tokens=dual_clipped_BT.sum().to(zero.dtype),
             log_ratio_sum=-log_ratio_BT.detach().sum(),
@@ -98,7 +98,7 @@ def policy_loss(
 
 
 def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: Clip) -> tuple[Tensor, Tensor, Tensor]:
-    """max(-Aρ, -A clip(ρ, 1-low, 1+high)), for A < 0 at most -A·dual; with it, where each clip holds."""
+    """The loss max(-Aρ, -A clip(ρ, 1-low, 1+high)), for A < 0 at most -A·dual, and where each of the clips holds."""
     ratio = torch.exp(log_ratio)
     unclipped = -advantage * ratio
     clipped = -advantage * torch.clamp(ratio, 1 - clip.low, 1 + clip.high)
@@ -109,14 +109,14 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: Clip) -> tuple
 
 
 def shaped(log_q: Tensor, teacher: Teacher) -> Tensor:
-    """F of the teacher's shape from log q, computed in log space; ∂F/∂log q is its weight.
+    """F of the teacher's shape from log q, computed in log space; its derivative ∂F/∂log q is the token's weight.
 
-    power     (f^κ - 1)/κ, f = q/(q+λ); κ = 1 is f itself and κ = 0 is log f; λ = inf takes q in the place of f
+    power     (f^κ - 1)/κ, f = q/(q+λ); κ = 1 is f itself and κ = 0 is log f; for λ = inf, f is q
     trsft     q/λ below q = λ, 1 + log(q/λ) above
     chord     q - q²/2
     """
     if teacher.shape == "chord":
-        # (1 - (1-q)²)/2, whose derivative q(1-q) keeps its digits where q is nearly 1.
+        # As (1 - (1-q)²)/2 the derivative q(1-q) is exact even for q close to 1.
         return 0.5 - 0.5 * expm1(log_q).square()
     if teacher.shape == "trsft":
         log_ratio = log_q - math.log(teacher.shaping)
@@ -128,13 +128,13 @@ def shaped(log_q: Tensor, teacher: Teacher) -> Tensor:
 
 
 def expm1(x: Tensor) -> Tensor:
-    """exp(x) - 1 with the derivative exp(x); torch's own is the rounded result + 1, 0 where x is far below 0."""
+    """exp(x) - 1 with the derivative exp(x); torch's derivative is the rounded result + 1, so 0 for x far below 0."""
     power = torch.exp(x)
     return torch.expm1(x.detach()) + (power - power.detach())
 
 
 def kl_penalty(policy_logp: Tensor, reference_logp: Tensor, kind: str) -> Tensor:
-    """KL(π || π_ref) a token, from a token sampled from π (http://joschu.net/blog/kl-approx.html).
+    """Estimate of KL(π || π_ref) for each token, from a token sampled from π (http://joschu.net/blog/kl-approx.html).
 
     k1 = log π - log π_ref,    abs = |k1|,    k2 = k1²/2,    k3 = r - 1 - log r,  r = π_ref/π, clamped as verl clamps.
     """
@@ -153,7 +153,7 @@ def kl_penalty(policy_logp: Tensor, reference_logp: Tensor, kind: str) -> Tensor
 
 
 def aggregate(value_BT: Tensor, active_BT: Tensor, how: Aggregation) -> Tensor:
-    """Σ over the micro-batch, weighted as `Aggregation` says. `value_BT` is finite where `active_BT` is False."""
+    """The sum over the micro-batch, weighted by `how`. `value_BT` must be finite where `active_BT` is False."""
     if how.mode == "token-sum":
         return torch.where(active_BT, value_BT, 0.0).sum() * how.dp_size
     if how.mode == "token-mean":
@@ -173,12 +173,12 @@ def aggregate(value_BT: Tensor, active_BT: Tensor, how: Aggregation) -> Tensor:
 
 
 def at_least_one(count: int | Tensor) -> int | Tensor:
-    """A normaliser: of no tokens at all, or no rows, the sum is 0, and so is the mean."""
+    """A normaliser of at least 1: without any token or row the sum is 0, and so the mean is 0 too."""
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def row_weight(active_BT: Tensor, how: Aggregation) -> Tensor:
-    """w_B (fp64) with aggregate(v) = Σ_B w_B Σ_T v: every mode is linear, so a kernel needs one number a row."""
+    """The weights w_B (fp64) with aggregate(v) = Σ_B w_B Σ_T v: each mode is linear, so one number per row suffices."""
     one_B = torch.ones(active_BT.shape[0], dtype=torch.float64, device=active_BT.device) * how.dp_size
     if how.mode == "token-sum":
         return one_B

@@ -1,6 +1,6 @@
-"""What may enter a policy loss, one frozen value each; the equations are in `hapo_kernels.policy_loss`.
+"""The terms of a policy loss, as frozen dataclasses, and its results; the equations are in `hapo_kernels.policy_loss`.
 
-They stand apart from `reference.py` because the reference, the kernel and `policy_head` all take them.
+The reference, the kernel and `policy_head` all use them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ KL_KINDS = ("k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl")
 
 @dataclass(frozen=True)
 class Clip:
-    """Where the ratio ρ = π/π_old of an on-policy token stops counting.
+    """The clip range of the ratio ρ = π/π_old of on-policy tokens.
 
     low: ρ is clipped below at 1 - low; `inf` never clips.
     high: ρ is clipped above at 1 + high; `inf` never clips.
-    dual: for A < 0 the loss is at most -A·dual (arXiv 1912.09729); greater than 1, `inf` never bounds it.
+    dual: for A < 0 the loss is at most -A·dual (arXiv 1912.09729). Greater than 1; `inf` sets no bound.
     """
 
     low: float
@@ -41,13 +41,13 @@ class Clip:
 
 @dataclass(frozen=True)
 class Teacher:
-    """Rows whose tokens a teacher chose, and how hard a token of probability q is pushed: its weight ∂F/∂log q.
+    """The rows whose tokens come from a teacher, and the weight ∂F/∂log q of a token of probability q.
 
-    row_B: bool, True on a teacher row.
+    row_B: (B,) bool, True on a teacher row.
     shaping: λ > 0.
-    logp_BT: log π_teacher of the tokens, nats; None takes π_teacher = 1, the choice where it is not known.
+    logp_BT: (B, T) log π_teacher of the tokens, nats; None if unknown, which is computed as π_teacher = 1.
     exponent: κ in [0, 1] of the shape `power`; 1 is LUFFY's f(q) = q/(q+λ), 0 is log f.
-    shape: `power`, λq^κ/(q+λ)^(κ+1), with λ = inf q^κ; `trsft`, min(q/λ, 1); `chord`, q(1-q).
+    shape: the weight. `power`: λq^κ/(q+λ)^(κ+1), or q^κ if λ = inf; `trsft`: min(q/λ, 1); `chord`: q(1-q).
     """
 
     row_B: Tensor
@@ -68,7 +68,7 @@ class Teacher:
 
     @property
     def largest_weight(self) -> float:
-        """The largest ∂F/∂log q of any q in (0, 1]: of `power` at q = κλ, or at q = 1 where that is above 1."""
+        """The largest weight ∂F/∂log q over q in (0, 1]; for `power` it is at q = κλ, or at q = 1 if κλ > 1."""
         if self.shape != "power":
             return 1.0 if self.shape == "trsft" else 0.25
         if self.exponent == 0 or self.shaping == math.inf:
@@ -79,10 +79,11 @@ class Teacher:
 
 @dataclass(frozen=True)
 class KLPenalty:
-    """coefficient · KL(π || π_ref), estimated a token, over on-policy tokens.
+    """The penalty coefficient · KL(π || π_ref), estimated for each on-policy token.
 
-    kind: verl's `kl_loss_type`: k1 (kl), abs, k2 (mse), k3 (low_var_kl); a trailing + keeps the value and takes k2's
-    gradient.
+    reference_logp_BT: (B, T) log π_ref of the tokens, nats.
+    kind: verl's `kl_loss_type`: k1 (kl), abs, k2 (mse), k3 (low_var_kl). With a trailing + the gradient is k2's, and
+    the value is unchanged.
     """
 
     reference_logp_BT: Tensor
@@ -98,7 +99,7 @@ class KLPenalty:
 
 @dataclass(frozen=True)
 class EntropyBonus:
-    """- coefficient · H(π) of every token. With coefficient 0 the entropy is only measured."""
+    """The term - coefficient · H(π) of every token, with entropies (B, T). With coefficient 0 it is only measured."""
 
     entropy_BT: Tensor
     coefficient: float
@@ -106,7 +107,7 @@ class EntropyBonus:
 
 @dataclass(frozen=True)
 class Aggregation:
-    """From a loss a token to one number: verl's `loss_agg_mode` with the normalisers of the global batch.
+    """How token losses become one number: verl's `loss_agg_mode` with the normalisers of the global batch.
 
     mode                       Σ over the micro-batch of
     token-mean                 token losses · dp_size / batch_num_tokens
@@ -115,8 +116,8 @@ class Aggregation:
     seq-mean-token-sum-norm    row sums · dp_size / (global_batch_size · loss_scale_factor)
     seq-mean-token-mean        row means · dp_size / global_batch_size
 
-    A normaliser that is None is counted in the micro-batch itself: rows with at least one active token, active tokens,
-    and T for loss_scale_factor. Then the loss does change with the cut into micro-batches (and with T, the padding).
+    A normaliser that is None is counted in the micro-batch: rows with at least one active token, active tokens, and T
+    for loss_scale_factor. The loss then depends on how a batch is divided into micro-batches (and on padding, with T).
     The fields after `mode` are verl's `global_batch_info`: `Aggregation(mode, **config.global_batch_info)`.
     """
 
@@ -141,10 +142,10 @@ class Aggregation:
 
 
 class PolicyLossMetrics(NamedTuple):
-    """0-d fp32 tensors without gradient (fp64 for fp64 input), all of them sums over the micro-batch.
+    """Metrics of a policy loss: 0-d fp32 tensors without gradient (fp64 for fp64 input), all sums over the micro-batch.
 
-    A loss contribution carries the global normaliser: add it up over micro-batches. A mean over tokens is a sum
-    divided by its count, after both have been added up.
+    Losses are already divided by the global normaliser, so add them up over micro-batches. For a mean over tokens, add
+    up a sum and its count over micro-batches, then divide.
     """
 
     on_policy_loss: (
@@ -162,7 +163,7 @@ class PolicyLossMetrics(NamedTuple):
 
 
 class PolicyLoss(NamedTuple):
-    """What the policy loss returns."""
+    """The result of the policy loss."""
 
     loss: Tensor  # 0-d, differentiable with respect to policy_logp_BT and entropy_BT
     metrics: PolicyLossMetrics

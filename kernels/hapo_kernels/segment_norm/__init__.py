@@ -1,15 +1,14 @@
-"""Group-relative normalisation: how much better is a row than the rows it was sampled with.
+"""Group-relative normalisation: how much better a row's score is than the scores of its group.
 
     Aᵢ = (rᵢ - mean_g) / (std_g + ε)      or      Aᵢ = rᵢ - mean_g,      g = group of row i
 
-with std_g the unbiased deviation (N-1) of the rows of group g: GRPO, arXiv 2402.03300, equation 3, and without the
-deviation Dr. GRPO, arXiv 2503.20783. Groups have any size and their rows lie anywhere. A group of one row, or of equal
-scores, gets exactly 0: a mean that is off by one rounding, divided by an ε of 1e-6, would otherwise be an advantage
-of .1 to .4 for nothing.
+with std_g the unbiased standard deviation (N-1) of the rows of group g: GRPO, arXiv 2402.03300, equation 3, and without
+the deviation Dr. GRPO, arXiv 2503.20783. Groups may have any size, and their rows may be in any order. A group of one
+row, or of equal scores, gets exactly 0. Otherwise one rounding error in the mean, divided by an ε of 1e-6, would give a
+wrong advantage of .1 to .4.
 
 `segment_norm_tokens` writes each row's advantage to its tokens, for rows of any length without padding.
-`segment_stats` gives the statistics themselves, for rules that take the mean from some rows and the deviation from
-others.
+`segment_stats` gives the statistics themselves, for rules that use different rows for the mean and the deviation.
 """
 
 from __future__ import annotations
@@ -40,20 +39,20 @@ def segment_norm(
 
     Args:
         score_B: scores, any floating dtype; half precision is computed and returned in fp32. No gradient flows.
-        segment_B: int64 group of each row: any values, any order.
+        segment_B: int64 group id of each row: any values, any order.
         scale_by_std: divide by (std + ε); False leaves rᵢ - mean.
         eps: added to the deviation, in units of the score.
-        keep_B: rows that count in the statistics, default all. A row outside is normalised by its group's statistics
-            and does not change them. With segment_B only.
+        keep_B: bool, rows that count in the statistics, default all. Another row is normalised by its group's
+            statistics and does not change them. With segment_B only.
         offset_S1: instead of segment_B, bounds of contiguous groups: rows offset[s] to offset[s+1] are group s. Groups
             may be empty. The first is 0, the last B, none smaller than the one before: HAPO_KERNELS_DEBUG=1 checks.
 
     Returns:
-        advantage_B. Equal scores, and a group in which one row counts, give that group's counted rows exactly 0.
+        advantage_B. If the counted rows of a group have equal scores, or there is only one, they get exactly 0.
         A NaN or infinite score makes its own group NaN and no other.
 
-    The reference gives the bits of verl's `grpo` in fp32. The kernel agrees within rounding: it sums in another order,
-    and after subtracting the group's first score, which is more exact where scores share a large offset.
+    The reference gives the same bits as verl's `grpo` in fp32. The kernel agrees within rounding: it sums in another
+    order, and after subtracting the group's first score, which is more exact for scores with a large common offset.
     """
     _check(score_B, segment_B, keep_B, offset_S1)
     if use_triton(impl, score_B):
@@ -76,10 +75,11 @@ def segment_norm_tokens(
     offset_S1: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """`segment_norm`, written to the tokens of a jagged batch; no (B, T) tensor is ever padded.
+    """`segment_norm` with the result written to the tokens of a jagged batch, without a padded (B, T) tensor.
 
     Args:
-        mask_T: the rows' tokens one after the other; a token with 0 gets exactly 0, also where the advantage is NaN.
+        mask_T: mask of all rows' tokens, one row after the other; where it is 0 the result is exactly 0, even if the
+            row's advantage is NaN.
         token_offset_B1: bounds of the rows: tokens offset[i] to offset[i+1] are row i. Rows may be empty. The first is
             0, the last T, none smaller than the one before: HAPO_KERNELS_DEBUG=1 checks.
         score_B ... offset_S1: as for `segment_norm`.
@@ -107,14 +107,14 @@ def segment_stats(
     offset_S1: Tensor | None = None,
     impl: Impl = "auto",
 ) -> SegmentStats:
-    """Mean, unbiased deviation and number of the kept rows of each row's group, given to every row of that group.
+    """Mean, unbiased deviation and number of the kept rows of a group, given to every row of that group.
 
-    With keep_B = on-policy rows, the teacher row of a group receives the on-policy mean without taking part in it:
+    With keep_B = on-policy rows, the teacher row of a group gets the on-policy mean without taking part in it:
 
         on, everyone = segment_stats(r, g, keep_B=~teacher), segment_stats(r, g)
         advantage = (r - on.mean_B) / (torch.where(teacher, everyone.std_B, on.std_B) + eps)
 
-    Args and dtypes as for `segment_norm`.
+    Arguments and dtypes are those of `segment_norm`.
     """
     _check(score_B, segment_B, keep_B, offset_S1)
     if use_triton(impl, score_B):
@@ -125,7 +125,7 @@ def segment_stats(
 
 
 def segment_ids(label_B: Any) -> Tensor:
-    """int64 ids, numbered in order of first appearance, of hashable labels such as verl's `uid` strings."""
+    """int64 ids for hashable labels such as verl's `uid` strings, numbered in the order of first appearance."""
     number_of: dict[Any, int] = {}
     return torch.tensor([number_of.setdefault(label, len(number_of)) for label in label_B], dtype=torch.int64)
 

@@ -1,12 +1,12 @@
 """Group statistics and normalisation over segments, contiguous or gathered, in one Triton launch.
 
-A segment is cut into CHUNKs counted from its own start. A chunk gives (n, mean, Σ(x - mean)²), chunks are merged in
-order (Chan, Golub, LeVeque 1979), and all of it runs on x - x₀, x₀ the segment's first score: an offset of 1e6 costs no
-digits. So a segment's bits depend on its own scores in their order, not on its neighbours.
+A segment is divided into CHUNKs, counted from its own start. Each chunk gives (n, mean, Σ(x - mean)²), and chunks are
+merged in order (Chan, Golub, LeVeque 1979). All of this is computed on x - x₀, with x₀ the segment's first score, so
+that a common offset of 1e6 costs no precision. The result of a segment depends only on its own scores in their order.
 
-One program a segment does statistics and output (`segment_kernel`). Where segments are long and few, the same
-arithmetic runs as three launches, chunks in parallel (`chunk_kernel`, `merge_kernel`, `write_kernel`), with the same
-bits. No atomics in either.
+Usually one program per segment computes statistics and output (`segment_kernel`). If segments are long and few, the
+same arithmetic runs in three launches with chunks in parallel (`chunk_kernel`, `merge_kernel`, `write_kernel`), and
+gives the same bits. Neither uses atomic operations.
 """
 
 # Triton passes ints and bools for constexpr parameters and adds num_warps to every launch; pyright knows neither.
@@ -24,7 +24,7 @@ from torch import Tensor
 from hapo_kernels.launch import launch_of
 from hapo_kernels.segment_norm.reference import SegmentStats
 
-# Mean chunks a segment above which they are spread over programs. The bits are the same on both sides.
+# With more chunks per segment on average than this, chunks run in parallel; the bits are the same either way.
 SPLIT_ABOVE = 16
 
 
@@ -37,7 +37,7 @@ def load_scores(score_ptr, row_ptr, o, m, GATHER: tl.constexpr):
 
 @triton.jit
 def chunk_moments(score_ptr, row_ptr, first, i, kept_end, GATHER: tl.constexpr, CHUNK: tl.constexpr):
-    """(n, mean, Σ(d - mean)², rows that differ from the first) of d = x - first over rows i .. i+CHUNK."""
+    """(n, mean, Σ(d - mean)², number of rows unequal to the first) of d = x - first over rows i .. i+CHUNK."""
     o = i + tl.arange(0, CHUNK)
     m = o < kept_end
     x = load_scores(score_ptr, row_ptr, o, m, GATHER)
@@ -57,7 +57,7 @@ def merge(n, mean, square, differ, n_2, mean_2, square_2, differ_2):
 
 @triton.jit
 def finish(n, mean, square, differ):
-    """Mean and unbiased deviation of d; a constant or empty segment has exactly 0 of both."""
+    """Mean and unbiased deviation of d; both are exactly 0 for a constant or empty segment."""
     std = tl.where(n > 1, tl.sqrt(square / tl.maximum(n - 1.0, 1.0)), 0.0)
     return tl.where(differ > 0, mean, 0.0), tl.where(differ > 0, std, 0.0)
 
@@ -173,16 +173,16 @@ def spread_kernel(value_ptr, token_offset_ptr, mask_ptr, out_ptr, CHUNK: tl.cons
 
 
 class Segments(NamedTuple):
-    """Rows by segment; within a segment the rows that count come first, both parts in their original order."""
+    """Rows sorted by segment; in a segment the rows that count come first, both parts in their original order."""
 
-    row_N: Tensor | None  # int64 position of each row in the input; None where rows already lie by segment
+    row_N: Tensor | None  # int64, position of each sorted row in the input; None if the input is already sorted
     offset_S1: Tensor  # int64, S+1 bounds
-    kept_S: Tensor  # int64, rows of each segment that count
-    segment_N: Tensor | None  # int64, segment of each row in input order; None where rows lie by segment
+    kept_S: Tensor  # int64, number of rows of each segment that count
+    segment_N: Tensor | None  # int64, segment of each input row; None if the input is already sorted
 
 
 def segments_of_ids(segment_N: Tensor, keep_N: Tensor | None) -> Segments:
-    """Two stable sorts; the number of segments is read back from the device once."""
+    """Sort rows by segment id, with stable sorts; the host waits once for the device, for the number of segments."""
     if keep_N is None:
         row_N = torch.sort(segment_N, stable=True)[1]
     else:
@@ -204,7 +204,7 @@ def offsets(count_S: Tensor) -> Tensor:
 def run(
     score_N: Tensor, segments: Segments, *, scale_by_std: bool, eps: float, split: bool | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """advantage_N and mean_S, std_S, is_constant_S. `split` overrides the choice between one launch and three."""
+    """Returns advantage_N, mean_S, std_S, is_constant_S. `split` overrides the choice between one launch and three."""
     score_N = score_N.contiguous()
     N, S = score_N.shape[0], segments.offset_S1.shape[0] - 1
     out_N = torch.empty(N, dtype=torch.float32, device=score_N.device)
@@ -213,7 +213,7 @@ def run(
     chunk, warps, _ = launch_of("segment_norm", score_N.device, score_N.dtype)
     if split is None:
         split = S * SPLIT_ABOVE * chunk < N
-    # Without contraction to fused multiply-adds, which a compiler may place differently in one launch and in three.
+    # No fused multiply-adds, which the compiler might place differently in one launch than in three.
     flags = {"GATHER": segments.row_N is not None, "CHUNK": chunk, "num_warps": warps, "enable_fp_fusion": False}
     rows = (score_N, segments.offset_S1 if segments.row_N is None else segments.row_N, segments.offset_S1)
     if S and not split:

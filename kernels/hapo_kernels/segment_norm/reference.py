@@ -1,8 +1,8 @@
-"""Group statistics in PyTorch, one vectorised pass a group size.
+"""Group statistics in PyTorch, with one vectorised pass per group size.
 
-Groups of equal size are gathered into one (G, N) matrix, rows in their original order, and reduced along N. That is the
-reduction which `torch.mean` and `torch.std` run on one group alone, so the bits are those of a loop over the groups
-(verl's `grpo`), without the loop.
+Groups of equal size are gathered into a (G, N) matrix, with rows in their original order, and reduced along N. This is
+the same reduction that `torch.mean` and `torch.std` run on a single group, so the bits are the same as in verl's loop
+over the groups (`grpo`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 class SegmentStats(NamedTuple):
     """Statistics of each row's group, over the group's kept rows."""
 
-    mean_B: Tensor  # exactly the score where all kept scores are equal; 0 where no row is kept
-    std_B: Tensor  # unbiased, exactly 0 where all kept scores are equal or fewer than two rows are kept
-    count_B: Tensor  # int64, kept rows
-    is_constant_B: Tensor  # bool, all kept scores equal: nothing to learn from this group
+    mean_B: Tensor  # exactly the score if all kept scores are equal; 0 if no row is kept
+    std_B: Tensor  # unbiased; exactly 0 if all kept scores are equal or fewer than two rows are kept
+    count_B: Tensor  # int64, number of kept rows
+    is_constant_B: Tensor  # bool, True if all kept scores are equal, so that all advantages are 0
 
 
 @torch.no_grad()
