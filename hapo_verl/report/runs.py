@@ -46,8 +46,8 @@ def read_run(path: Path, trace: Path | None = None) -> Run:
     """Read a run.
 
     Args:
-        path: a file of verl's `file` logger, a folder with `metrics.jsonl` or a single such file in it, or a folder whose
-            trace names that file, such as `trainer.default_local_dir`.
+        path: a file of verl's `file` logger, a folder with `metrics.jsonl` or a single such file in it, or a folder
+            whose trace names that file, such as `trainer.default_local_dir`.
         trace: `hapo.trace_dir`; None for the folder `trace` in this folder or beside the file, if it exists.
 
     Raises:
