@@ -91,7 +91,7 @@ class Run:
         print(line, file=self._log, flush=True)
 
     def stage(self, stage: Stage, until: float) -> None:
-        """Run a stage until the time `until`, seconds from the start; if a peer crashes it, rerun it without that peer."""
+        """Run a stage until the time `until` (seconds from the start); rerun it without a peer that crashes it."""
         arguments = list(stage.command)
         if stage.name != "tests":
             arguments += ["--out", str(self.out)] + (["--smoke"] if self.options.rehearse else [])

@@ -1,4 +1,4 @@
-"""What the pages take from the code: tables of keys, metrics, errors and row fields, the picture, included files.
+"""Fills pages with parts made from the code: tables of keys, errors and row fields, the picture, included files.
 
 A page asks with a line `<!-- make: NAME -->`, or `<!-- include: path/in/the/repository.md -->`.
 """
@@ -74,7 +74,7 @@ def _cell(text: str) -> str:
 
 
 def _comment(owner: Any, name: str) -> str:
-    """The comment above a field, or the class's docstring where it has none of its own."""
+    """The comment above a field, or if there is none, the first line of the class's docstring."""
     for kind in owner.__mro__:
         if name not in getattr(kind, "__annotations__", {}):
             continue
@@ -107,7 +107,7 @@ def row_fields() -> str:
 
 
 def messages() -> Iterator[tuple[str, str]]:
-    """Module and text of every error of ours that stands in the source; … for what a launch fills in."""
+    """Module and text of every error that the source raises; … stands for values that a launch fills in."""
     for path in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels" / "hapo_kernels").rglob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and node.args and _called(node).endswith("Error"):
@@ -131,7 +131,7 @@ def _text(node: ast.expr) -> str:
 
 
 def errors() -> str:
-    """The errors, a table a module; the rules of single keys stand in the table of keys."""
+    """The errors, one list per module; the rules of single keys are in the table of keys."""
     tables: dict[str, list[str]] = {}
     for module, text in messages():
         tables.setdefault(module, []).append(" ".join(text.split()))
@@ -142,7 +142,7 @@ def errors() -> str:
 
 
 def picture() -> str:
-    """The processes of a run, the files of each room and what travels between them, as SVG."""
+    """The processes of a run with their files, and the fields that they exchange, as SVG."""
     from hapo_verl.protocol.rows import FIELDS
 
     width, parts, bottom = 330, [], {}
@@ -157,7 +157,7 @@ def picture() -> str:
             f'<text x="{x + 92}" y="{y + 22}" class="where">{html.escape(ROOMS[room])}</text>',
             *(f'<text x="{x + 12}" y="{y + 44 + 16 * i}" class="file">{row}</text>' for i, row in enumerate(rows)),
         ]
-    # The way's path, and where its label begins.
+    # The path of each arrow, and the position of its label.
     top, under, ranks = corner["driver"][1], bottom["rollout"], corner["actor"][1]
     middle = (top + under) / 2
     ways = {
@@ -190,13 +190,13 @@ MAKERS: dict[str, Callable[[], str]] = {"keys": keys, "row_fields": row_fields, 
 
 
 def included(path: str) -> str:
-    """A file of the repository, without its links to other files: they would lead out of the site."""
+    """A file of the repository without its links to other files, which would lead out of the site."""
     text = (ROOT / path).read_text()
     text = re.sub(r"!\[[^\]]*\]\((?!http)[^)]*\)\n?", "", text)
     return re.sub(r"\[([^\]]+)\]\((?!http)[^)]*\)", r"\1", text)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """mkdocs's hook: fill in what the page asks for."""
+    """The hook of mkdocs: replace `make` and `include` comments of a page."""
     markdown = re.sub(r"<!-- make: (\w+) -->", lambda m: MAKERS[m.group(1)](), markdown)
     return re.sub(r"<!-- include: (\S+) -->", lambda m: included(m.group(1)), markdown)
