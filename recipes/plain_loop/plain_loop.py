@@ -443,7 +443,7 @@ def sample_round(
 def demonstration_of(
     problem: Problem, policy: Policy, past: OwnSuccesses, step: int, source: str
 ) -> Demonstration | None:
-    """The demonstration of a problem: the task's, or an earlier success of the policy itself; None if there is neither."""
+    """The demonstration of a problem: the task's, or an earlier success of the policy itself; None without either."""
     demonstration = policy.demonstration(problem) if source != "own" else None
     own = past.recall(prompt_key(problem.question), step) if source != "column" else b""
     return Demonstration(unpacked(own).response.tokens, 1.0) if own and demonstration is None else demonstration
