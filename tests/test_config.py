@@ -198,6 +198,19 @@ def test_a_key_replaces_its_default_and_no_other():
             "hapo.reward_timeout='1h': seconds that a reward function may take must be positive. "
             "Use 3600.0, or null to wait for ever.",
         ),
+        (
+            {"demonstrations": {"source": "teacher"}},
+            "hapo.demonstrations.source='teacher': no such source. Use one of: column, own, column_or_own.",
+        ),
+        (
+            {"demonstrations": {"own_memory_mib": 0}},
+            "hapo.demonstrations.own_memory_mib=0: a size in MiB is positive. "
+            "Use 256, which holds 100,000 prompts with 1,000 tokens each.",
+        ),
+        (
+            {"demonstrations": {"own_max_age": 0.5}},
+            "hapo.demonstrations.own_max_age=0.5: a number of steps is a positive integer. Use null for no limit.",
+        ),
         ({"demonstration_key": ""}, "hapo.demonstration_key='': a column name is needed. Use demonstration."),
         ("paper", "hapo='paper': a block of keys is needed. Launch with +hapo=paper."),
         (

@@ -66,7 +66,7 @@ class Gatekeeper:
             rows: verl's data frame, one mapping a row.
             prompt_column: `data.prompt_key`.
         """
-        if not self._remembers_prompts:
+        if not self.state.remembers_prompts and self.own_past is None:
             return
         count, hashed = len(rows), 0
         keys, sources = np.empty(count, dtype=np.uint64), [""] * count
@@ -102,7 +102,7 @@ class Gatekeeper:
         """
         prompts = len(batch["raw_prompt"])
         keys: list[int | None] = [None] * prompts
-        if self._remembers_prompts:
+        if self.state.posterior is not None or self.own_past is not None:
             columns = {name: batch[name] for name in ("data_source", "extra_info", prompt_column) if name in batch}
             rows = [{name: column[i] for name, column in columns.items()} for i in range(prompts)]
             keys = [row_name(row, prompt_column)[0] for row in rows]
@@ -121,10 +121,6 @@ class Gatekeeper:
             [len(group["successes"]) for group in gated],
             [group["key"] for group in gated],
         )
-
-    @property
-    def _remembers_prompts(self) -> bool:
-        return self.state.remembers_prompts or self.own_past is not None
 
     def _own(self, key: int | None, step: int) -> dict[str, bytes]:
         return {} if self.own_past is None or key is None else {"own": self.own_past.recall(key, step)}
