@@ -70,7 +70,7 @@ e2e: env
 	$(BIN)/python -m pytest -q -m "e2e and not long" -n $(JOBS) --dist loadfile --durations=0
 
 test-long: env
-	HAPO_FUZZ_EXAMPLES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/fuzz --durations=0
+	HAPO_FUZZ_EXAMPLES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/fuzz --timeout 7200 --durations=0
 	$(BIN)/python -m pytest -q -m long -n $(JOBS) --dist loadfile --durations=0
 
 gpu-bundle: $(VENV)/peers/.complete

@@ -25,7 +25,7 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path}: no such file. Name a local parquet file.")
     try:
         file = ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a parquet file ({_first_line(error)}). Name a parquet file.") from None
     batches = file.iter_batches(batch_size=1024)
     while True:

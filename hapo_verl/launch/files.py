@@ -100,7 +100,7 @@ def _column_kinds(file: Path) -> dict[str, str]:
 
     try:
         schema = read_schema(file)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"{file}: cannot be read ({first_line}). Name parquet files.") from None
 

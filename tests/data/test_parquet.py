@@ -3,7 +3,9 @@
 import pandas
 import pytest
 
+from hapo_verl.config import ConfigError
 from hapo_verl.data.parquet import DataError, read_parquet, write_parquet
+from hapo_verl.launch.files import _column_kinds
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
@@ -61,3 +63,20 @@ def test_a_failed_write_leaves_the_old_file_and_no_half_of_a_new_one(tmp_path, m
         write_parquet([{"a": 2}], path)
     assert [file.name for file in tmp_path.iterdir()] == ["train.parquet"]
     assert pandas.read_parquet(path)["a"].tolist() == [1]
+
+
+def test_a_file_with_any_byte_flipped_is_read_or_one_line(tmp_path):
+    path, damaged = tmp_path / "whole.parquet", tmp_path / "damaged.parquet"
+    write_parquet([{"prompt": [{"role": "user", "content": "1?"}], "demonstration": "1"}] * 3, path)
+    whole, lines = path.read_bytes(), []
+    for place in range(len(whole)):
+        content = bytearray(whole)
+        content[place] ^= 0xFF
+        damaged.write_bytes(content)
+        for read in (lambda: list(read_parquet(damaged)), lambda: _column_kinds(damaged)):
+            try:
+                read()
+            except (DataError, ConfigError) as error:
+                lines.append(str(error).splitlines())
+    assert len(lines) > 100
+    assert all(len(line) == 1 for line in lines)
