@@ -49,25 +49,43 @@ FIELDS = (
         "driver",
         ("rollout",),
         "mapping",
-        "What the gate is to judge the prompt's group by, and the policy's own success.",
+        "What the gate knows before it judges the group, and an earlier success of the policy.",
     ),
     Field(DEMONSTRATION, "row", "rollout", ("driver", "actor"), "() bool", "The row is a demonstration."),
-    Field(GROUP, "row", "rollout", ("driver",), "mapping", "What the gate saw and did; equal on all rows of a group."),
-    Field(APPENDED, "tag of a row", "rollout", ("driver",), "bool", "The row is one more than the group has rollouts."),
+    Field(
+        GROUP, "row", "rollout", ("driver",), "mapping", "What the gate saw and did. All rows of a group hold the same."
+    ),
+    Field(
+        APPENDED, "tag of a row", "rollout", ("driver",), "bool", "The row is an extra one beside the group's rollouts."
+    ),
     Field(
         OWN_SUCCESS,
         "tag of a row",
         "rollout",
         ("driver",),
         "[int, int]",
-        "Turns and tools' answers of a rollout that may be remembered: a success with its end of sequence.",
+        "Numbers of turns and of tools' answers, on a success that may be injected later.",
     ),
-    Field(MINI_BATCH, "row", "driver", ("actor",), "(4,) int64", "Counts of the row's optimizer step: `MiniBatch`."),
-    Field(SINGLE_UPDATE, "batch", "driver", ("actor",), "bool", "The step has one update, so that π is π_old."),
     Field(
-        OWN_OLD_LOG_PROBS, "batch", "driver", ("actor",), "bool", "No row has old log-probs: they are the update's own."
+        MINI_BATCH, "row", "driver", ("actor",), "(4,) int64", "Counts of the row's optimizer step, see `MiniBatch`."
     ),
-    Field(TRACED, "batch", "driver", ("actor",), "str", "Uids of the groups whose rows are traced, with commas."),
+    Field(
+        SINGLE_UPDATE,
+        "batch",
+        "driver",
+        ("actor",),
+        "bool",
+        "The step has one update, so the policy is the old policy.",
+    ),
+    Field(
+        OWN_OLD_LOG_PROBS,
+        "batch",
+        "driver",
+        ("actor",),
+        "bool",
+        "The rows have no old log-probs; the update uses its own.",
+    ),
+    Field(TRACED, "batch", "driver", ("actor",), "str", "Uids of the groups whose rows are traced, joined by commas."),
     Field(
         LIKELIHOOD_WEIGHT, "row", "actor", ("actor",), "() float", "The objective's weight W of the row in this update."
     ),
