@@ -1,0 +1,96 @@
+"""The file that sets an agent executor up: the `hapo:` block, the reward, and what OpenRLHF does not tell an executor.
+
+The block's keys, defaults and errors are those of `hapo_verl.config`. Keys of what OpenRLHF does by itself, its loss
+above all, are refused: they would change nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hapo_verl.config import AnnealedGate, ConfigError, HapoConfig
+
+_READ = ("gate", "budget", "injection", "advantage", "success_threshold", "demonstration_key", "seed")
+_KEYS = ("hapo", "reward", "groups_per_engine", "first_step")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What stands in the file.
+
+    Attributes:
+        hapo: the checked block.
+        reward: a Python file with `reward_func(queries, prompts, labels)`, or the URL of a reward server.
+        groups_per_engine: prompts of training that each vLLM engine gets in a step; needed by schedules and budgets.
+        first_step: 1, or after a restart the step that the checkpoint continues with.
+    """
+
+    hapo: HapoConfig
+    reward: str
+    groups_per_engine: int | None = None
+    first_step: int = 1
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Settings:
+        """The checked settings of a YAML or JSON file; the path of a reward's file counts from the file's folder.
+
+        Raises:
+            ConfigError: one line, on the first thing that cannot work.
+        """
+        path = Path(path)
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{path}: cannot be read ({reason}). Name a YAML file with the block hapo.") from None
+        if not isinstance(content, Mapping) or not set(content) <= set(_KEYS):
+            raise ConfigError(f"{path}: other keys than {', '.join(_KEYS)}, or none. Use these.")
+        block, reward = content.get("hapo") or {}, content.get("reward")
+        hapo = HapoConfig.parse(block)
+        for key in block:
+            if key not in _READ:
+                raise ConfigError(f"hapo.{key}: OpenRLHF's loss and trainer have nothing that reads it. Remove it.")
+        for key, value, wrong, rule in _rules(hapo, content):
+            if wrong:
+                raise ConfigError(f"{key}={value}: {rule}")
+        if not isinstance(reward, str) or not (reward.startswith(("http://", "https://")) or _is_code(path, reward)):
+            raise ConfigError(
+                f"reward={reward}: neither a Python file nor a URL. "
+                "Name a file with reward_func(queries, prompts, labels)."
+            )
+        reward = str(path.parent / reward) if _is_code(path, reward) else reward
+        return cls(hapo, reward, content.get("groups_per_engine"), content.get("first_step", 1))
+
+
+def _is_code(path: Path, reward: str) -> bool:
+    return reward.endswith(".py") and (path.parent / reward).is_file()
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _rules(hapo: HapoConfig, content: Mapping[str, Any]) -> list[tuple[str, Any, bool, str]]:
+    """Key, value, whether it cannot work, and the rule with the fix."""
+    gate, annealed = hapo.gate.name, isinstance(hapo.gate, AnnealedGate)
+    groups, first = content.get("groups_per_engine"), content.get("first_step", 1)
+    steps = annealed or hapo.budget.share < 1 or hapo.budget.horizon is not None
+    return [
+        ("hapo.gate.name", gate, gate in ("adaptive", "posterior", "thompson"), "remembers all prompts of a run, and an "
+         "executor sees those of its own vLLM engine only. Use hapo.gate.name=annealed."),
+        ("hapo.gate.horizon", None, annealed and getattr(hapo.gate, "horizon", None) is None, "OpenRLHF does not tell "
+         "an executor how many steps a run has. Set hapo.gate.horizon to that number."),
+        ("hapo.injection.mode", hapo.injection.mode, hapo.injection.mode != "replace", "OpenRLHF's groups have a fixed "
+         "number of rows. Use hapo.injection.mode=replace."),
+        ("hapo.advantage.statistics", "on_policy", hapo.advantage.statistics == "on_policy", "OpenRLHF's group_norm "
+         "compares all rows of a group. Use hapo.advantage.statistics=all."),
+        ("groups_per_engine", groups, not (_is_count(groups) or (groups is None and not steps)), "a schedule and a "
+         "budget count steps by it. Set it to --rollout.batch_size divided by --vllm.num_engines."),
+        ("first_step", first, not _is_count(first), "a step is a positive integer. Use 1 for a new run."),
+    ]  # fmt: skip
