@@ -10,7 +10,6 @@ demonstrations train with its own loss.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 import math
 import os
@@ -31,9 +30,6 @@ from hapo_verl.algo.judgement import Judgement, described, judged
 from hapo_verl.config import ConfigError
 from hapo_verl.openrlhf.settings import Settings
 
-READ_IN = "0.11.0"
-PARAMETERS = ("prompt", "label", "sampling_params", "max_length", "hf_tokenizer", "llm_engine", "images")
-
 
 @dataclass
 class _Group:
@@ -49,12 +45,6 @@ class HapoAgentExecutor(SingleTurnAgentExecutor):
     config: str | os.PathLike[str] = ""
 
     def __init__(self) -> None:
-        found = tuple(inspect.signature(SingleTurnAgentExecutor.execute).parameters)[1:]
-        if found != PARAMETERS:
-            raise ConfigError(
-                f"openrlhf: SingleTurnAgentExecutor.execute({', '.join(found)}) has changed since OpenRLHF {READ_IN}, "
-                f"where it took ({', '.join(PARAMETERS)}). pip install openrlhf=={READ_IN}."
-            )
         self._settings = settings = Settings.read(self.config)
         super().__init__(settings.reward)
         self._gate_state = GateState(
@@ -75,9 +65,7 @@ class HapoAgentExecutor(SingleTurnAgentExecutor):
         place, group.size = group.size, group.size + 1
         return (await group.rows)[place]
 
-    async def _rows(
-        self, key: int, fields: Mapping[str, Any], llm_engine: Any, call: dict[str, Any]
-    ) -> list[dict[str, Any]]:
+    async def _rows(self, key: int, fields: Mapping[str, Any], llm_engine: Any, call: dict[str, Any]) -> list[dict]:
         call = {**call, "label": fields["label"]}
         try:
             await asyncio.sleep(0)  # until all samples of the group are counted
@@ -162,29 +150,26 @@ def _fields(label: Any) -> Mapping[str, Any]:
 
 
 def _check_group(size: int, call: dict[str, Any]) -> None:
-    if size < 2:
-        raise ConfigError(
-            f"--rollout.n_samples_per_prompt={size}: a demonstration joins a group. Use --rollout.n_samples_per_prompt 8."
-        )
-    if call["sampling_params"].logprobs is not None:
-        raise ConfigError(
-            "--algo.advantage.is_correction_enable: nobody sampled a demonstration, so there is no sampling probability "
-            "to correct. Remove it."
-        )
-    if call["images"]:
-        raise ConfigError("--data.image_key: a demonstration is one turn of text. Use prompts without images.")
+    logprobs = call["sampling_params"].logprobs
+    for wrong, said in (
+        (size < 2, f"--rollout.n_samples_per_prompt={size}: a demonstration joins a group of samples. Use 8."),
+        (logprobs is not None, "--algo.advantage.is_correction_enable: a demonstration was not sampled. Remove it."),
+        (call["images"], "--data.image_key: a demonstration is one turn of text. Use prompts without images."),
+    ):
+        if wrong:
+            raise ConfigError(said)
 
 
 def _formats(tokenizer: Any) -> list[TurnFormat]:
     """How answers are written: as a turn of a chat, for prompts that the chat template has written, and as text."""
+    if not tokenizer.chat_template:
+        return [TurnFormat.of_text(tokenizer, end_tokens=[tokenizer.eos_token_id])]
     try:
         generation_config = GenerationConfig.from_pretrained(tokenizer.name_or_path)
     except OSError:
         generation_config = None
-    text = TurnFormat.of_text(tokenizer, end_tokens=[tokenizer.eos_token_id])
-    if not tokenizer.chat_template:
-        return [text]
-    return [TurnFormat.of(tokenizer, generation_config=generation_config, template_kwargs={}), text]
+    chat = TurnFormat.of(tokenizer, generation_config=generation_config, template_kwargs={})
+    return [chat, TurnFormat.of_text(tokenizer, end_tokens=chat.end_tokens)]
 
 
 def _number(value: Any) -> float:

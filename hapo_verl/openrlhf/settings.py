@@ -59,17 +59,12 @@ class Settings:
         for key, value, wrong, rule in _rules(hapo, content):
             if wrong:
                 raise ConfigError(f"{key}={value}: {rule}")
-        if not isinstance(reward, str) or not (reward.startswith(("http://", "https://")) or _is_code(path, reward)):
-            raise ConfigError(
-                f"reward={reward}: neither a Python file nor a URL. "
-                "Name a file with reward_func(queries, prompts, labels)."
-            )
-        reward = str(path.parent / reward) if _is_code(path, reward) else reward
-        return cls(hapo, reward, content.get("groups_per_engine"), content.get("first_step", 1))
-
-
-def _is_code(path: Path, reward: str) -> bool:
-    return reward.endswith(".py") and (path.parent / reward).is_file()
+        if not str(reward).startswith(("http://", "https://")):
+            code = path.parent / str(reward)
+            if code.suffix != ".py" or not code.is_file():
+                raise ConfigError(f"reward={reward}: no such Python file, and no URL. Name a file with reward_func.")
+            reward = str(code)
+        return cls(hapo, str(reward), content.get("groups_per_engine"), content.get("first_step", 1))
 
 
 def _is_count(value: Any) -> bool:
@@ -82,15 +77,15 @@ def _rules(hapo: HapoConfig, content: Mapping[str, Any]) -> list[tuple[str, Any,
     groups, first = content.get("groups_per_engine"), content.get("first_step", 1)
     steps = annealed or hapo.budget.share < 1 or hapo.budget.horizon is not None
     return [
-        ("hapo.gate.name", gate, gate in ("adaptive", "posterior", "thompson"), "remembers all prompts of a run, and an "
-         "executor sees those of its own vLLM engine only. Use hapo.gate.name=annealed."),
-        ("hapo.gate.horizon", None, annealed and getattr(hapo.gate, "horizon", None) is None, "OpenRLHF does not tell "
-         "an executor how many steps a run has. Set hapo.gate.horizon to that number."),
+        ("hapo.gate.name", gate, gate in ("adaptive", "posterior", "thompson"), "remembers all prompts of a run; an "
+         "executor sees those of its own vLLM engine. Use hapo.gate.name=annealed."),
+        ("hapo.gate.horizon", None, annealed and getattr(hapo.gate, "horizon", None) is None, "an executor is not told "
+         "how many steps a run has. Set hapo.gate.horizon to that number."),
         ("hapo.injection.mode", hapo.injection.mode, hapo.injection.mode != "replace", "OpenRLHF's groups have a fixed "
          "number of rows. Use hapo.injection.mode=replace."),
         ("hapo.advantage.statistics", "on_policy", hapo.advantage.statistics == "on_policy", "OpenRLHF's group_norm "
          "compares all rows of a group. Use hapo.advantage.statistics=all."),
-        ("groups_per_engine", groups, not (_is_count(groups) or (groups is None and not steps)), "a schedule and a "
-         "budget count steps by it. Set it to --rollout.batch_size divided by --vllm.num_engines."),
+        ("groups_per_engine", groups, not (_is_count(groups) or (groups is None and not steps)), "schedules and "
+         "budgets count steps by it. Use --rollout.batch_size divided by --vllm.num_engines."),
         ("first_step", first, not _is_count(first), "a step is a positive integer. Use 1 for a new run."),
     ]  # fmt: skip
