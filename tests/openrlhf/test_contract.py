@@ -9,6 +9,7 @@ import asyncio
 import importlib.util
 import inspect
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,11 @@ from hapo_verl.algo.policy_loss import Aggregation, Clip, DemonstrationShape, ha
 from hapo_verl.openrlhf.executor import HapoAgentExecutor
 
 FOLDER = Path(importlib.util.find_spec("openrlhf").submodule_search_locations[0])
+SCRIPT = "\n".join(
+    line
+    for line in (conftest.RECIPES / "openrlhf" / "run.sh").read_text().splitlines()
+    if not line.strip().startswith("#")
+)
 END = "<|im_end|>"
 FAILURES = (f"1{END}", f"12{END}", "123456", f"1234{END}")
 
@@ -140,12 +146,27 @@ def test_a_rows_importance_ratio_begins_at_one_where_the_loss_is_log_likelihood(
         # Each call of the actor brings sampling parameters of its own, with all samples of a prompt.
         ("trainer/ppo_utils/samples_generator.py", "llm_engine.generate_responses.remote("),
         ("trainer/ppo_utils/samples_generator.py", "num_samples=n_samples,"),
-        ("trainer/ppo_utils/samples_generator.py", "logprobs=1 if self.args.algo.advantage.is_correction_enable else None"),
+        (
+            "trainer/ppo_utils/samples_generator.py",
+            "logprobs=1 if self.args.algo.advantage.is_correction_enable else None",
+        ),
         # The statistics of the paper.
-        ("trainer/ppo_utils/experience_maker.py", "(rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True)"),
+        (
+            "trainer/ppo_utils/experience_maker.py",
+            "(rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True)",
+        ),
         # The policy before the update is the actor's own forward pass.
         ("trainer/ppo_utils/experience_maker.py", "samples.action_log_probs = action_log_probs"),
     ],
 )
 def test_a_line_that_the_documentation_relies_on_is_there(file, read):
     assert read in (FOLDER / file).read_text()
+
+
+def test_openrlhf_has_the_flags_of_the_launch_script():
+    source = (FOLDER / "cli" / "train_ppo_ray.py").read_text().replace("--{prefix}.", "--actor.")
+    flags = set(re.findall(r"^  (?:.* )?(--[a-z_]+\.[a-z_.]+)", SCRIPT, flags=re.M)) | set(
+        re.findall(r"(?<= )(--[a-z_]+\.[a-z_.]+)(?= )", SCRIPT)
+    )
+    assert len(flags) > 30
+    assert not [flag for flag in flags if f'"{flag}"' not in source]

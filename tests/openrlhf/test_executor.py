@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from hapo_verl.config import ConfigError
 from tests.openrlhf.conftest import PER_GROUP
@@ -95,6 +96,19 @@ def test_an_engine_that_fails_fails_every_sample_of_the_group_and_no_other_group
         generate(hapo, "")
     (rows,) = generate(hapo, *FAILURES)
     assert written(rows)[2] == f"210{END}"
+    assert not hapo._groups
+
+
+def test_a_chats_demonstration_ends_as_its_template_ends_a_turn(
+    executor, generate, written, monkeypatch, tokenizer, tmp_path
+):
+    """With an end of a text that is another token, as base models have it; the model's folder names both."""
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", END])
+    GenerationConfig(eos_token_id=ends).save_pretrained(tmp_path)
+    monkeypatch.setattr(tokenizer, "name_or_path", str(tmp_path))
+    monkeypatch.setattr(tokenizer, "eos_token", "<|endoftext|>")
+    (rows,) = generate(executor(), *FAILURES)
+    assert written(rows)[2] == f"210{END}"
 
 
 def test_prompts_that_are_texts_are_answered_as_texts(executor, generate, written, monkeypatch, tokenizer):
@@ -139,7 +153,7 @@ def test_a_budget_is_kept_in_each_step(executor, generate):
             "--data.label_key: '210' is no JSON object with the key label. Write "
             '{"label": ..., "demonstration": ...} into that column, and no demonstration on held-out rows.',
         ),
-        ({"label": '{"answer": "210"}'}, "--data.label_key: '{\"answer\": \"210\"}' is no JSON object with"),
+        ({"label": '{"answer": "210"}'}, '--data.label_key: \'{"answer": "210"}\' is no JSON object with'),
         (
             {"size": 1},
             "--rollout.n_samples_per_prompt=1: a demonstration joins a group of samples. Use 8.",

@@ -1,5 +1,7 @@
 """The file that sets an executor up: the block's keys as for verl, and what OpenRLHF cannot do."""
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -7,6 +9,7 @@ import pytest
 
 from hapo_verl.config import ConfigError, HapoConfig
 from hapo_verl.openrlhf.settings import Settings
+from tests.openrlhf.conftest import RECIPES
 
 
 def test_the_defaults_are_verls_and_a_rewards_path_counts_from_the_file(settings, tmp_path):
@@ -33,7 +36,11 @@ def test_a_reward_may_be_a_server(settings):
             {},
             "hapo.loss: OpenRLHF's loss and trainer have nothing that reads it. Remove it.",
         ),
-        ({"trace_dir": "trace"}, {}, "hapo.trace_dir: OpenRLHF's loss and trainer have nothing that reads it. Remove it."),
+        (
+            {"trace_dir": "trace"},
+            {},
+            "hapo.trace_dir: OpenRLHF's loss and trainer have nothing that reads it. Remove it.",
+        ),
         (
             {"gate": {"name": "posterior"}},
             {},
@@ -84,7 +91,9 @@ def test_what_cannot_work_is_refused_in_one_line(settings, hapo, more, said):
 def test_another_content_is_refused(tmp_path, content):
     path = tmp_path / "hapo.yaml"
     path.write_text(content)
-    with pytest.raises(ConfigError, match="other keys than hapo, reward, groups_per_engine, first_step, or none. Use these."):
+    with pytest.raises(
+        ConfigError, match="other keys than hapo, reward, groups_per_engine, first_step, or none. Use these."
+    ):
         Settings.read(path)
 
 
@@ -97,6 +106,30 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, content):
         Settings.read(path)
     assert "cannot be read" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_recipes_settings_work():
+    read = Settings.read(RECIPES / "openrlhf" / "hapo.yaml")
+    assert (read.hapo.gate.name, read.groups_per_engine) == ("annealed", 128 // 8)
+
+
+def test_the_launch_script_says_in_one_line_what_cannot_work(tmp_path):
+    for file in ("run.sh", "hapo.yaml", "reward.py"):
+        shutil.copy(RECIPES / "openrlhf" / file, tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").symlink_to(sys.executable)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "DRY": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+
+    def launch():
+        command = ["bash", str(tmp_path / "run.sh"), "model", "train.jsonl", "heldout.jsonl", "--train.seed", "1"]
+        return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+
+    printed = launch().stdout.split()
+    assert printed[:3] == ["python3", "-m", "openrlhf.cli.train_ppo_ray"]
+    assert printed[-2:] == ["--train.seed", "1"]
+    (tmp_path / "hapo.yaml").write_text("hapo: {gat: {}}")
+    assert launch().stderr == "hapo.gat: no such key. Did you mean hapo.gate?\n"
 
 
 def test_the_settings_need_neither_openrlhf_nor_verl():
