@@ -13,8 +13,8 @@ import asyncio
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,45 +31,37 @@ from hapo_verl.config import ConfigError
 from hapo_verl.openrlhf.settings import Settings
 
 
-@dataclass
-class _Group:
-    """Samples of one prompt, in flight; `rows` becomes their list."""
-
-    rows: asyncio.Task[list[dict[str, Any]]]
-    size: int = 0
-
-
 class HapoAgentExecutor(SingleTurnAgentExecutor):
     """OpenRLHF's executor for single turns, with a gate and verified demonstrations; `config` names its settings."""
 
     config: str | os.PathLike[str] = ""
 
     def __init__(self) -> None:
-        self._settings = settings = Settings.read(self.config)
-        super().__init__(settings.reward)
-        self._gate_state = GateState(
-            settings.hapo, total_steps=0, resume_key="--ckpt.load_enable", data_key="--data.prompt_dataset"
-        )
-        self._groups: dict[int, _Group] = {}
+        self._settings = Settings.read(self.config)
+        super().__init__(self._settings.reward)
+        self._gate_state = GateState(self._settings.hapo, total_steps=0, resume_key="", data_key="")
+        # Of groups in flight: the samples that have been asked for, and what becomes the list of their rows.
+        self._sizes: Counter[int] = Counter()
+        self._groups: dict[int, asyncio.Task[list[dict]]] = {}
         self._started = 0  # groups of training
         self._formats: list[TurnFormat] = []
 
     async def execute(self, prompt, label, sampling_params, max_length, hf_tokenizer, llm_engine, images=None) -> dict:
         """One row of the group, as OpenRLHF's own executor returns it."""
         key = id(sampling_params)
-        if key not in self._groups:
+        place, self._sizes[key] = self._sizes[key], self._sizes[key] + 1
+        if place == 0:
             call = {"prompt": prompt, "sampling_params": sampling_params, "max_length": max_length}
             call |= {"hf_tokenizer": hf_tokenizer, "images": images}
-            self._groups[key] = _Group(asyncio.ensure_future(self._rows(key, _fields(label), llm_engine, call)))
-        group = self._groups[key]
-        place, group.size = group.size, group.size + 1
-        return (await group.rows)[place]
+            self._groups[key] = asyncio.ensure_future(self._rows(key, label, llm_engine, call))
+        return (await self._groups[key])[place]
 
-    async def _rows(self, key: int, fields: Mapping[str, Any], llm_engine: Any, call: dict[str, Any]) -> list[dict]:
-        call = {**call, "label": fields["label"]}
+    async def _rows(self, key: int, label: Any, llm_engine: Any, call: dict[str, Any]) -> list[dict]:
         try:
+            fields = _fields(label)
+            call = {**call, "label": fields["label"]}
             await asyncio.sleep(0)  # until all samples of the group are counted
-            size, training = self._groups[key].size, self._settings.hapo.demonstration_key in fields
+            size, training = self._sizes[key], self._settings.hapo.demonstration_key in fields
             if training:
                 _check_group(size, call)
             self._started += training
@@ -77,7 +69,7 @@ class HapoAgentExecutor(SingleTurnAgentExecutor):
             samples = [super(HapoAgentExecutor, self).execute(**call, llm_engine=llm_engine) for _ in range(size)]
             rows = list(await asyncio.gather(*samples))
         finally:
-            del self._groups[key]
+            del self._sizes[key], self._groups[key]
         judgement = self._judged(rows, call["prompt"], step) if training else Judgement(gated=False)
         reward, refused = sum(_number(row["reward"]) for row in rows) / size, None
         if judgement.worst is not None:
@@ -112,7 +104,12 @@ class HapoAgentExecutor(SingleTurnAgentExecutor):
         response = written.single_turn(value, max_tokens=most)
         if isinstance(response, Refusal):
             return response
-        row = await super().execute(**call, llm_engine=_Writes(response.tokens))
+
+        async def write(*_: Any, **__: Any) -> Any:
+            output = SimpleNamespace(token_ids=response.tokens, text="", logprobs=None, finish_reason="stop")
+            return SimpleNamespace(outputs=[output])
+
+        row = await super().execute(**call, llm_engine=SimpleNamespace(generate=write))
         return row if self._success(row) else Refusal("rejected")
 
     def _step(self, group: int) -> int:
@@ -121,18 +118,6 @@ class HapoAgentExecutor(SingleTurnAgentExecutor):
 
     def _success(self, row: dict[str, Any]) -> bool:
         return is_success(_number(row["reward"]), _number(row["scores"]), self._settings.hapo.success_threshold)
-
-
-@dataclass
-class _Writes:
-    """In the place of a vLLM engine: writes a demonstration, whatever it is asked."""
-
-    tokens: list[int]
-
-    async def generate(self, prompt_token_ids: Any, sampling_params: Any, multi_modal_data: Any = None) -> Any:
-        """A finished request, as far as OpenRLHF's executor reads it."""
-        output = SimpleNamespace(token_ids=self.tokens, text="", logprobs=None, finish_reason="stop")
-        return SimpleNamespace(outputs=[output])
 
 
 def _fields(label: Any) -> Mapping[str, Any]:

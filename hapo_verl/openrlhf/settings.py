@@ -67,15 +67,12 @@ class Settings:
         return cls(hapo, str(reward), content.get("groups_per_engine"), content.get("first_step", 1))
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 def _rules(hapo: HapoConfig, content: Mapping[str, Any]) -> list[tuple[str, Any, bool, str]]:
     """Key, value, whether it cannot work, and the rule with the fix."""
     gate, annealed = hapo.gate.name, isinstance(hapo.gate, AnnealedGate)
     groups, first = content.get("groups_per_engine"), content.get("first_step", 1)
     steps = annealed or hapo.budget.share < 1 or hapo.budget.horizon is not None
+    counted = not steps if groups is None else type(groups) is int and groups > 0
     return [
         ("hapo.gate.name", gate, gate in ("adaptive", "posterior", "thompson"), "remembers all prompts of a run; an "
          "executor sees those of its own vLLM engine. Use hapo.gate.name=annealed."),
@@ -85,7 +82,7 @@ def _rules(hapo: HapoConfig, content: Mapping[str, Any]) -> list[tuple[str, Any,
          "number of rows. Use hapo.injection.mode=replace."),
         ("hapo.advantage.statistics", "on_policy", hapo.advantage.statistics == "on_policy", "OpenRLHF's group_norm "
          "compares all rows of a group. Use hapo.advantage.statistics=all."),
-        ("groups_per_engine", groups, not (_is_count(groups) or (groups is None and not steps)), "schedules and "
-         "budgets count steps by it. Use --rollout.batch_size divided by --vllm.num_engines."),
-        ("first_step", first, not _is_count(first), "a step is a positive integer. Use 1 for a new run."),
+        ("groups_per_engine", groups, not counted, "schedules and budgets count steps by it. "
+         "Use --rollout.batch_size divided by --vllm.num_engines."),
+        ("first_step", first, type(first) is not int or first < 1, "a step is a positive integer. Use 1 to begin."),
     ]  # fmt: skip

@@ -53,7 +53,7 @@ class Engine:
         return SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, text=text, logprobs=None, finish_reason=reason)])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tokenizer():
     import tiny_model
 

@@ -4,6 +4,7 @@ OpenRLHF's modules that need a GPU's packages are not imported: single functions
 """
 
 import __future__
+
 import ast
 import asyncio
 import importlib.util

@@ -99,14 +99,11 @@ def test_an_engine_that_fails_fails_every_sample_of_the_group_and_no_other_group
     assert not hapo._groups
 
 
-def test_a_chats_demonstration_ends_as_its_template_ends_a_turn(
-    executor, generate, written, monkeypatch, tokenizer, tmp_path
-):
+def test_a_chats_demonstration_ends_as_its_template_ends_a_turn(executor, generate, written, tokenizer, tmp_path):
     """With an end of a text that is another token, as base models have it; the model's folder names both."""
     ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", END])
     GenerationConfig(eos_token_id=ends).save_pretrained(tmp_path)
-    monkeypatch.setattr(tokenizer, "name_or_path", str(tmp_path))
-    monkeypatch.setattr(tokenizer, "eos_token", "<|endoftext|>")
+    tokenizer.name_or_path, tokenizer.eos_token = str(tmp_path), "<|endoftext|>"
     (rows,) = generate(executor(), *FAILURES)
     assert written(rows)[2] == f"210{END}"
 

@@ -76,7 +76,7 @@ def test_a_reward_may_be_a_server(settings):
             "groups_per_engine=0.5: schedules and budgets count steps by it. "
             "Use --rollout.batch_size divided by --vllm.num_engines.",
         ),
-        ({}, {"first_step": 0}, "first_step=0: a step is a positive integer. Use 1 for a new run."),
+        ({}, {"first_step": 0}, "first_step=0: a step is a positive integer. Use 1 to begin."),
         ({}, {"reward": "none.py"}, "reward=none.py: no such Python file, and no URL. Name a file with reward_func."),
         ({}, {"reward": None}, "reward=None: no such Python file, and no URL. Name a file with reward_func."),
     ],
@@ -92,7 +92,7 @@ def test_another_content_is_refused(tmp_path, content):
     path = tmp_path / "hapo.yaml"
     path.write_text(content)
     with pytest.raises(
-        ConfigError, match="other keys than hapo, reward, groups_per_engine, first_step, or none. Use these."
+        ConfigError, match=r"other keys than hapo, reward, groups_per_engine, first_step, or none\. Use these\."
     ):
         Settings.read(path)
 
