@@ -58,9 +58,9 @@ class HapoAgentExecutor(SingleTurnAgentExecutor):
 
     async def _rows(self, key: int, label: Any, llm_engine: Any, call: dict[str, Any]) -> list[dict]:
         try:
+            await asyncio.sleep(0)  # until all samples of the group are counted
             fields = _fields(label)
             call = {**call, "label": fields["label"]}
-            await asyncio.sleep(0)  # until all samples of the group are counted
             size, training = self._sizes[key], self._settings.hapo.demonstration_key in fields
             if training:
                 _check_group(size, call)

@@ -1,6 +1,7 @@
 """The file that sets an executor up: the block's keys as for verl, and what OpenRLHF cannot do."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,15 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, content):
 def test_the_recipes_settings_work():
     read = Settings.read(RECIPES / "openrlhf" / "hapo.yaml")
     assert (read.hapo.gate.name, read.groups_per_engine) == ("annealed", 128 // 8)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reward"), [("2 x 12 = 24\n#### 24", 1), ("#### 1,024.", 0), ("#### 4\n#### 24.", 1), ("24", 0)]
+)
+def test_the_recipes_reward_reads_the_last_line(answer, reward):
+    namespace = runpy.run_path(str(RECIPES / "openrlhf" / "reward.py"))
+    said = namespace["reward_func"]([f"question #### 24 {answer}"], ["question #### 24 "], ["24"])
+    assert said["rewards"].tolist() == said["scores"].tolist() == [reward]
 
 
 def test_the_launch_script_says_in_one_line_what_cannot_work(tmp_path):
