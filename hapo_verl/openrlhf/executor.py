@@ -93,8 +93,7 @@ class HapoAgentExecutor(SingleTurnAgentExecutor):
             for start, end in row["action_ranges"]
         ]
         hapo, situations = self._settings.hapo, self._gate_state.situations([None], step)
-        seed = f"{hapo.seed}/{step}/{prompt}"
-        return judged(rollouts, len(rows), situations, gate=hapo.gate.name, seed=seed)[0]
+        return judged(rollouts, len(rows), situations, gate=hapo.gate.name, seed=f"{hapo.seed}/{step}/{prompt}")[0]
 
     async def _demonstration(self, value: Any, call: dict[str, Any], *, prompt_tokens: int) -> dict[str, Any] | Refusal:
         """The demonstration's row, made and scored by OpenRLHF as if the engine had written it."""

@@ -69,9 +69,8 @@ class Settings:
 
 def _rules(hapo: HapoConfig, content: Mapping[str, Any]) -> list[tuple[str, Any, bool, str]]:
     """Key, value, whether it cannot work, and the rule with the fix."""
-    gate, annealed = hapo.gate.name, isinstance(hapo.gate, AnnealedGate)
-    groups, first = content.get("groups_per_engine"), content.get("first_step", 1)
-    steps = annealed or hapo.budget.share < 1 or hapo.budget.horizon is not None
+    gate, annealed, first = hapo.gate.name, isinstance(hapo.gate, AnnealedGate), content.get("first_step", 1)
+    groups, steps = content.get("groups_per_engine"), annealed or hapo.budget.share < 1 or hapo.budget.horizon
     counted = not steps if groups is None else type(groups) is int and groups > 0
     return [
         ("hapo.gate.name", gate, gate in ("adaptive", "posterior", "thompson"), "remembers all prompts of a run; an "
