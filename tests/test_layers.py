@@ -21,8 +21,9 @@ ROOMS = {
     "driver": {"algo", "protocol", "rollout", "actor", "launch"},
     "data": {"algo", "protocol", "rollout", "launch"},
     "report": {"algo", "protocol", "data"},
-    # Another trainer: it has no process in common with the others.
+    # Other trainers: they have no process in common with the rest.
     "trl": {"algo"},
+    "openrlhf": {"algo"},
 }
 # Above the rooms: entry points. `config` is below all of them.
 ENTRY_POINTS = {"plugin", "doctor"}
@@ -61,20 +62,21 @@ def test_a_room_imports_only_what_is_below_it(room):
     assert not wrong
 
 
-def test_nothing_else_imports_trl():
-    """verl 0.9.1 cannot load models in an environment with TRL, so nothing else may import it."""
+@pytest.mark.parametrize("trainer", ["trl", "openrlhf"])
+def test_nothing_else_imports_another_trainer(trainer):
+    """verl 0.9.1 cannot load models in an environment with TRL, so nothing else may import another trainer."""
     wrong = {
         f"{path.relative_to(PACKAGE)} imports {name}"
         for path in PACKAGE.rglob("*.py")
-        if path.parent.name != "trl"
+        if path.parent.name != trainer
         for node in ast.walk(ast.parse(path.read_text()))
         for name in imported(node)
-        if name.split(".")[0] == "trl" or name.startswith("hapo_verl.trl")
+        if name.split(".")[0] == trainer or name.startswith(f"hapo_verl.{trainer}")
     }
     assert not wrong
 
 
-@pytest.mark.parametrize("room", ["algo", "data"])
+@pytest.mark.parametrize("room", ["algo", "data", "openrlhf"])
 def test_these_rooms_do_not_import_verl_at_their_top(room):
     tops = {
         f"{path.relative_to(PACKAGE)}:{node.lineno}"
