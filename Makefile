@@ -2,7 +2,7 @@
 # make quickstart-digits  the same trainer, a random tiny model that learns to write digits backwards
 # make quickstart-gsm8k   the language model on real word problems, a few steps
 # make test               what CI runs: lint, types, docs, unit tests, verl's trainer end to end
-# make test-long          deaths, hangs, resumption, two Ray nodes, tools, 10,000 examples a fuzz campaign; an hour more
+# make test-long          deaths, hangs, two Ray nodes, tools, every baseline and GPU target, 10,000 examples a campaign; hours
 # make check              lint and types, and the unit tests of what changed since the last commit
 # make gpu-bundle         a folder for a GPU machine without network: kernels, tests, benches, peers, one command
 # make docs               the documentation as a site in outputs/site; a broken link is an error

@@ -27,6 +27,7 @@ def test_the_advantage_bench_measures_every_way(tmp_path):
     assert all(min(way["cpu_s"]) > 0 for way in content["ways"].values())
 
 
+@pytest.mark.long
 def test_the_cost_of_a_step_is_measured_on_both_sides_part_by_part(tmp_path):
     pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed")
     content = smoke("step_cost", tmp_path)
@@ -42,6 +43,7 @@ def test_the_cost_of_a_step_is_measured_on_both_sides_part_by_part(tmp_path):
     assert [row["gpus"] for row in content["share of a step"]] == [8, 64, 512]
 
 
+@pytest.mark.long
 def test_rows_without_a_gradient_are_not_paid_for(tmp_path):
     pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed")
     content = smoke("idle_rows", tmp_path)
