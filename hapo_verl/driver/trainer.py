@@ -352,8 +352,9 @@ class HapoTrainer(PPOTrainer):
                 logger.warning("hapo: step %d: %s", self.global_steps, advice)
         self.gatekeeper.observe(groups.values())
         self._remember(batch, prompt_of, real_B & (jagged.row_sums(mask) == tokens_B), groups, metrics)
-        with marked_timer("hapo_trace", self.timing_raw):
-            self._write_trace(batch, prompt_of, real_B, groups)
+        if self.trace.is_on:
+            with marked_timer("hapo_trace", self.timing_raw):
+                self._write_trace(batch, prompt_of, real_B, groups)
         return tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(output, batch_size=len(batch))
         )
@@ -378,9 +379,7 @@ class HapoTrainer(PPOTrainer):
         metrics.update(past.metrics())
 
     def _write_trace(self, batch: Any, prompt_of: list[str], real_B: Tensor, groups: Any) -> None:
-        """The groups, and of some their rows: the actors see only those that train."""
-        if not self.trace.is_on:
-            return
+        """Trace all groups, and all rows of some: the actors see only the rows that train."""
         self.trace.launch(self.config, self.hapo, self.global_steps)
         self.trace.groups(self.global_steps, groups)
         chosen = self.trace.sample(groups)

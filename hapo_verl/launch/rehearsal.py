@@ -133,9 +133,10 @@ class Rehearsal:
         return check_columns(self.config, self.hapo)
 
     def demonstrations(self) -> str:
+        rows = self.rows  # A missing file is named first, whatever else is wrong.
         if not self.hapo.demonstrations.needs_column:
             return _NO_COLUMN
-        check_demonstrations(self.rows, self.tokenizer, self.config, self.hapo, sample=LOOKED_AT)
+        check_demonstrations(rows, self.tokenizer, self.config, self.hapo, sample=LOOKED_AT)
         found, reasons = self.injectable
         looked_at = len(found) + reasons.total()
         others = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common() if reason != "overlong")
@@ -143,7 +144,7 @@ class Rehearsal:
         return (
             f"{len(found)} of {looked_at} looked at can be injected, {reasons['overlong'] / looked_at:.1%} do not fit "
             f"data.max_response_length={self.config.data.max_response_length} (longest that fits: {longest} tokens)"
-            f"{'; ' + others if others else ''}; {len(self.rows)} rows"
+            f"{'; ' + others if others else ''}; {len(rows)} rows"
         )
 
     def reward(self) -> str:
