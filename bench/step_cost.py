@@ -305,6 +305,7 @@ class Bench:
                 "+hapo=plus",
                 "hapo.gate.name=posterior",
                 "hapo.old_log_probs=all",
+                "hapo.trace_dir=null",
                 "trainer.v1.trainer_mode=hapo_sync",
             ],
         }

@@ -127,7 +127,9 @@ def step(launch, monkeypatch):
     def build(line):
         preset, *others = line.split()
         others += [f"data.max_response_length={LIMIT}", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1"]
-        config = launch(*others, preset=[f"+hapo={preset}", f"actor_rollout_ref.rollout.n={ROLLOUTS}"])
+        config = launch(
+            *others, preset=[f"+hapo={preset}", f"actor_rollout_ref.rollout.n={ROLLOUTS}", "hapo.trace_dir=null"]
+        )
         queue = Queue()
         for name in ("async_kv_batch_put", "kv_batch_put", "kv_batch_get"):
             monkeypatch.setattr(tq, name, getattr(queue, name))

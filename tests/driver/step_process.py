@@ -141,7 +141,7 @@ def _config(one):
     from hapo_verl.launch.rehearsal import composed
 
     if one.trainer == "hapo":
-        chosen = [*one.overrides, "trainer.v1.trainer_mode=hapo_sync"]
+        chosen = [*one.overrides, "trainer.v1.trainer_mode=hapo_sync", "hapo.trace_dir=null"]
     else:
         chosen = [*one.overrides, "algorithm.adv_estimator=grpo"]
     return composed(
