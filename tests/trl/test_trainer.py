@@ -136,8 +136,9 @@ def test_a_gate_that_never_fires_is_grpo(trainer, settings, tiny):
     hapo.train()
     assert metrics(grpo, "reward") == metrics(hapo, "reward")
     for ours, theirs in zip(hapo.model.parameters(), grpo.model.parameters(), strict=True):
-        # TRL adds 1e-4 to the deviation, verl and we 1e-6.
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+        # TRL adds 1e-4 to the deviation, verl and we 1e-6. A step of Adam is 1e-3 even where the gradient is next to 0,
+        # and such an entry carries the difference: 1.7e-5 was seen on a CPU without AVX-512.
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
