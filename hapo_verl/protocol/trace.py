@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig
@@ -147,15 +147,19 @@ class Trace:
         """
         if self._folder is None:
             return
-        keep = set(sampled) if sampled is not None else None
-        rows = _records(data, names)
-        chosen = [i for i, row in enumerate(rows) if keep is None or row["uid"] in keep]
-        if logp_BT is not None and chosen:
+        chosen = list(range(len(data)))
+        if sampled is not None:
+            keep, uids = set(sampled), plain_values(data["uid"])
+            chosen = [i for i in chosen if uids[i] in keep]
+        if not chosen:
+            return
+        rows = _records(data, names, chosen)
+        if logp_BT is not None:
             # A single copy from the device.
             logp = logp_BT.detach()[chosen].float().cpu().tolist()
-            for i, values in zip(chosen, logp, strict=True):
-                rows[i]["logp"] = [round(value, _DIGITS) for value in values[: len(rows[i]["responses"])]]
-        self._append(f"loss-{os.getpid()}.jsonl", [rows[i] for i in chosen])
+            for row, values in zip(rows, logp, strict=True):
+                row["logp"] = [round(value, _DIGITS) for value in values[: len(row["responses"])]]
+        self._append(f"loss-{os.getpid()}.jsonl", rows)
 
     def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         if self._folder is None or not records:
@@ -201,8 +205,16 @@ def _place(group: Mapping[str, Any]) -> bytes:
     return blake2b(f"{group.get('data_source')}/{group.get('index')}".encode(), digest_size=8).digest()
 
 
-def _records(data: TensorDict, names: Sequence[str]) -> list[dict[str, Any]]:
-    columns = {name: plain_values(data[name]) for name in names}
+def _records(data: TensorDict, names: Sequence[str], chosen: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    """The chosen rows as plain values; the others are not read, which on a device would be a copy each."""
+
+    def column(name: str) -> list[Any]:
+        if chosen is None:
+            return plain_values(data[name])
+        rows = list(cast("Iterable[Any]", data[name]))
+        return plain_values(rows[i] for i in chosen)
+
+    columns = {name: column(name) for name in names}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

@@ -60,16 +60,16 @@ def read_run(path: Path, trace: Path | None = None) -> Run:
             f"{metrics}: no record of verl's file logger in it. Launch with trainer.logger=[console,file]."
         )
     if trace is None:
-        trace = next((t for t in (path / "trace", metrics.parent / "trace") if t.is_dir()), metrics.parent / "trace")
+        trace = next((place / "trace" for place in (path, metrics.parent) if (place / "trace").is_dir()), None)
     elif not trace.is_dir():
         raise ReportError(f"--trace {trace}: no such folder. Name the folder of hapo.trace_dir.")
     return Run(
         name=path.name if path.is_dir() else path.stem,
         metrics=metrics,
         series=series,
-        trace=trace if trace.is_dir() else None,
+        trace=trace,
         unreadable=unreadable,
-        facts=_facts(trace),
+        facts={} if trace is None else _facts(trace),
     )
 
 

@@ -50,7 +50,7 @@ PRESETS = {
 PRESETS |= {name: [f"+hapo={name}", *HAPO] for name in ("dapo", "luffy", "srft", "real", "real_ssi")}
 PRESETS["hapo_grpo"] = ["+hapo=grpo", *HAPO]
 
-TRACE = ["hapo.trace_groups=4", "hapo.trace_limit=16"]
+TRACE = ["hapo.trace_limit=16"]
 
 # Curves: label → name of the metric in verl's logger; {} is the data source. verl's own `critic/score` is the
 # on-policy success only if nothing is injected.

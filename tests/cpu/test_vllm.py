@@ -25,6 +25,9 @@ def test_the_draw_is_inverted_at_the_right_entry(monkeypatch):
     drawn = torch.tensor([[0.0], [0.24], [0.26], [0.9999999]], dtype=torch.float64)
     monkeypatch.setattr(torch, "rand_like", lambda like: drawn.to(like.dtype))
     assert vllm.sample_by_inversion(logits_BV).tolist() == [0, 0, 1, 2]
+    # A draw of exactly 0 does not hit an entry without probability.
+    impossible_first = torch.tensor([[-float("inf"), 0.0, 0.0]]).expand(4, -1)
+    assert vllm.sample_by_inversion(impossible_first).tolist() == [1, 1, 1, 2]
 
 
 def test_rows_of_a_large_vocabulary_are_drawn_apart():
