@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -31,7 +32,7 @@ REHEARSED = (
     "test_policy_head.py::test_every_term_may_be_absent",
     "test_against_liger.py",
 )
-TIMED_OUT = 124
+TIMED_OUT, INTERRUPTED = 124, 2  # exit codes of `timeout` and of pytest
 
 
 class Stage(NamedTuple):
@@ -67,7 +68,7 @@ def tests(options: argparse.Namespace) -> list[str]:
     files = [path.name for path in sorted(TESTS.glob("test_*.py")) if path.name not in NOT_HERE]
     chosen = [name for name in REHEARSED if (TESTS / name.split("::")[0]).exists()] if options.rehearse else files
     # The conftest.py in the folder above must not be loaded, since it imports verl and all its dependencies.
-    flags = ["-q", "-p", "no:cacheprovider", "--maxfail=20", f"--confcutdir={TESTS}"]
+    flags = ["-q", "-p", "no:cacheprovider", "--tb=short", "--durations=15", f"--confcutdir={TESTS}"]
     # Most of the time is Triton's compiler.
     workers = 1 if options.rehearse else min(12, os.cpu_count() or 1)
     return ["-m", "pytest", *flags, *(["-n", str(workers)] if workers > 1 else []), *(str(TESTS / x) for x in chosen)]
@@ -82,6 +83,7 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.without: list[str] = []  # peers that crashed a bench
         self.notes: list[str] = []
+        self.last = ""  # line of output
         self._log: TextIO = (self.out / "gpu.txt").open("w")
         self._start = time.monotonic()
 
@@ -93,9 +95,12 @@ class Run:
     def stage(self, stage: Stage, until: float) -> None:
         """Run a stage until the time `until` (seconds from the start); rerun it without a peer that crashes it."""
         arguments = list(stage.command)
-        if stage.name != "tests":
+        if stage.name == "tests":
+            # So that pytest ends by itself and reports what failed until then.
+            arguments += [f"--session-timeout={0.9 * (until - self._now()):.0f}"] if find_spec("pytest_timeout") else []
+        else:
             arguments += ["--out", str(self.out)] + (["--smoke"] if self.options.rehearse else [])
-        while (left := self._start + until - time.monotonic()) > 1:
+        while (left := until - self._now()) > 1:
             minutes = [] if stage.name == "tests" else ["--minutes", f"{0.8 * left / 60:.2f}"]
             without = [part for name in self.without for part in ("--without", name)]
             code = self._process([*arguments, *minutes, *without], left)
@@ -109,8 +114,13 @@ class Run:
             self.say(self.notes[-1])
         return self._judge(stage.name, TIMED_OUT)
 
+    def _now(self) -> float:
+        return time.monotonic() - self._start
+
     def _judge(self, name: str, code: int) -> None:
-        if code == TIMED_OUT:
+        # Pytest's last line says "2 failed, 30 passed", also where its time was up.
+        up = name == "tests" and code == INTERRUPTED and " failed" not in self.last and " error" not in self.last
+        if code == TIMED_OUT or up:
             self.notes.append(f"{name}: cut short, its time was up")
         elif code:
             self.notes.append(f"RED: {name} returned {code}; see gpu.txt. Nothing below is to be reported.")
@@ -129,7 +139,8 @@ class Run:
         )
         assert process.stdout is not None
         for line in process.stdout:
-            self.say(line.rstrip("\n"))
+            self.last = line.rstrip("\n")
+            self.say(self.last)
         return process.wait()
 
 
