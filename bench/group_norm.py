@@ -76,7 +76,7 @@ def measure(report: Report, kind: str) -> None:
         exact=lambda: {"advantage": segment_norm(score.double(), segment, scale_by_std=True, impl="reference")},
         baseline="torch index_add",
         repeats=REPEATS,
-        budget_s=20,
+        budget_s=4,
         arguments=arguments,
     )
     title = f"{kind}: {groups} groups, {len(score)} scores, fp32"

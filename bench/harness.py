@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -128,15 +128,30 @@ class Measured:
 
     name: str
     note: str = ""  # the reason if there is no time
-    milliseconds: list[float] = field(default_factory=list)
+    milliseconds: list[float] = field(default_factory=list)  # on the device
+    host_ms: list[float] = field(default_factory=list)
     first_call_s: float = float("nan")
     peak_mib: float = float("nan")
     error: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def lead_ms(self) -> float:
+        """How long the device is kept busy before a call: longer than the host needs for it, within reason."""
+        return min(30.0, 1.5 * max(self.host_ms)) if self.host_ms else 20.0
+
+    def add(self, call: Time) -> None:
+        self.milliseconds.append(call.device)
+        self.host_ms.append(call.host)
 
     def at(self, percentile: int) -> float:
         if len(self.milliseconds) < 2:
             return self.milliseconds[0] if self.milliseconds else float("nan")
         return statistics.quantiles(self.milliseconds, n=100, method="inclusive")[percentile - 1]
+
+    @property
+    def host(self) -> float:
+        """The median of the host's times, ms; of a call that waits for the device, with that wait."""
+        return statistics.median(self.host_ms) if self.host_ms else float("nan")
 
 
 def confidence(shape: tuple[int, ...], **random) -> torch.Tensor:
@@ -158,19 +173,39 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def milliseconds(call: Callable[[], object]) -> float:
+class Time(NamedTuple):
+    """One call, in milliseconds."""
+
+    device: float  # on a CPU the same as host
+    host: float  # until the call returns
+
+
+def timed(call: Callable[[], object], lead_ms: float = 5.0) -> Time:
+    """Time a call on a GPU that is busy for `lead_ms` before it, as in a training step, where the host runs ahead.
+
+    So the time on the device has no gaps in which it waits for the next launch, unless the call makes the host wait, or
+    takes the host longer than the lead.
+    """
     import torch
 
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
+    cuda = torch.cuda.is_available()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if cuda else (None, None)
+    if begin:
+        torch.cuda._sleep(int(2e6 * lead_ms))  # cycles of a clock of 2 GHz
+        begin.record()
+    start = time.perf_counter()
     call()
+    host = 1e3 * (time.perf_counter() - start)
+    if not (begin and end):
+        return Time(host, host)
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end)
+    return Time(begin.elapsed_time(end), host)
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """The time of a call on the device."""
+    return timed(call).device
 
 
 def peak_mib_above_inputs(call: Callable[[], object]) -> float:
@@ -208,7 +243,7 @@ def compare(
 
     If one of ours is less exact than the bound (twice the baseline's error + 1e-6 of the scale), it gets no time. The
     order is shuffled in every round, so that clocks and temperature favour none; between calls the L2 cache is
-    overwritten. A peer that fails gets a note in its row; a peer that takes too long is not tried again.
+    overwritten, and the device is kept busy until the host has launched the next one (`timed`). A peer that fails gets a note in its row; a peer that takes too long is not tried again.
     """
     import torch
 
@@ -241,8 +276,8 @@ def compare(
             if flush is not None:
                 flush.zero_()
             with noted(contender, row):
-                row.milliseconds.append(milliseconds(call))
-        if repeat >= 4 and time.monotonic() > stop:
+                row.add(timed(call, row.lead_ms))
+        if repeat >= 2 and time.monotonic() > stop:
             break
     return rows
 
@@ -348,7 +383,7 @@ class Report:
         scale = 1e-9 if unit == "TFLOP/s" else 1e-6
         self.say(f"\n{title}")
         self.say(
-            f"{'':34} {'ms p10':>9} {'p50':>9} {'p90':>9} {unit:>8} {'% ceil':>6} {'peak MiB':>9} {'first s':>8} "
+            f"{'':34} {'ms p10':>9} {'p50':>9} {'p90':>9} {'host':>7} {unit:>8} {'% ceil':>6} {'peak MiB':>9} {'first s':>8} "
             f"{'x base':>6}  max error / scale"
         )
         for row in rows:
@@ -358,7 +393,7 @@ class Report:
             rate = work * scale / row.at(50)
             errors = " ".join(f"{name} {error:.1e}" for name, error in sorted(row.error.items()))
             self.say(
-                f"{row.name:34} {row.at(10):9.3f} {row.at(50):9.3f} {row.at(90):9.3f} "
+                f"{row.name:34} {row.at(10):9.3f} {row.at(50):9.3f} {row.at(90):9.3f} {row.host:7.3f} "
                 f"{rate:8.1f} {100 * rate / ceiling:6.1f} "
                 f"{row.peak_mib:9.0f} {row.first_call_s:8.2f} {base / row.at(50):6.2f}  {errors}"
             )
@@ -372,6 +407,7 @@ class Report:
                         "name": row.name,
                         "note": row.note,
                         "ms": {f"p{percentile}": row.at(percentile) for percentile in (10, 50, 90)},
+                        "host_ms": row.host,
                         "calls": len(row.milliseconds),
                         "percent": 100 * work * scale / row.at(50) / ceiling,
                         "x_baseline": base / row.at(50),

@@ -155,7 +155,7 @@ def measure(report: Report, tokens: int, V: int, rows: str) -> None:
         exact=batch.exact,
         baseline=EAGER,
         repeats=3 if arguments.smoke else 30,
-        budget_s=10,
+        budget_s=4,
         arguments=arguments,
     )
     title = f"policy loss from logits, forward + backward: T = {tokens}, V = {V}, {DTYPE}, {rows} rows"

@@ -94,7 +94,7 @@ def measure(report: Report, rows: int, tokens: int) -> None:
         exact=ours(exact, "reference", how),
         baseline="hapo policy_loss, reference",
         repeats=REPEATS,
-        budget_s=20,
+        budget_s=4,
         arguments=arguments,
     )
     report.case(

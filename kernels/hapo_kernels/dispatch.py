@@ -28,7 +28,7 @@ def use_triton(impl: str, *tensors: torch.Tensor) -> bool:
         raise ValueError(f"impl={impl!r}: no such implementation. Use 'auto', 'reference' or 'triton'.")
     if any(isinstance(tensor, DTensor) for tensor in tensors):
         raise TypeError("a DTensor: a kernel sees one rank's memory. Pass tensor.to_local() or tensor.full_tensor().")
-    if not first.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not first.is_cuda and not interpreted():
         raise ValueError(
             f"impl='triton' on a {first.device.type} tensor: Triton compiles for GPUs. "
             "Use impl='auto', or set TRITON_INTERPRET=1 before the first import to interpret the kernel."
@@ -36,6 +36,11 @@ def use_triton(impl: str, *tensors: torch.Tensor) -> bool:
     if first.dtype not in STORAGE:
         raise TypeError(f"impl='triton' on {first.dtype}: the kernels store fp32, bf16 or fp16. Use impl='reference'.")
     return True
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def debug() -> bool:

@@ -9,6 +9,9 @@ With s bytes per number of hidden states and weight, this takes, in bytes:
     weight      4VH            ∂weight, summed in fp32
               + sVH            ∂weight converted to the dtype of the weight, after the chunks are freed
 
+If all rows are collected at once, their GEMM writes ∂weight in the dtype of the weight, and there is no sum in fp32. In
+its memory, (4 - s)VH bytes, the dlogits of more rows have room; `Rows.once` says how many rows are collected then.
+
 A chunk reads the weight twice, and a GEMM of ∂weight reads and writes 4VH bytes: in total 2sVH/R + 8VH/C bytes per row.
 Within a memory budget, `rows_within` chooses the R and C with the least traffic.
 """
@@ -33,6 +36,11 @@ class Rows(NamedTuple):
 
     chunk: int  # rows of fp32 logits made by one GEMM
     collected: int  # rows of dlogits used by one GEMM of the weight's gradient; a multiple of `chunk`
+    once: int = 0  # up to so many rows are collected for a single GEMM
+
+    def for_count(self, count: int) -> Rows:
+        """The chunk sizes for at most `count` rows."""
+        return self._replace(collected=-(-count // self.chunk) * self.chunk) if count <= self.once else self
 
 
 def rows_a_chunk(V: int) -> int:
@@ -89,6 +97,12 @@ def rows_within(memory_gib: float, V: int, H: int, itemsize: int = 2) -> Rows:
     return min(fitting, key=lambda rows: (2 * itemsize / rows.chunk + 8 / rows.collected, rows))
 
 
+def _with_once(rows: Rows, V: int, H: int, itemsize: int, *, within: bool) -> Rows:
+    """The same chunk sizes with `once`, in whole chunks: those that have room, or without `within` one begun too."""
+    room = (4 - itemsize) * V * H / (itemsize * (V + H)) / rows.chunk
+    return rows._replace(once=rows.collected + rows.chunk * (math.floor(room) if within else math.ceil(room)))
+
+
 def pieces(
     weight_VH: Tensor, *, chunk: int | None = None, collected: int | None = None, memory_gib: float | None = None
 ) -> Rows:
@@ -99,12 +113,13 @@ def pieces(
     """
     V, H = weight_VH.shape
     if memory_gib is None:
-        return rows_of(V, chunk, collected)
+        return _with_once(rows_of(V, chunk, collected), V, H, weight_VH.element_size(), within=False)
     if chunk is not None or collected is not None:
         raise ValueError(
             f"memory_gib={memory_gib}: it picks chunk_rows and collect_rows, which are given too. Leave one of them."
         )
-    return rows_within(memory_gib, V, H, weight_VH.element_size())
+    rows = rows_within(memory_gib, V, H, weight_VH.element_size())
+    return _with_once(rows, V, H, weight_VH.element_size(), within=True)
 
 
 def _power_of_two(number: int) -> int:

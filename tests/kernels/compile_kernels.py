@@ -19,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hapo_kernels import upstream
 from hapo_kernels.launch import TABLE, Launch
 from hapo_kernels.linear_logprob import kernel as linear_logprob
 from hapo_kernels.policy_head import kernel as policy_head
@@ -32,7 +33,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 STORAGE = ("fp32", "bf16", "fp16")
-INTEGERS = {"T": "i32", "advantage_stride": "i32", "V": "i32", "N": "i32", "first_label": "i32"}
+INTEGERS = {"size": "i32", "T": "i32", "advantage_stride": "i32", "V": "i32", "N": "i32", "first_label": "i32"}
 NOT_FP32 = {
     "*u8": ("mask_ptr", "teacher_row_ptr", "is_teacher_ptr"),
     "*i64": (
@@ -136,8 +137,15 @@ def head_cases():
             yield f"head_row_kernel, {of}{name}", policy_head.head_row_kernel, storage, flags | where
 
 
+def upstream_cases():
+    for in_place, storage in ((False, ("out_ptr",)), (True, ("gradient_ptr", "out_ptr"))):
+        flags = {"IN_PLACE": in_place, "BLOCK": upstream.BLOCK}
+        yield f"upstream_kernel, {'in place' if in_place else 'fp32'}", upstream.upstream_kernel, storage, flags, upstream.WARPS
+
+
 def chosen_cases(settings, dtype):
-    """(launch, case) of an architecture's chosen entries for a storage dtype."""
+    """(launch, case) of an architecture's chosen entries, and of what the table does not have, for a storage dtype."""
+    yield from ((Launch(upstream.BLOCK, upstream.WARPS, 1), case) for case in upstream_cases())
     for kernel, entries in settings.chosen.items():
         if dtype in entries:
             launch = entries[dtype].launch

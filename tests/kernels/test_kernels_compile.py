@@ -13,7 +13,7 @@ from hapo_kernels.launch import TABLE
 HERE = Path(__file__).parent
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 # Their rows start where the vector does; segments and gathered rows start anywhere and are loaded one by one.
-WIDE = ("policy_loss", "stats_row", "dlogits_row", "head_row")
+WIDE = ("policy_loss", "stats_row", "dlogits_row", "head_row", "upstream")
 REGISTER_LIMIT = 128
 
 

@@ -10,6 +10,7 @@ from hapo_kernels.policy_loss.reference import aggregate, shaped
 from hapo_kernels.policy_loss.terms import AGGREGATION_MODES, KL_KINDS
 
 CLIP = Clip(low=0.2, high=0.28, dual=3.0)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GLOBAL = {"dp_size": 2, "batch_num_tokens": 4321, "global_batch_size": 37, "loss_scale_factor": 50}
 
 
@@ -208,9 +209,9 @@ def test_teacher_rows_take_no_ratio_no_clip_no_weight_and_no_kl():
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_without_old_log_probabilities_the_ratio_is_1_and_its_gradient_that_of_the_log_probability(impl):
-    policy, _, advantage, mask = batch()
+    policy, _, advantage, mask = (tensor.detach().to(DEVICE) for tensor in batch())
     result, gradient = loss_and_gradient(
-        policy, None, advantage, mask, impl=impl, aggregation=Aggregation("token-sum"), clip=Clip(0.0, 0.0, 3.0)
+        policy.requires_grad_(), None, advantage, mask, impl=impl, aggregation=Aggregation("token-sum"), clip=Clip(0.0, 0.0, 3.0)
     )
     expected = torch.where(mask, -advantage[:, None], 0.0)
     torch.testing.assert_close(result.loss, expected.sum())

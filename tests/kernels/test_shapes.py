@@ -97,7 +97,8 @@ def test_the_exponent_one_gives_the_bits_of_luffys_sigmoid(impl):
         expected = torch.from_numpy(-advantage.cpu().numpy()[:, None] * f * rest)
         if DEVICE == "cpu":
             assert torch.equal(gradient, expected)
-        torch.testing.assert_close(gradient.cpu(), expected, rtol=4e-7, atol=0)
+        # A GPU's exponential is less exact than NumPy's: 9.6e-7 was seen on an H100.
+        torch.testing.assert_close(gradient.cpu(), expected, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize(("shape", "shaping", "exponent"), SHAPES)

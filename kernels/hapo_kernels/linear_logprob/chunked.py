@@ -4,7 +4,8 @@
     a collection, C rows:   ∂W (+)= ∂xᵀ h in fp32
 
 ∂W has 4VH bytes, and every GEMM that adds to it reads and writes all of them. So the ∂x of several chunks are collected
-for one GEMM. The first GEMM writes instead of adding, so ∂W need not be filled with zeros.
+for one GEMM. The first GEMM writes instead of adding, so ∂W need not be filled with zeros. A single collection needs no
+sum: its GEMM writes ∂W in the storage dtype.
 
 Every GEMM over a chunk has the same shape for every batch, so that the bits of a row's results do not depend on the
 number of rows. The last chunk is padded with rows of zeros. On a GPU a row kernel runs at the same time as the next
@@ -28,7 +29,7 @@ RowKernel = Callable[[Tensor, int, Tensor, "Tensor | None"], None]
 
 
 class Gradients:
-    """Computes the gradients from dlogits: ∂hidden for each row, ∂weight and ∂bias summed in fp32."""
+    """Computes the gradients from dlogits: ∂hidden for each row, ∂weight and ∂bias summed over the rows."""
 
     def __init__(
         self,
@@ -38,6 +39,8 @@ class Gradients:
         wanted: list[bool],
         main_grad_VH: Tensor | None = None,
         upstream: float = 1.0,
+        *,
+        single: bool = False,
     ):
         """Allocate the gradients.
 
@@ -46,6 +49,7 @@ class Gradients:
             wanted: whether the gradients of hidden states, weight and bias are needed.
             main_grad_VH: if given, `upstream` times ∂weight is added to it instead of being returned.
             upstream: factor of what is added to `main_grad_VH`.
+            single: all rows are in one collection, so that its GEMM computes ∂weight in the dtype of the weight.
         """
         dense, fp32 = torch.contiguous_format, torch.float32
         self.weight_VH = weight_VH
@@ -54,7 +58,8 @@ class Gradients:
         self._main_grad_VH, self._upstream = main_grad_VH if wanted[1] else None, upstream
         self._dweight_VH = self._main_grad_VH
         if wanted[1] and main_grad_VH is None:
-            self._dweight_VH = torch.empty_like(weight_VH, dtype=fp32, memory_format=dense)
+            dtype = weight_VH.dtype if single else fp32
+            self._dweight_VH = torch.empty_like(weight_VH, dtype=dtype, memory_format=dense)
         self._adds = main_grad_VH is not None
 
     @property
@@ -198,18 +203,17 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, adds: bool = False, alpha: float = 1.0) -> None:
-    """out = a @ b, or out += alpha · a @ b, accumulated in fp32; `out` is fp32."""
+    """out = a @ b, or out += alpha · a @ b, accumulated in fp32; `out` is fp32, or a's dtype if nothing is added."""
     narrow = multiplies_narrow(a)
     if adds and narrow:
         torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, alpha=alpha, out=out)
     elif adds:
         out.addmm_(a.float(), b.float(), alpha=alpha)
+    elif narrow and out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
     elif narrow:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:
+    elif out.dtype == torch.float32:
         torch.mm(a.float(), b.float(), out=out)
-
-
-def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """upstream · gradient converted to another dtype, in one pass, without a temporary in the gradient's own dtype."""
-    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
+    else:
+        out.copy_(torch.mm(a.float(), b.float()))

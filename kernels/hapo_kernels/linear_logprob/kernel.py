@@ -276,8 +276,11 @@ def linear_logprob_backward_op(
         assert dlogits is not None
         row_dlogits(piece, logits, dlogits, *numbers, first)
 
-    gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted, main_grad_VH)
-    Head(hidden_NH, weight_VH, bias_V, Rows(*rows)).run(row, row_kernel, gradients)
+    # What the caller adds to is in fp32, so there is no memory of a sum that more rows could use.
+    sizes = Rows(*rows) if main_grad_VH is not None else Rows(*rows).for_count(len(row))
+    single = len(row) <= sizes.collected
+    gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted, main_grad_VH, single=single)
+    Head(hidden_NH, weight_VH, bias_V, sizes).run(row, row_kernel, gradients)
     dhidden_NH, dweight_VH, dbias_V = gradients.result(process_group)
     return (
         empty_or(dhidden_NH, hidden_NH),

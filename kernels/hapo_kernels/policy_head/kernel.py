@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hapo_kernels.counted import rows_where
 from hapo_kernels.dispatch import refuse_double_backward
-from hapo_kernels.linear_logprob.chunked import Gradients, Head, RowKernel, scaled
+from hapo_kernels.linear_logprob.chunked import Gradients, Head, RowKernel
 from hapo_kernels.linear_logprob.kernel import (
     empty_or,
     group_of,
@@ -36,6 +36,7 @@ from hapo_kernels.memory import Rows
 from hapo_kernels.policy_loss.kernel import KL_CODE, PARTIALS, log_of, shape_code, shape_of, token_loss
 from hapo_kernels.policy_loss.reference import row_weight
 from hapo_kernels.policy_loss.terms import Aggregation, Clip, KLPenalty, PolicyLossMetrics, Teacher
+from hapo_kernels.upstream import consumes, eager, times_upstream
 
 
 @triton.jit
@@ -160,6 +161,16 @@ class RowLoss(NamedTuple):
     kl_coefficient: float
     entropy_coefficient: float
 
+    @property
+    def every_token_trains(self) -> bool:
+        """Whether tokens with advantage 0 have a gradient too."""
+        return bool(self.kl_kind) or self.entropy_coefficient != 0
+
+    def most_rows(self, counts: list[int]) -> int:
+        """The number of tokens that may have a gradient, as far as it is known without waiting for the device."""
+        known = counts[:1] if self.every_token_trains else counts
+        return known[-1] if known else self.label_N.shape[0]
+
     def rows(self, with_gradient: bool, counts: list[int]) -> tuple[Tensor, Tensor]:
         """The positions of tokens with a gradient, and of active tokens without one.
 
@@ -169,7 +180,7 @@ class RowLoss(NamedTuple):
         if not with_gradient:
             row = rows_where(self.active_N, active)
             return row[:0], row
-        if self.kl_kind or self.entropy_coefficient != 0 or (active is not None and training is None):
+        if self.every_token_trains or (active is not None and training is None):
             row = rows_where(self.active_N, active)
             return row, row[:0]
         trains_N, idle = self.active_N & (self.advantage_N != 0), None
@@ -266,8 +277,7 @@ def run_policy_head(
     return loss.total(sums).float(), sums.float(), into.logp_N, into.entropy_N
 
 
-@torch.library.custom_op("hapo_kernels::policy_head", mutates_args=())
-def policy_head_op(
+def run_head(
     hidden_NH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
@@ -295,15 +305,20 @@ def policy_head_op(
     kl_coefficient: float,
     entropy_coefficient: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns loss, sums in the order of PolicyLossMetrics, logp_N, entropy_N, ∂hidden, and fp32 ∂weight and ∂bias."""
+    """Returns loss, sums in the order of PolicyLossMetrics, logp_N, entropy_N, ∂hidden, ∂weight and fp32 ∂bias.
+
+    ∂weight is in fp32 if it may be the sum of several GEMMs, and else in the dtype of the weight.
+    """
     loss = RowLoss(
         label_N, temperature_N, active_N, behaviour_logp_N, advantage_N, row_weight_N, teacher_N, teacher_logp_N,
         importance_weight_N, reference_logp_N, clip_low, clip_high, clip_dual, shaping, exponent, shape,
         kl_kind, kl_coefficient, entropy_coefficient,
     )  # fmt: skip
-    process_group = group_of(group)
-    gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted) if any(wanted) else None
-    head = Head(hidden_NH, weight_VH, bias_V, Rows(*rows))
+    process_group, most = group_of(group), loss.most_rows(counts)
+    sizes = Rows(*rows).for_count(most)
+    single = most <= sizes.collected
+    gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted, single=single) if any(wanted) else None
+    head = Head(hidden_NH, weight_VH, bias_V, sizes)
     values = run_policy_head(head, loss, gradients, process_group, counts)
     dhidden_NH, dweight_VH, dbias_V = (None,) * 3 if gradients is None else gradients.result(process_group)
     return (
@@ -320,19 +335,23 @@ def fake_values(temperature_N: Tensor) -> tuple[Tensor, ...]:
     return tuple(temperature_N.new_empty(shape) for shape in shapes)
 
 
+policy_head_op = torch.library.custom_op("hapo_kernels::policy_head", mutates_args=())(run_head)
+
+
 @policy_head_op.register_fake
-def _(hidden_NH, weight_VH, bias_V, group, rows, counts, wanted, label_N, temperature_N, *args):
+def _(hidden_NH, weight_VH, bias_V, group, rows, counts, wanted, *loss):
     dense, fp32 = {"memory_format": torch.contiguous_format}, {"dtype": torch.float32}
+    temperature_N, most = loss[1], RowLoss(*loss).most_rows(counts)
+    summed = {} if most <= Rows(*rows).for_count(most).collected else fp32
     return (
         *fake_values(temperature_N),
         torch.empty_like(hidden_NH, **dense) if wanted[0] else hidden_NH.new_empty(0),
-        torch.empty_like(weight_VH, **fp32, **dense) if wanted[1] else temperature_N.new_empty(0),
+        torch.empty_like(weight_VH, **summed, **dense) if wanted[1] else temperature_N.new_empty(0),
         torch.empty_like(bias_V, **fp32, **dense) if wanted[2] else temperature_N.new_empty(0),
     )
 
 
-@torch.library.custom_op("hapo_kernels::policy_loss_from_logits", mutates_args=())
-def from_logits_op(
+def run_from_logits(
     logits_NV: Tensor,
     with_gradient: bool,
     label_N: Tensor,
@@ -374,6 +393,9 @@ def from_logits_op(
     return loss.total(sums).float(), sums.float(), into.logp_N, into.entropy_N, dlogits_NV
 
 
+from_logits_op = torch.library.custom_op("hapo_kernels::policy_loss_from_logits", mutates_args=())(run_from_logits)
+
+
 @from_logits_op.register_fake
 def _(logits_NV, with_gradient, label_N, temperature_N, *args):
     return *fake_values(temperature_N), logits_NV.new_empty(logits_NV.shape if with_gradient else 0)
@@ -382,13 +404,17 @@ def _(logits_NV, with_gradient, label_N, temperature_N, *args):
 def _save(ctx, inputs, output):
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
     ctx.inputs = len(inputs)
+    ctx.set_materialize_grads(False)  # or PyTorch fills a gradient with zeros for each of the outputs
     ctx.save_for_backward(*output[4:])
 
 
 def _backward(ctx, upstream, *_):
     refuse_double_backward("policy_head")
+    if upstream is None:
+        return (None,) * ctx.inputs
+    consume = consumes(ctx)
     gradients = [
-        scaled(gradient, upstream, dtype) if needed else None
+        times_upstream(gradient, upstream, dtype, consume=consume) if needed else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
     ]
     return (*gradients, *[None] * (ctx.inputs - len(gradients)))
@@ -396,13 +422,17 @@ def _backward(ctx, upstream, *_):
 
 def _save_logits(ctx, inputs, output):
     ctx.inputs = len(inputs)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[4])
 
 
 def _backward_logits(ctx, upstream, *_):
     refuse_double_backward("policy_loss_from_logits")
+    if upstream is None:
+        return (None,) * ctx.inputs
     (dlogits_NV,) = ctx.saved_tensors
-    return (scaled(dlogits_NV, upstream, dlogits_NV.dtype), *[None] * (ctx.inputs - 1))
+    gradient = times_upstream(dlogits_NV, upstream, dlogits_NV.dtype, consume=consumes(ctx))
+    return (gradient, *[None] * (ctx.inputs - 1))
 
 
 class _IntoMainGrad(torch.autograd.Function):
@@ -429,7 +459,7 @@ class _IntoMainGrad(torch.autograd.Function):
         )
         torch.ops.aten._assert_async.msg(torch.isclose(upstream, torch.full_like(upstream, ctx.upstream)), message)
         hidden, bias = (
-            None if gradient is None else scaled(gradient, upstream, dtype)
+            None if gradient is None else times_upstream(gradient, upstream, dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return hidden, None, bias, *[None] * 7
@@ -437,6 +467,8 @@ class _IntoMainGrad(torch.autograd.Function):
 
 policy_head_op.register_autograd(_backward, setup_context=_save)
 from_logits_op.register_autograd(_backward_logits, setup_context=_save_logits)
+_policy_head = eager(policy_head_op, run_head, _save, _backward, outputs=4)
+_policy_loss_from_logits = eager(from_logits_op, run_from_logits, _save_logits, _backward_logits, outputs=4)
 
 
 def row_loss(
@@ -505,7 +537,7 @@ def policy_head(
     if main_grad_VH is not None and wanted[1]:
         values = _into_main_grad(*head, main_grad_VH, upstream, vocabulary_group, rows, counts, wanted, loss)
     else:
-        values = torch.ops.hapo_kernels.policy_head(*head, name_of(vocabulary_group), list(rows), counts, wanted, *loss)
+        values = _policy_head(*head, name_of(vocabulary_group), list(rows), counts, wanted, *loss)
     return result_of(*values[:4], hidden_BTH.shape[:-1])
 
 
@@ -519,5 +551,5 @@ def policy_loss_from_logits(
     """See `hapo_kernels.policy_head.policy_loss_from_logits`; tokens and terms are those of `row_loss`."""
     loss = row_loss(*tokens, **terms)
     with_gradient = torch.is_grad_enabled() and logits_BTV.requires_grad
-    values = torch.ops.hapo_kernels.policy_loss_from_logits(logits_BTV.flatten(0, -2), with_gradient, *loss)
+    values = _policy_loss_from_logits(logits_BTV.flatten(0, -2), with_gradient, *loss)
     return result_of(*values[:4], logits_BTV.shape[:-1])

@@ -32,6 +32,7 @@ from hapo_kernels.policy_loss.terms import (
     PolicyLossMetrics,
     Teacher,
 )
+from hapo_kernels.upstream import consumes, eager, times_upstream
 
 PARTIALS = tl.constexpr(16)  # ten sums, padded to a power of two, so that a program stores them as one vector
 
@@ -284,8 +285,7 @@ def policy_loss_kernel(
         tl.store(gradient_ptr + o, gradient.to(gradient_ptr.dtype.element_ty), mask=m_token)
 
 
-@torch.library.custom_op("hapo_kernels::policy_loss", mutates_args=())
-def policy_loss_op(
+def run_policy_loss(
     policy_logp_BT: Tensor,
     behaviour_logp_BT: Tensor,
     advantage: Tensor,
@@ -354,6 +354,9 @@ def policy_loss_op(
     return loss.float(), sums.float(), partial.new_empty(0) if gradient_BT is None else gradient_BT
 
 
+policy_loss_op = torch.library.custom_op("hapo_kernels::policy_loss", mutates_args=())(run_policy_loss)
+
+
 @policy_loss_op.register_fake
 def _(policy_logp_BT, *args):
     with_gradient = args[-1]
@@ -369,13 +372,18 @@ def _(policy_logp_BT, *args):
 def _save(ctx, inputs, output):
     mask_BT, row_weight_B, entropy_BT, entropy_coefficient = inputs[3], inputs[4], inputs[9], inputs[18]
     ctx.entropy_coefficient, ctx.entropy_dtype = entropy_coefficient, None if entropy_BT is None else entropy_BT.dtype
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[2], mask_BT, row_weight_B)
 
 
-def _backward(ctx, upstream, _sums, _gradient):
+def _backward(ctx, upstream, *_):
     refuse_double_backward("policy_loss")
+    if upstream is None:
+        return (None,) * 20
     gradient_BT, mask_BT, row_weight_B = ctx.saved_tensors
-    policy = (gradient_BT * upstream).to(gradient_BT.dtype) if ctx.needs_input_grad[0] else None
+    policy = None
+    if ctx.needs_input_grad[0]:
+        policy = times_upstream(gradient_BT, upstream, gradient_BT.dtype, consume=consumes(ctx))
     entropy = None
     if ctx.needs_input_grad[9]:
         slope_B = -ctx.entropy_coefficient * upstream * row_weight_B
@@ -384,6 +392,7 @@ def _backward(ctx, upstream, _sums, _gradient):
 
 
 policy_loss_op.register_autograd(_backward, setup_context=_save)
+_policy_loss = eager(policy_loss_op, run_policy_loss, _save, _backward, outputs=2)
 
 
 def policy_loss(
@@ -403,7 +412,7 @@ def policy_loss(
     spent = None
     if entropy is not None:
         spent = entropy.entropy_BT if entropy.coefficient else entropy.entropy_BT.detach()
-    loss, sums, _ = torch.ops.hapo_kernels.policy_loss(
+    loss, sums, *_ = _policy_loss(
         policy_logp_BT,
         behaviour_logp_BT.detach(),
         advantage.detach(),
