@@ -112,9 +112,12 @@ def linear_logprob(
 
 def temperature_of(temperature: float | Tensor, hidden_NH: Tensor) -> Tensor:
     """The temperature of every row, (N,), so that one number and a tensor of equal values give the same bits."""
+    rows = hidden_NH.shape[0]
     dtype = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
-    temperature = torch.as_tensor(temperature, device=hidden_NH.device).detach().to(dtype)
-    return temperature.expand(hidden_NH.shape[0]).contiguous()
+    if not isinstance(temperature, Tensor):
+        # Not a tensor on the host that is copied: the host would wait for the device to take it.
+        return torch.full((rows,), temperature, dtype=dtype, device=hidden_NH.device)
+    return temperature.detach().to(hidden_NH.device, dtype).expand(rows).contiguous()
 
 
 def vocabulary_size(weight_VH: Tensor, group: ProcessGroup | None) -> int:

@@ -223,10 +223,12 @@ def run(
     elif S:
         count_S = segments.offset_S1.diff()
         chunk_offset_S1 = offsets((count_S + chunk - 1) // chunk)
-        chunks = int(chunk_offset_S1[-1])
-        segment_C = torch.repeat_interleave(chunk_offset_S1.diff(), output_size=chunks)
-        start_C = segments.offset_S1[segment_C]
-        start_C += chunk * (torch.arange(chunks, device=score_N.device) - chunk_offset_S1[segment_C])
+        # The host would have to wait for the number of chunks. It launches the most there can be; those too many start
+        # behind the end of the last segment, and do nothing.
+        chunks = N // chunk + S
+        chunk_C = torch.arange(chunks, device=score_N.device)
+        segment_C = (torch.searchsorted(chunk_offset_S1, chunk_C, right=True) - 1).clamp_(max=S - 1)
+        start_C = segments.offset_S1[segment_C] + chunk * (chunk_C - chunk_offset_S1[segment_C])
         moment_C = out_N.new_empty(4 * chunks)
         first_S, shift_S = out_N.new_empty(S), out_N.new_empty(S)
         if chunks:
