@@ -5,7 +5,7 @@ expensive variants with the other candidates. Prints one JSON line per build.
 
 Run by test_kernels_compile.py in a separate process, since with TRITON_INTERPRET=1 a kernel cannot be compiled. By hand:
 
-    python tests/kernels/compile_kernels.py [sm_80 sm_90 sm_100 gfx942] [--candidates]
+    python tests/kernels/compile_kernels.py [sm_80 sm_90 sm_100 gfx942] [fp32 bf16 fp16] [--candidates]
 """
 
 import json
@@ -209,7 +209,7 @@ if __name__ == "__main__":
     of_what = candidate_cases if "--candidates" in sys.argv else chosen_cases
     for target_name in [name for name in sys.argv[1:] if name in TARGETS] or TARGETS:
         target = TARGETS[target_name]
-        for dtype in STORAGE:
+        for dtype in [name for name in sys.argv[1:] if name in STORAGE] or STORAGE:
             for launch, (name, kernel, storage_pointers, flags, num_warps) in of_what(TABLE[target_name], dtype):
                 binary = build(kernel, storage_pointers, flags, num_warps, dtype, target)
                 found = {"kernel": name, "dtype": dtype, "target": target_name, "launch": launch}
