@@ -242,8 +242,9 @@ def compare(
     """Time the contenders interleaved, after the error of each against fp64 was measured.
 
     If one of ours is less exact than the bound (twice the baseline's error + 1e-6 of the scale), it gets no time. The
-    order is shuffled in every round, so that clocks and temperature favour none; between calls the L2 cache is
-    overwritten, and the device is kept busy until the host has launched the next one (`timed`). A peer that fails gets a note in its row; a peer that takes too long is not tried again.
+    order is shuffled in every round, so that clocks and temperature favour none. Between calls the L2 cache is
+    overwritten, and the device is kept busy until the host has launched the next one (`timed`). A peer that fails gets
+    a note in its row; a peer that takes too long is not tried again.
     """
     import torch
 
@@ -383,8 +384,8 @@ class Report:
         scale = 1e-9 if unit == "TFLOP/s" else 1e-6
         self.say(f"\n{title}")
         self.say(
-            f"{'':34} {'ms p10':>9} {'p50':>9} {'p90':>9} {'host':>7} {unit:>8} {'% ceil':>6} {'peak MiB':>9} {'first s':>8} "
-            f"{'x base':>6}  max error / scale"
+            f"{'':34} {'ms p10':>9} {'p50':>9} {'p90':>9} {'host':>7} {unit:>8} {'% ceil':>6} {'peak MiB':>9} "
+            f"{'first s':>8} {'x base':>6}  max error / scale"
         )
         for row in rows:
             if row.note:

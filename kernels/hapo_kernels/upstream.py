@@ -18,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import CustomOpDef
 from torch.nn import Parameter
 
 from hapo_kernels.dispatch import interpreted
@@ -67,11 +66,11 @@ def consumes(ctx: Any) -> bool:
     return getattr(ctx, "hides_gradients", False) and keeps is not None and not keeps()
 
 
-def eager(op: CustomOpDef, run: Callable, save: Callable, backward: Callable, outputs: int) -> Callable[..., Any]:
+def eager(op: Callable, run: Callable, save: Callable, backward: Callable, outputs: int) -> Callable[..., Any]:
     """A custom op whose last outputs are gradients, as a function that keeps these to itself.
 
-    It also spares the host the work of a custom op, .3 ms a call. What a compiler traces, and what is not a plain tensor,
-    is passed to the op.
+    It also spares the host the work of a custom op, .3 ms a call. The op itself is called where a compiler traces, and for
+    what is not a plain tensor.
 
     Args:
         op: the custom op.

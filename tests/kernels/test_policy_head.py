@@ -8,7 +8,7 @@ import torch
 from exactness import DEVICE, STORAGE, assert_no_less_exact
 from hapo_kernels.linear_logprob import chunked, linear_logprob
 from hapo_kernels.linear_logprob.streams import One
-from hapo_kernels.memory import Rows, rows_within
+from hapo_kernels.memory import rows_within
 from hapo_kernels.policy_head import kernel as policy_head_kernel
 from hapo_kernels.policy_head import policy_head, policy_loss_from_logits
 from hapo_kernels.policy_loss import Aggregation, Clip, EntropyBonus, KLPenalty, Teacher, policy_loss
