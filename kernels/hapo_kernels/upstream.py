@@ -69,8 +69,8 @@ def consumes(ctx: Any) -> bool:
 def eager(op: Callable, run: Callable, save: Callable, backward: Callable, outputs: int) -> Callable[..., Any]:
     """A custom op whose last outputs are gradients, as a function that keeps these to itself.
 
-    It also spares the host the work of a custom op, .3 ms a call. The op itself is called where a compiler traces, and for
-    what is not a plain tensor.
+    It also spares the host the work of a custom op, .3 ms a call. The op itself is called where a compiler traces, and
+    for what is not a plain tensor.
 
     Args:
         op: the custom op.
