@@ -84,7 +84,7 @@ def calls(device: str, dtype: torch.dtype, *, tiny: bool) -> Iterator[tuple[str,
         temperature_N=one,
     )
     into = policy_head.Values.of(one, rows)
-    yield "head_row", name, lambda: loss.launch(row, logits, dlogits, into, 0, whole=False)
+    yield "head_row", name, lambda: loss.launch(row, logits, dlogits, into, 0)
 
     shape = (2, 40) if tiny else TOKENS
     logp = torch.randn(*shape, device=device).to(dtype).requires_grad_()

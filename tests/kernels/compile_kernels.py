@@ -35,7 +35,7 @@ TARGETS = {
 STORAGE = ("fp32", "bf16", "fp16")
 INTEGERS = {"size": "i32", "T": "i32", "advantage_stride": "i32", "V": "i32", "N": "i32", "first_label": "i32"}
 NOT_FP32 = {
-    "*u8": ("mask_ptr", "teacher_row_ptr", "is_teacher_ptr"),
+    "*u8": ("active_ptr", "mask_ptr", "teacher_row_ptr", "is_teacher_ptr"),
     "*i64": (
         "row_ptr",
         "offset_ptr",
@@ -133,14 +133,20 @@ def head_cases():
         flags = {key: value for key, value in flags.items() if key in policy_head.head_row_kernel.arg_names}
         flags["HAS_BEHAVIOUR"] = name == "every term"
         for of, storage in (("", ("out_ptr",)), ("logits, ", ("logits_ptr", "out_ptr")), ("slice, ", ("out_ptr",))):
-            where = {"WHOLE": of == "logits, ", "SLICE": of == "slice, "}
+            where = {"WHOLE": of == "logits, ", "EVERY": name == "every term", "SLICE": of == "slice, "}
             yield f"head_row_kernel, {of}{name}", policy_head.head_row_kernel, storage, flags | where
 
 
 def upstream_cases():
     for in_place, storage in ((False, ("out_ptr",)), (True, ("gradient_ptr", "out_ptr"))):
         flags = {"IN_PLACE": in_place, "BLOCK": upstream.BLOCK}
-        yield f"upstream_kernel, {'in place' if in_place else 'fp32'}", upstream.upstream_kernel, storage, flags, upstream.WARPS
+        yield (
+            f"upstream_kernel, {'in place' if in_place else 'fp32'}",
+            upstream.upstream_kernel,
+            storage,
+            flags,
+            upstream.WARPS,
+        )
 
 
 def chosen_cases(settings, dtype):

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hapo_kernels.linear_logprob import linear_logprob
-from hapo_kernels.policy_head import policy_head
+from hapo_kernels.policy_head import policy_head, policy_loss_from_logits
 from hapo_kernels.policy_loss import Aggregation, Clip, policy_loss
 from hapo_kernels.segment_norm import kernel as segment_norm_kernel
 from hapo_kernels.segment_norm import segment_norm
@@ -78,6 +78,17 @@ def logprob():
     return step
 
 
+def logits():
+    hidden, weight, label, mask, advantage = inputs()
+    logits = (hidden @ weight.T).detach().requires_grad_()
+
+    def step():
+        result = policy_loss_from_logits(logits, label, None, advantage, mask, **TERMS)
+        torch.autograd.grad(result.loss, logits)
+
+    return step
+
+
 def loss():
     *_, mask, advantage = inputs()
     logp = torch.zeros(2, 3, device=DEVICE, requires_grad=True)
@@ -92,7 +103,7 @@ def long_group():
     return lambda: segment_norm_kernel.segment_norm_op._init_fn(score, None, None, bounds, True, 1e-6)
 
 
-@pytest.mark.parametrize("of", [head, logprob, loss, long_group])
+@pytest.mark.parametrize("of", [head, logprob, logits, loss, long_group])
 def test_the_host_does_not_wait_for_the_device(of):
     step = of()
     step()  # compiles

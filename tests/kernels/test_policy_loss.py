@@ -211,7 +211,13 @@ def test_teacher_rows_take_no_ratio_no_clip_no_weight_and_no_kl():
 def test_without_old_log_probabilities_the_ratio_is_1_and_its_gradient_that_of_the_log_probability(impl):
     policy, _, advantage, mask = (tensor.detach().to(DEVICE) for tensor in batch())
     result, gradient = loss_and_gradient(
-        policy.requires_grad_(), None, advantage, mask, impl=impl, aggregation=Aggregation("token-sum"), clip=Clip(0.0, 0.0, 3.0)
+        policy.requires_grad_(),
+        None,
+        advantage,
+        mask,
+        impl=impl,
+        aggregation=Aggregation("token-sum"),
+        clip=Clip(0.0, 0.0, 3.0),
     )
     expected = torch.where(mask, -advantage[:, None], 0.0)
     torch.testing.assert_close(result.loss, expected.sum())

@@ -79,6 +79,13 @@ def write_dlogits(
 
 
 @triton.jit
+def write_zeros(p_out, V, BLOCK: tl.constexpr):
+    for start in range(0, V, BLOCK):
+        o = start + tl.arange(0, BLOCK)
+        tl.store(p_out + o, tl.zeros((BLOCK,), p_out.dtype.element_ty), mask=o < V)
+
+
+@triton.jit
 def stats_row_kernel(
     row_ptr, logits_ptr, label_ptr, temperature_ptr, stats_ptr, V, first_label, N,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,

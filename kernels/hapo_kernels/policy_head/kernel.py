@@ -30,6 +30,7 @@ from hapo_kernels.linear_logprob.kernel import (
     slice_of,
     sweep,
     write_dlogits,
+    write_zeros,
 )
 from hapo_kernels.linear_logprob.reference import clamped, combine
 from hapo_kernels.memory import Rows
@@ -41,23 +42,31 @@ from hapo_kernels.upstream import consumes, eager, times_upstream
 
 @triton.jit
 def head_row_kernel(
-    row_ptr, logits_ptr, out_ptr, label_ptr, temperature_ptr, behaviour_ptr, advantage_ptr, row_weight_ptr,
+    row_ptr, logits_ptr, out_ptr, active_ptr, label_ptr, temperature_ptr, behaviour_ptr, advantage_ptr, row_weight_ptr,
     is_teacher_ptr, teacher_ptr, weight_ptr, reference_ptr, stats_ptr, logp_ptr, entropy_ptr, partial_ptr, V,
     first_label, low_edge, high_edge, dual, log_shaping, exponent, kl_coefficient, entropy_coefficient,
-    WHOLE: tl.constexpr, SLICE: tl.constexpr, HAS_BEHAVIOUR: tl.constexpr, HAS_TEACHER_LOGP: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, SHAPE: tl.constexpr, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    WHOLE: tl.constexpr, EVERY: tl.constexpr, SLICE: tl.constexpr, HAS_BEHAVIOUR: tl.constexpr,
+    HAS_TEACHER_LOGP: tl.constexpr, HAS_WEIGHT: tl.constexpr, SHAPE: tl.constexpr, KL: tl.constexpr,
+    STRAIGHT_THROUGH: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Statistics, loss and dlogits of one row, the token row_ptr[program].
+    """Statistics, loss and dlogits of one row of logits, which is row number `program` of them.
 
-    Its logits are that row of all logits (WHOLE), or else row number `program` of a chunk. With SLICE they begin with
-    the token first_label, and stats (4, programs) holds the statistics of the whole vocabulary; there the label logit
-    is NaN if no slice has the label.
+    They are a chunk, and the row belongs to the token row_ptr[program]; or all logits (WHOLE), of active tokens and
+    others. There the gradient of a row is 0 if it is not active, or its advantage is 0, unless EVERY active row trains.
+    With SLICE a chunk begins with the token first_label of the vocabulary, and stats (4, programs) holds the statistics
+    of all of it; there the label logit is NaN if no slice has the label.
     """
     i_program = tl.program_id(0).to(tl.int64)
-    i_row = tl.load(row_ptr + i_program)
-    i_logits = i_row if WHOLE else i_program
-    p_row = logits_ptr + i_logits * V
+    p_row, p_out = logits_ptr + i_program * V, out_ptr + i_program * V
+    i_row = i_program
+    if WHOLE:
+        if tl.load(active_ptr + i_row) == 0:
+            if HAS_GRADIENT:
+                write_zeros(p_out, V, BLOCK)
+            return
+    else:
+        i_row = tl.load(row_ptr + i_program)
     inverse_temperature = 1.0 / tl.load(temperature_ptr + i_row)
     label = tl.load(label_ptr + i_row)
     if SLICE:
@@ -112,10 +121,17 @@ def head_row_kernel(
     if HAS_GRADIENT:
         if KL > 0:
             slope += tl.where(on, kl_coefficient * kl_slope, 0.0)
-        write_dlogits(
-            p_row, out_ptr + i_logits * V, label, V, inverse_temperature, row_max, log_sum, entropy,
-            tl.sum(row_weight * slope), tl.sum(-entropy_coefficient * row_weight), HAS_ENTROPY, BLOCK, STAGES,
-        )  # fmt: skip
+        slope, entropy_slope = tl.sum(row_weight * slope), tl.sum(-entropy_coefficient * row_weight)
+        idle = False
+        if WHOLE and not EVERY:
+            idle = tl.load(advantage_ptr + i_row) == 0
+        if idle:
+            write_zeros(p_out, V, BLOCK)
+        else:
+            write_dlogits(
+                p_row, p_out, label, V, inverse_temperature, row_max, log_sum, entropy, slope, entropy_slope,
+                HAS_ENTROPY, BLOCK, STAGES,
+            )  # fmt: skip
 
 
 class Values(NamedTuple):
@@ -123,11 +139,11 @@ class Values(NamedTuple):
 
     logp_N: Tensor
     entropy_N: Tensor
-    partial: Tensor  # (active tokens, PARTIALS), the contribution of each token to the metrics
+    partial: Tensor  # (tokens, PARTIALS), the contribution of each token to the metrics
 
     @classmethod
-    def of(cls, temperature_N: Tensor, active: int) -> Values:
-        partial = temperature_N.new_zeros(active, PARTIALS.value)
+    def of(cls, temperature_N: Tensor, tokens: int) -> Values:
+        partial = temperature_N.new_zeros(tokens, PARTIALS.value)
         return cls(torch.zeros_like(temperature_N), torch.zeros_like(temperature_N), partial)
 
     def sums(self) -> Tensor:
@@ -199,25 +215,29 @@ class RowLoss(NamedTuple):
 
     def launch(
         self,
-        row: Tensor,
+        row: Tensor | None,
         logits: Tensor,
         dlogits: Tensor | None,
         into: Values,
         done: int,
         *,
-        whole: bool,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Run the row kernel for the tokens `row`; fills dlogits, and `into` from its row `done` on."""
-        if not len(row):
+        """Run the row kernel for the tokens `row`, or on the logits of all tokens if it is None.
+
+        Fills dlogits, and `into` from its row `done` on.
+        """
+        rows = logits.shape[0] if row is None else len(row)
+        if not rows:
             return
         # For absent inputs any pointer will do, since their flags keep the kernel from reading it.
         absent, written = self.temperature_N, logits if dlogits is None else dlogits
-        stats = absent if group is None else self.slice_stats(row, logits, group)
-        head_row_kernel[(len(row),)](
-            row,
+        stats = absent if group is None or row is None else self.slice_stats(row, logits, group)
+        head_row_kernel[(rows,)](
+            absent if row is None else row,
             logits,
             written,
+            self.active_N.view(torch.uint8),
             self.label_N,
             self.temperature_N,
             absent if self.behaviour_logp_N is None else self.behaviour_logp_N,
@@ -240,7 +260,8 @@ class RowLoss(NamedTuple):
             self.exponent,
             self.kl_coefficient,
             self.entropy_coefficient,
-            WHOLE=whole,
+            WHOLE=row is None,
+            EVERY=self.every_token_trains,
             SLICE=group is not None,
             HAS_BEHAVIOUR=self.behaviour_logp_N is not None,
             HAS_TEACHER_LOGP=self.teacher_logp_N is not None,
@@ -266,7 +287,7 @@ def run_policy_head(
 
     def after(first: int) -> RowKernel:
         def row_kernel(piece: Tensor, done: int, logits: Tensor, dlogits: Tensor | None) -> None:
-            loss.launch(piece, logits, dlogits, into, first + done, whole=False, group=group)
+            loss.launch(piece, logits, dlogits, into, first + done, group=group)
 
         return row_kernel
 
@@ -381,14 +402,9 @@ def run_from_logits(
         kl_kind, kl_coefficient, entropy_coefficient,
     )  # fmt: skip
     logits_NV = logits_NV.contiguous()
-    trains, rest = loss.rows(with_gradient, [])
-    into = Values.of(temperature_N, len(trains) + len(rest))
+    into = Values.of(temperature_N, logits_NV.shape[0])
     dlogits_NV = logits_NV.new_empty(logits_NV.shape if with_gradient else 0)
-    if with_gradient:
-        loss.launch(trains, logits_NV, dlogits_NV, into, 0, whole=True)
-        flat_N = torch.ones_like(active_N).index_fill_(0, trains, False)
-        dlogits_NV.index_fill_(0, rows_where(flat_N, len(flat_N) - len(trains)), 0.0)
-    loss.launch(rest, logits_NV, None, into, len(trains), whole=True)
+    loss.launch(None, logits_NV, dlogits_NV if with_gradient else None, into, 0)
     sums = into.sums()
     return loss.total(sums).float(), sums.float(), into.logp_N, into.entropy_N, dlogits_NV
 
