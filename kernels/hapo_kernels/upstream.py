@@ -27,6 +27,7 @@ BLOCK, WARPS = 8192, 8  # large, since with an upstream scalar of 1 the launch o
 
 @triton.jit
 def upstream_kernel(gradient_ptr, upstream_ptr, out_ptr, size, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
+    """Write upstream · gradient for BLOCK numbers; IN_PLACE over the gradient, and not at all if upstream is 1."""
     upstream = tl.load(upstream_ptr).to(tl.float32)
     if (not IN_PLACE) or upstream != 1.0:
         o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
