@@ -13,10 +13,11 @@ import sys
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 0 if every check passed, else 1."""
     parser = argparse.ArgumentParser(
-        prog="python -m hapo_verl.doctor", description="Checks an installation of hapo-verl and a launch, a line each."
+        prog="python -m hapo_verl.doctor",
+        description="Checks an installation of hapo-verl and a launch, with one line per check.",
     )
-    parser.add_argument("overrides", nargs="*", help="of a launch, as on verl's command line")
-    parser.add_argument("--no-ray", action="store_true", help="do not start a local Ray to look from inside a worker")
+    parser.add_argument("overrides", nargs="*", help="overrides of a launch, as on verl's command line")
+    parser.add_argument("--no-ray", action="store_true", help="do not start a local Ray for the checks inside a worker")
     parser.add_argument(
         "--no-model", action="store_true", help="do not load the launch's model to score demonstrations"
     )

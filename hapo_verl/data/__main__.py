@@ -107,42 +107,51 @@ def main(argv: list[str] | None = None) -> int:
         return sub
 
     sub = subcommand(gsm8k, "GSM8K with its human solutions as demonstrations")
-    sub.add_argument("--input", type=Path, help="JSON lines with question and answer; default: fetch it")
+    sub.add_argument("--input", type=Path, help="JSON lines with question and answer; default: download them")
     sub.add_argument("--output", type=Path, required=True, help="folder for <split>.parquet")
-    sub.add_argument("--split", default="train", help="names the file and is kept in extra_info")
+    sub.add_argument("--split", default="train", help="name of the split, used for the file and kept in extra_info")
 
     sub = subcommand(demonstrations, "the columns of LUFFY (target), AMPO (target_lst) and Prefix-RFT (demos)")
     sub.add_argument("--input", type=Path, required=True, help="parquet file")
-    sub.add_argument("--output", type=Path, required=True, help="parquet file; its .rejected.jsonl lies beside it")
-    sub.add_argument("--tokenizer", type=Path, required=True, help="folder of the model that is to be trained")
-    sub.add_argument("--max-response-length", type=int, required=True, help="tokens, as data.max_response_length")
-    sub.add_argument("--column", choices=demonstrations_.COLUMNS, help="where the file has more than one of them")
+    sub.add_argument(
+        "--output", type=Path, required=True, help="parquet file to write; a .rejected.jsonl is written beside it"
+    )
+    sub.add_argument("--tokenizer", type=Path, required=True, help="folder of the model that will be trained")
+    sub.add_argument(
+        "--max-response-length", type=int, required=True, help="in tokens: the run's data.max_response_length"
+    )
+    sub.add_argument(
+        "--column", choices=demonstrations_.COLUMNS, help="column to read, if the file has more than one of these"
+    )
     sub.add_argument("--reward", type=Path, help="the run's reward.custom_reward_function.path; default: verl's own")
     sub.add_argument("--reward-name", default="compute_score", help="the run's reward.custom_reward_function.name")
     sub.add_argument(
-        "--success-threshold", type=float, default=HapoConfig().success_threshold, help="hapo.success_threshold"
+        "--success-threshold",
+        type=float,
+        default=HapoConfig().success_threshold,
+        help="the run's hapo.success_threshold",
     )
     sub.add_argument(
         "--multi-turn",
         nargs="*",
         metavar="KEY=VALUE",
-        help="the run's loop is tool_agent: its keys of actor_rollout_ref.rollout.multi_turn, as function_tool_path",
+        help="if the run uses tool_agent: its keys of actor_rollout_ref.rollout.multi_turn, e.g. function_tool_path",
     )
     sub.add_argument(
         "--only-verified",
         action="store_true",
-        help="leave out rows without a usable demonstration; default: they stay, with none, for on-policy training",
+        help="leave out rows without a usable demonstration; default: keep them without one, for on-policy training",
     )
-    sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one a core")
+    sub.add_argument("--workers", type=int, default=os.cpu_count(), help="number of processes; default: one per core")
 
-    sub = subcommand(reasoning_gym, "a task of reasoning-gym, with its worked solutions where it has some")
-    sub.add_argument("--task", required=True, help="its name, as gsm_symbolic")
-    sub.add_argument("--size", type=int, required=True, help="rows")
+    sub = subcommand(reasoning_gym, "a task of reasoning-gym, with its worked solutions if it has some")
+    sub.add_argument("--task", required=True, help="name of the task, e.g. gsm_symbolic")
+    sub.add_argument("--size", type=int, required=True, help="number of rows")
     sub.add_argument("--output", type=Path, required=True, help="parquet file")
-    sub.add_argument("--seed", type=int, default=0, help="of the generator; another one for held-out rows")
-    sub.add_argument("--split", default="train", help="kept in extra_info")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the generator; use another one for held-out rows")
+    sub.add_argument("--split", default="train", help="name of the split, kept in extra_info")
 
-    sub = subcommand(teach, "ask a model behind an OpenAI-compatible server where a prompt has no demonstration")
+    sub = subcommand(teach, "ask a model behind an OpenAI-compatible server for the missing demonstrations")
     teach_command.add_arguments(sub)
     args = parser.parse_args(argv)
 

@@ -35,63 +35,85 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     """Add the arguments of `teach`."""
     hapo = HapoConfig()
     sub.add_argument("--input", type=Path, required=True, help="parquet file")
-    sub.add_argument("--output", type=Path, required=True, help="parquet file; its .taught.jsonl lies beside it")
+    sub.add_argument(
+        "--output", type=Path, required=True, help="parquet file to write; a .taught.jsonl is written beside it"
+    )
 
     teacher = sub.add_argument_group("the teacher")
-    teacher.add_argument("--endpoint", help="address of an OpenAI-compatible API, as http://host:8000/v1")
-    teacher.add_argument("--model", help="its name there; default: that of --serve")
-    teacher.add_argument("--serve", metavar="MODEL", help="start vLLM with this model here, and stop it at the end")
-    teacher.add_argument("--serve-args", default="", help="more arguments of its server, in one string")
-    teacher.add_argument("--serve-limit", type=float, default=1800.0, help="seconds until vLLM has to be ready")
+    teacher.add_argument("--endpoint", help="address of an OpenAI-compatible API, e.g. http://host:8000/v1")
+    teacher.add_argument("--model", help="name of the teacher on the server; default: that of --serve")
     teacher.add_argument(
-        "--key-variable", default="OPENAI_API_KEY", help="environment variable with the key; there is no other way"
+        "--serve", metavar="MODEL", help="start vLLM with this model on this machine, stop it at the end"
     )
-    teacher.add_argument("--samples", type=_whole, default=4, help="answers a prompt")
-    teacher.add_argument("--system", help="a system message for the teacher alone, as: End with '#### number'.")
+    teacher.add_argument("--serve-args", default="", help="more arguments for the vLLM server, in one string")
+    teacher.add_argument("--serve-limit", type=float, default=1800.0, help="seconds that vLLM may take to start")
+    teacher.add_argument(
+        "--key-variable",
+        default="OPENAI_API_KEY",
+        help="environment variable with the API key; the key is read only from there",
+    )
+    teacher.add_argument("--samples", type=_whole, default=4, help="answers per prompt")
+    teacher.add_argument("--system", help="a system message only for the teacher, e.g. End with '#### number'.")
     teacher.add_argument("--temperature", type=float, default=0.7)
-    teacher.add_argument("--max-tokens", type=_whole, help="of an answer; default: --max-response-length")
+    teacher.add_argument("--max-tokens", type=_whole, help="limit of an answer; default: --max-response-length")
     teacher.add_argument(
         "--extra-body",
         type=_json,
         default={},
         metavar="JSON",
-        help="more of each request, as '{\"top_p\": 0.9}'",
+        help="more fields of each request, e.g. '{\"top_p\": 0.9}'",
     )
     teacher.add_argument(
-        "--thoughts", action="store_true", help="put a thought that the server has parsed out back in front, in <think>"
+        "--thoughts",
+        action="store_true",
+        help="put a thought that the server returns separately in front of the answer, in <think>",
     )
 
-    run = sub.add_argument_group("the run that is to learn from it")
-    run.add_argument("--tokenizer", type=Path, required=True, help="folder of the model that is to be trained")
-    run.add_argument("--max-response-length", type=_whole, required=True, help="tokens, as data.max_response_length")
+    run = sub.add_argument_group("the run that will learn from the demonstrations")
+    run.add_argument("--tokenizer", type=Path, required=True, help="folder of the model that will be trained")
+    run.add_argument(
+        "--max-response-length", type=_whole, required=True, help="in tokens: its data.max_response_length"
+    )
     run.add_argument("--reward", type=Path, help="its reward.custom_reward_function.path; default: verl's own")
     run.add_argument("--reward-name", default="compute_score", help="its reward.custom_reward_function.name")
-    run.add_argument("--reward-timeout", type=float, default=hapo.reward_timeout, help="hapo.reward_timeout, seconds")
-    run.add_argument("--success-threshold", type=float, default=hapo.success_threshold, help="hapo.success_threshold")
+    run.add_argument(
+        "--reward-timeout", type=float, default=hapo.reward_timeout, help="its hapo.reward_timeout, seconds"
+    )
+    run.add_argument(
+        "--success-threshold", type=float, default=hapo.success_threshold, help="its hapo.success_threshold"
+    )
     run.add_argument(
         "--multi-turn",
         nargs="*",
         metavar="KEY=VALUE",
-        help="its loop is tool_agent: its keys of actor_rollout_ref.rollout.multi_turn, as function_tool_path",
+        help="if it uses tool_agent: its keys of actor_rollout_ref.rollout.multi_turn, e.g. function_tool_path",
     )
-    run.add_argument("--prompt-key", default="prompt", help="data.prompt_key")
-    run.add_argument("--demonstration-key", default=hapo.demonstration_key, help="hapo.demonstration_key")
+    run.add_argument("--prompt-key", default="prompt", help="its data.prompt_key")
+    run.add_argument("--demonstration-key", default=hapo.demonstration_key, help="its hapo.demonstration_key")
     run.add_argument(
-        "--only-failed", type=Path, metavar="RUN", help="ask only for prompts whose group failed when RUN saw it last"
+        "--only-failed", type=Path, metavar="RUN", help="ask only for prompts whose last group in RUN had no success"
     )
 
     choice = sub.add_argument_group("what is kept")
-    choice.add_argument("--rule", choices=teach_.RULES, default="shortest", help="of a prompt's verified answers")
-    choice.add_argument("--policy", type=Path, metavar="FOLDER", help="the model that --rule likeliest asks")
+    choice.add_argument(
+        "--rule", choices=teach_.RULES, default="shortest", help="which of a prompt's verified answers is kept"
+    )
+    choice.add_argument("--policy", type=Path, metavar="FOLDER", help="the model that --rule likeliest uses")
 
     limits = sub.add_argument_group("limits")
-    limits.add_argument("--journal", type=Path, help="answers so far; default: beside the output, .journal.jsonl")
-    limits.add_argument("--token-budget", type=_whole, help="prompt and answer tokens, of all runs with this journal")
-    limits.add_argument("--concurrency", type=_whole, default=32, help="requests at a time")
-    limits.add_argument("--timeout", type=float, default=600.0, help="seconds for an answer")
-    limits.add_argument("--retries", type=int, default=8, help="of a request")
-    limits.add_argument("--first-wait", type=float, default=1.0, help="seconds before the first retry; then twice that")
-    limits.add_argument("--workers", type=_whole, default=os.cpu_count(), help="processes that judge; default: a core")
+    limits.add_argument("--journal", type=Path, help="file of all answers; default: a .journal.jsonl beside the output")
+    limits.add_argument(
+        "--token-budget", type=_whole, help="limit of prompt and answer tokens, over all runs with this journal"
+    )
+    limits.add_argument("--concurrency", type=_whole, default=32, help="number of requests at a time")
+    limits.add_argument("--timeout", type=float, default=600.0, help="seconds that an answer may take")
+    limits.add_argument("--retries", type=int, default=8, help="how often a failed request is sent again")
+    limits.add_argument(
+        "--first-wait", type=float, default=1.0, help="seconds before the first retry; doubled each time"
+    )
+    limits.add_argument(
+        "--workers", type=_whole, default=os.cpu_count(), help="processes that verify; default: one per core"
+    )
 
 
 def _whole(text: str) -> int:

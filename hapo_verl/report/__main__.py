@@ -131,13 +131,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m hapo_verl.report", description="One page about runs: curves, the gate, prompts, examples."
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder, or file of verl's file logger")
-    parser.add_argument("--output", type=Path, default=Path("report.html"))
-    parser.add_argument("--trace", type=Path, action="append", default=[], help="hapo.trace_dir; default: RUN/trace")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the model; default: what the trace names")
-    parser.add_argument("--examples", type=int, default=1000, help="prompts that are shown with their rows")
     parser.add_argument(
-        "--every", type=float, metavar="SECONDS", help="write it again and again, while the run goes on"
+        "runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or the file of verl's file logger"
+    )
+    parser.add_argument("--output", type=Path, default=Path("report.html"))
+    parser.add_argument(
+        "--trace", type=Path, action="append", default=[], help="the run's hapo.trace_dir; default: RUN/trace"
+    )
+    parser.add_argument("--tokenizer", type=Path, help="folder of the model; default: the one that the trace names")
+    parser.add_argument(
+        "--examples", type=int, default=1000, help="largest number of prompts that are shown with their rows"
+    )
+    parser.add_argument(
+        "--every", type=float, metavar="SECONDS", help="write the page again after so many seconds, until you stop it"
     )
     args = parser.parse_args(argv)
     try:
