@@ -5,9 +5,9 @@
     gain of one more rollout                    G(n + 1) − G(n) = E[p^n (1 − p) + (1 − p)^n p]
 
 A group in which all rollouts fail, or all succeed, has advantage 0 and teaches nothing; g_p(n) is the probability that
-a group is neither. A prompt that was seen to do one of the two is likely to do it again, and its rollouts may serve
-another prompt better. The numbers depend on earlier steps only, never on the rollouts that they count, so for each
-prompt the group's gradient has the direction that it has with any other n. This is ours, not in arXiv 2603.11321v1.
+a group is neither. At even odds a few rollouts are enough, where success or failure is rare it takes many, and where
+one of them is certain none help. The numbers depend on earlier steps only, never on the rollouts that they count, so
+for each prompt the expected gradient has the same direction for any n. This is ours, not in arXiv 2603.11321v1.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ def a_rollouts(**keys):
     return Rollouts(hapo.rollouts, N)
 
 
-def experienced(rows=ROWS):
+def experienced(**settings):
     """A keeper that has seen the first prompts fail, the last ones succeed, and those between do both."""
-    keeper = a_gatekeeper("posterior", rows=rows)
+    keeper = a_gatekeeper("posterior", **settings)
     for _ in range(3):
         keeper.observe(groups(submit(keeper), [0, 0, 0, 3, 4, 8, 8, 8]))
     return keeper
@@ -37,14 +37,20 @@ def test_prompts_that_nothing_is_known_of_get_the_same_number():
     assert a_rollouts().allocate(submit(a_gatekeeper("posterior"))) == [N] * 8
 
 
-def test_what_was_seen_to_fail_or_succeed_as_a_whole_gives_its_rollouts_away():
+def test_even_odds_need_fewer_rollouts_than_rare_ones():
     rollouts = a_rollouts().allocate(submit(experienced()))
     assert sum(rollouts) == 8 * N
-    doubtful, certain = rollouts[3:5], [*rollouts[:3], *rollouts[5:]]
-    assert rollouts[0] == rollouts[1] == rollouts[2]
-    assert min(certain) < N < max(certain + doubtful)
-    assert min(rollouts) >= 2
-    assert max(rollouts) <= 2 * N
+    even, rare = rollouts[3:5], [*rollouts[:3], *rollouts[5:]]
+    assert 2 <= min(even) <= max(even) < N <= min(rare) <= max(rare) <= 2 * N
+
+
+def test_prompts_that_are_certain_give_their_rollouts_away():
+    # So weak a prior that three visits without a success leave no doubt.
+    keeper = experienced(gate={"strength": 0.001})
+    rollouts = a_rollouts().allocate(submit(keeper))
+    assert sum(rollouts) == 8 * N
+    assert rollouts[3] == rollouts[4] == 2 * N
+    assert max(rollouts[:3] + rollouts[5:]) < N
 
 
 def test_the_bounds_are_those_of_the_keys():
@@ -111,7 +117,7 @@ def submitted(monkeypatch, rollouts):
     trainer.config = OmegaConf.create({"data": {"prompt_key": "prompt"}})
     trainer.gatekeeper, trainer._rollouts = experienced(), rollouts
     trainer.agent_loop_manager = SimpleNamespace(generate_sequences=batches.append)
-    columns = {name: np.array([row[name] for row in ROWS], dtype=object) for name in ROWS[0]}
+    columns = {name: np.fromiter((row[name] for row in ROWS), dtype=object, count=len(ROWS)) for name in ROWS[0]}
     columns["raw_prompt"] = columns["prompt"]
     columns["uid"] = np.array([f"u{i}" for i in range(len(ROWS))], dtype=object)
     columns["index"] = np.arange(len(ROWS))
