@@ -210,6 +210,32 @@ class DemonstrationsConfig:
         return self.source != "column"
 
 
+ALLOCATIONS = ("uniform", "posterior")
+
+
+@dataclass(frozen=True)
+class RolloutsConfig:
+    """How the rollouts of a step are spread over its prompts."""
+
+    # uniform: each prompt gets actor_rollout_ref.rollout.n. posterior: the same total, spread so that by the prompts'
+    # posteriors the most groups have a signal; with the gates posterior and thompson, in the trainer hapo_sync.
+    allocate: str = checked(
+        "uniform", lambda v: v in ALLOCATIONS, "no such allocation. Use one of: uniform, posterior."
+    )
+    # Smallest number of rollouts of a prompt. Not used by uniform.
+    least: int = checked(2, lambda v: _whole(v) and v >= 2, "a group needs at least 2 rollouts. Use 2.")
+    # Largest number of rollouts of a prompt; null: twice actor_rollout_ref.rollout.n. Not used by uniform.
+    most: int | None = checked(
+        None,
+        lambda v: v is None or (_whole(v) and v >= 2),
+        "a group needs at least 2 rollouts. Use null for twice actor_rollout_ref.rollout.n.",
+    )
+
+    def bounds(self, per_prompt: int) -> tuple[int, int]:
+        """Smallest and largest number of rollouts of a prompt where `per_prompt` is their mean."""
+        return self.least, 2 * per_prompt if self.most is None else self.most
+
+
 STATISTICS = ("all", "on_policy")
 
 
@@ -316,6 +342,7 @@ class HapoConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     injection: InjectionConfig = field(default_factory=InjectionConfig)
     demonstrations: DemonstrationsConfig = field(default_factory=DemonstrationsConfig)
+    rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)

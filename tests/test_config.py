@@ -203,6 +203,18 @@ def test_a_key_replaces_its_default_and_no_other():
             "hapo.demonstrations.source='teacher': no such source. Use one of: column, own, column_or_own.",
         ),
         (
+            {"rollouts": {"allocate": "thompson"}},
+            "hapo.rollouts.allocate='thompson': no such allocation. Use one of: uniform, posterior.",
+        ),
+        (
+            {"rollouts": {"least": 1}},
+            "hapo.rollouts.least=1: a group needs at least 2 rollouts. Use 2.",
+        ),
+        (
+            {"rollouts": {"most": 8.0}},
+            "hapo.rollouts.most=8.0: a group needs at least 2 rollouts. Use null for twice actor_rollout_ref.rollout.n.",
+        ),
+        (
             {"demonstrations": {"own_memory_mib": 0}},
             "hapo.demonstrations.own_memory_mib=0: a size in MiB is positive. "
             "Use 256, which holds 100,000 prompts with 1,000 tokens each.",

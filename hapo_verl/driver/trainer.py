@@ -50,6 +50,7 @@ from hapo_verl.driver.metrics import group_metrics, silence
 from hapo_verl.driver.mini_batches import Reduced, grown_mini_batch, order_of_whole_groups, reduced
 from hapo_verl.driver.own_past import shortest_successes
 from hapo_verl.driver.progress import Progress
+from hapo_verl.driver.rollouts import Rollouts
 from hapo_verl.driver.watch import Stall, Watch
 from hapo_verl.launch import checks
 from hapo_verl.protocol import jagged
@@ -60,6 +61,7 @@ from hapo_verl.protocol.rows import (
     MINI_BATCH,
     OWN_OLD_LOG_PROBS,
     OWN_SUCCESS,
+    ROLLOUTS,
     SINGLE_UPDATE,
     SITUATION,
     TRACED,
@@ -102,6 +104,10 @@ class HapoTrainer(PPOTrainer):
         self._reduced: Reduced | None = None
         self.timing_raw: dict[str, float] = {}
         self._watch: Watch | None = None
+        # None: each prompt gets rollout.n of them.
+        self._rollouts: Rollouts | None = None
+        if self.hapo.rollouts.allocate == "posterior":
+            self._rollouts = Rollouts(self.hapo.rollouts, config.actor_rollout_ref.rollout.n)
         # The first groups of this run have been looked at.
         self._heard = False
         super().__init__(config)
@@ -128,6 +134,8 @@ class HapoTrainer(PPOTrainer):
         columns = {name: plain_values(batch[name]) for name in names if name in batch}
         situations = self.gatekeeper.situations(columns, self.global_steps, prompt_column=self.config.data.prompt_key)
         assign_non_tensor_stack(batch, SITUATION, situations)
+        if self._rollouts is not None:
+            assign_non_tensor_stack(batch, ROLLOUTS, self._rollouts.allocate(situations))
         return super()._submit_batch_to_rollout(batch)
 
     def _save_checkpoint(self) -> None:
@@ -346,6 +354,8 @@ class HapoTrainer(PPOTrainer):
                 tokens_B=tokens_B[real_B],
             )
         )
+        if self._rollouts is not None:
+            metrics.update(self._rollouts.metrics(groups.values()))
         if not self._heard:
             self._heard = True
             if (advice := silence(groups)) is not None:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import hapo_verl
 from hapo_verl.algo.demonstration import Refusal, demonstration_turns
-from hapo_verl.config import ConfigError, HapoConfig
+from hapo_verl.config import ConfigError, HapoConfig, PosteriorGate
 from hapo_verl.launch.contract import check_contract
 from hapo_verl.launch.files import check_files
 from hapo_verl.launch.head_memory import check_memory
@@ -48,6 +48,7 @@ def check_configuration(config: DictConfig) -> HapoConfig:
     _check_reward_model(config)
     _check_kernels(config, hapo)
     _check_objective(config, hapo)
+    _check_rollouts(config, hapo)
     return hapo
 
 
@@ -269,6 +270,52 @@ def _check_objective(config: DictConfig, hapo: HapoConfig) -> None:
         raise ConfigError(
             f"algorithm.rollout_correction.rollout_is={config.algorithm.rollout_correction.rollout_is}: {name} has no "
             "ratio that an importance weight could correct. Use algorithm.rollout_correction.rollout_is=null."
+        )
+
+
+# Where a step is not the set of prompts that its rollouts were shared out to; in the form of `_RULES`.
+_ALLOCATION_RULES = (
+    (
+        "trainer.v1.trainer_mode",
+        lambda v: v != "hapo_sync",
+        "hapo.rollouts.allocate=posterior shares out the rollouts of a whole step, and in this mode a step is no fixed "
+        "set of prompts. Use trainer.v1.trainer_mode=hapo_sync, or hapo.rollouts.allocate=uniform.",
+    ),
+    (
+        "algorithm.filter_groups.enable",
+        bool,
+        "groups that are replaced would change the number of rows, which hapo.rollouts.allocate=posterior keeps. "
+        "Use algorithm.filter_groups.enable=false, or hapo.rollouts.allocate=uniform.",
+    ),
+    (
+        "trainer.v1.sampler.sync_refill_failed_groups",
+        bool,
+        "groups that are replaced would change the number of rows, which hapo.rollouts.allocate=posterior keeps. "
+        "Use trainer.v1.sampler.sync_refill_failed_groups=false, or hapo.rollouts.allocate=uniform.",
+    ),
+)
+
+
+def _check_rollouts(config: DictConfig, hapo: HapoConfig) -> None:
+    if hapo.rollouts.allocate == "uniform":
+        return
+    if not isinstance(hapo.gate, PosteriorGate):
+        raise ConfigError(
+            f"hapo.rollouts.allocate={hapo.rollouts.allocate}: hapo.gate.name={hapo.gate.name} keeps no posterior of a "
+            "prompt. Use hapo.gate.name=posterior or thompson, or hapo.rollouts.allocate=uniform."
+        )
+    _check_rules(config, _ALLOCATION_RULES)
+    n = config.actor_rollout_ref.rollout.n
+    least, most = hapo.rollouts.bounds(n)
+    if least > n:
+        raise ConfigError(
+            f"hapo.rollouts.least={least}: prompts get actor_rollout_ref.rollout.n={n} rollouts in the mean. "
+            "Use hapo.rollouts.least=2."
+        )
+    if most < n:
+        raise ConfigError(
+            f"hapo.rollouts.most={most}: prompts get actor_rollout_ref.rollout.n={n} rollouts in the mean. "
+            "Use hapo.rollouts.most=null for twice as many."
         )
 
 

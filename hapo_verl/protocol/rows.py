@@ -31,6 +31,7 @@ class Field(NamedTuple):
 
 
 SITUATION = "hapo_situation"
+ROLLOUTS = "__rollout_n__"
 DEMONSTRATION = "hapo_demonstration"
 GROUP = "hapo_group"
 APPENDED = "hapo_appended"
@@ -50,6 +51,14 @@ FIELDS = (
         ("rollout",),
         "mapping",
         "What the gate knows before it judges the group, and an earlier success of the policy.",
+    ),
+    Field(
+        ROLLOUTS,
+        "prompt",
+        "driver",
+        ("rollout",),
+        "int",
+        "verl's own: number of the prompt's rollouts, where it is not actor_rollout_ref.rollout.n.",
     ),
     Field(DEMONSTRATION, "row", "rollout", ("driver", "actor"), "() bool", "The row is a demonstration."),
     Field(

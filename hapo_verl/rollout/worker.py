@@ -27,7 +27,7 @@ from hapo_verl.algo.gate import Situation, confidence, fires, firing_probabiliti
 from hapo_verl.algo.injection import Rollout, is_success, worst_rollout
 from hapo_verl.algo.own_successes import unpacked
 from hapo_verl.config import HapoConfig
-from hapo_verl.protocol.rows import APPENDED, DEMONSTRATION, GROUP, OWN_SUCCESS, SITUATION
+from hapo_verl.protocol.rows import APPENDED, DEMONSTRATION, GROUP, OWN_SUCCESS, ROLLOUTS, SITUATION
 from hapo_verl.rollout.reward import RewardError, finite_number
 from hapo_verl.rollout.tokens import ChatFormat
 from hapo_verl.rollout.tool_loop import ToolLoop
@@ -104,7 +104,7 @@ class HapoAgentLoopWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
         situation = prompt.pop(SITUATION, {})
         if trajectory["validate"]:
             return await super()._run_prompt(prompt, sampling_params, trajectory, trace)
-        expected = prompt.get("__rollout_n__", self.config.actor_rollout_ref.rollout.n)
+        expected = prompt.get(ROLLOUTS, self.config.actor_rollout_ref.rollout.n)
         self._groups[prompt["uid"]] = _Group(int(expected), demonstration, situation, prompt.get("agent_name"))
         try:
             return await super()._run_prompt(prompt, sampling_params, trajectory, trace)

@@ -70,6 +70,11 @@ def _check_block(hapo: HapoConfig) -> None:
             f"hapo.demonstrations.source={hapo.demonstrations.source}: TRL's trainer keeps no successes of the policy. "
             "Use hapo.demonstrations.source=column, or verl's trainer."
         )
+    if hapo.rollouts.allocate != "uniform":
+        raise ConfigError(
+            f"hapo.rollouts.allocate={hapo.rollouts.allocate}: TRL's groups have a fixed number of rows. "
+            "Use hapo.rollouts.allocate=uniform, or verl's trainer."
+        )
     if hapo.objective.name != "surrogate":
         raise ConfigError(
             f"hapo.objective.name={hapo.objective.name}: TRL's loss is PPO's surrogate. "

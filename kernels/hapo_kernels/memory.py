@@ -10,8 +10,8 @@ With s bytes per number of hidden states and weight, this takes, in bytes:
               + sVH            ∂weight converted to the dtype of the weight, after the chunks are freed
 
 If all rows are collected at once, their GEMM writes ∂weight in the dtype of the weight, and there is no sum in fp32. In
-its memory, (4 - s)VH bytes, the dlogits of more rows have room; `Rows.once` says how many rows are collected then. It is
-rounded down to whole chunks within a memory budget, and up where there is none.
+its memory, (4 - s)VH bytes, the dlogits of more rows have room; `Rows.once` says how many rows are collected then. It
+is rounded down to whole chunks within a memory budget, and up where there is none.
 
 A chunk reads the weight twice, and a GEMM of ∂weight reads and writes 4VH bytes: in total 2sVH/R + 8VH/C bytes per row.
 Within a memory budget, `rows_within` chooses the R and C with the least traffic.

@@ -34,6 +34,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hapo_verl.algo.advantage import appended_advantage, group_advantage
+from hapo_verl.algo.allocation import allocate
 from hapo_verl.algo.demonstration import Refusal, Response, demonstration_tokens
 from hapo_verl.algo.gate import Situation, fires, firing_probabilities
 from hapo_verl.algo.injection import Rollout, worst_rollout
@@ -81,6 +82,7 @@ class Settings:
     hidden: int = 128  # task digits: hidden size of the model
     prompts: int = 16  # prompts per step
     rollouts: int = 8  # rollouts per prompt
+    allocate: str = "uniform"  # of these rollouts; posterior: by the posteriors of the gates posterior and thompson
     steps: int = 180
     lr: float = 2e-3
     weight_decay: float = 0.01
@@ -269,11 +271,19 @@ class Retraction:
         priors = self._posterior.priors([prompt_key(q) for q in questions], strength=2.0, discount=0.5)
         return [Situation(gamma, a, b) for a, b in zip(*priors, strict=True)]
 
-    def observe(self, questions: Sequence[str], successes: Sequence[int], rollouts: int) -> None:
+    def rollouts(self, situations: Sequence[Situation]) -> list[int]:
+        """The number of rollouts of each prompt of a step."""
+        n = self._settings.rollouts
+        if self._settings.allocate == "uniform":
+            return [n] * len(situations)
+        priors = [(situation.prior_success, situation.prior_failure) for situation in situations]
+        return allocate(priors, total=n * len(priors), least=2, most=2 * n)
+
+    def observe(self, questions: Sequence[str], successes: Sequence[int], rollouts: Sequence[int]) -> None:
         """Update the state with the numbers of successes of a step's groups, demonstrations not counted."""
-        self._running = self._running.after(sum(successes) / (len(successes) * rollouts), memory=0.9)
+        self._running = self._running.after(sum(successes) / sum(rollouts), memory=0.9)
         keys = [prompt_key(q) for q in questions]
-        self._posterior.observe(keys, successes, [rollouts] * len(keys), discount=0.5, memory=0.9)
+        self._posterior.observe(keys, successes, rollouts, discount=0.5, memory=0.9)
 
 
 # --- the loop ------------------------------------------------------------
@@ -331,9 +341,12 @@ def train(
                 problems, asked = task.train[asked : asked + wanted], asked + wanted
                 questions = [problem.question for problem in problems]
                 situations = retraction.situations(step, questions)
+                counts = retraction.rollouts(situations)
                 demonstrations = [demonstration_of(p, policy, past, step, settings.source) for p in problems]
-                rounds.append(sample_round(policy, problems, situations, demonstrations, settings, generator, rng))
-                retraction.observe(questions, rounds[-1].successes, settings.rollouts)
+                rounds.append(
+                    sample_round(policy, problems, counts, situations, demonstrations, settings, generator, rng)
+                )
+                retraction.observe(questions, rounds[-1].successes, counts)
                 past.observe(policy.solutions(problems, rounds[-1].sampled), step)
             rows, sampled = (merge([getattr(part, name) for part in rounds]) for name in ("rows", "sampled"))
             statistics = settings.statistics or ("on_policy" if settings.mode == "append" else "all")
@@ -342,7 +355,7 @@ def train(
                 loss = loss_of(policy, rows, advantage_B, settings)
                 if loss.requires_grad:
                     loss.backward()
-            record |= describe(rounds, rows, settings)
+            record |= describe(rounds, rows)
             if tested and settings.deviation and len(advantage_B):
                 own_B = advantages(sampled, "all", scale_by_std=settings.scale_by_std)
                 own_loss = loss_of(policy, sampled, own_B, settings)
@@ -371,12 +384,14 @@ def gradient_of(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def describe(rounds: Sequence[Round], rows: Rows, settings: Settings) -> dict[str, float]:
-    """The metrics of a step: success, firing rate, and the shares of demonstrations."""
+def describe(rounds: Sequence[Round], rows: Rows) -> dict[str, float]:
+    """The metrics of a step: success, firing rate, groups with a signal, and the shares of demonstrations."""
     successes = [count for part in rounds for count in part.successes]
+    rollouts = [count for part in rounds for count in part.rollouts]
     fired = [flag for part in rounds for flag in part.fired]
     return {
-        "on_policy_success": sum(successes) / (len(successes) * settings.rollouts),
+        "on_policy_success": sum(successes) / sum(rollouts),
+        "signal_share": sum(0 < s < n for s, n in zip(successes, rollouts, strict=True)) / len(rollouts),
         "firing_rate": sum(fired) / len(fired),
         "teacher_share": rows.demonstration_B.sum().item() / max(len(rows.demonstration_B), 1),
         "generated_tokens": sum(part.tokens for part in rounds),
@@ -395,7 +410,7 @@ def warm_up(policy: Policy, settings: Settings) -> None:
             optimizer.zero_grad()
             imitation_loss(policy, rows).backward()
             optimizer.step()
-        succeeded = policy.rollouts(rng.choices(policy.task.train, k=512), 1, generator).score_B.mean().item()
+        succeeded = policy.rollouts(rng.choices(policy.task.train, k=512), [1] * 512, generator).score_B.mean().item()
 
 
 class Round(NamedTuple):
@@ -404,6 +419,7 @@ class Round(NamedTuple):
     rows: Rows  # rows of the kept groups, after injection
     sampled: Rows  # rows of the kept groups, before injection
     kept: list[int]  # numbers of the kept groups
+    rollouts: list[int]  # of every group, kept or not
     successes: list[int]  # of every group, kept or not
     fired: list[bool]  # of every group, whether the gate fired
     tokens: int  # generated tokens
@@ -412,32 +428,32 @@ class Round(NamedTuple):
 def sample_round(
     policy: Policy,
     problems: Sequence[Problem],
+    rollouts: list[int],
     situations: Sequence[Situation],
     demonstrations: Sequence[Demonstration | None],
     settings: Settings,
     generator: torch.Generator,
     rng: random.Random,
 ) -> Round:
-    """Sample a group for each problem, apply the gate and inject demonstrations.
+    """Sample a group of `rollouts` for each problem, apply the gate and inject demonstrations.
 
     With `filter_groups` only groups with different scores are kept.
     """
-    per_group = settings.rollouts
-    sampled = rows = policy.rollouts(problems, per_group, generator)
-    successes = (sampled.score_B >= 1).view(-1, per_group).sum(1).tolist()
-    fired = [decide(settings.gate, *of, per_group, rng) for of in zip(situations, successes, strict=True)]
+    sampled = rows = policy.rollouts(problems, rollouts, generator)
+    successes = [int(part.sum()) for part in (sampled.score_B >= 1).split(rollouts)]
+    fired = [decide(settings.gate, *of, rng) for of in zip(situations, successes, rollouts, strict=True)]
     for prompt, wanted in enumerate(fired):
         demonstration = demonstrations[prompt]
         if wanted and demonstration is not None:
-            group = range(prompt * per_group, (prompt + 1) * per_group)
-            rows = inject(rows, group, demonstration, settings.mode, rng)
+            end = sum(rollouts[: prompt + 1])
+            rows = inject(rows, range(end - rollouts[prompt], end), demonstration, settings.mode, rng)
     kept, tokens = list(range(len(problems))), int(sampled.mask_BT.sum())
     if settings.filter_groups:
         kept = [prompt for prompt in kept if rows.score_B[rows.group_B == prompt].unique().numel() > 1]
         rows, sampled = (
             Rows(*(column[torch.isin(part.group_B, torch.tensor(kept))] for column in part)) for part in (rows, sampled)
         )
-    return Round(rows, sampled, kept, successes, fired, tokens)
+    return Round(rows, sampled, kept, rollouts, successes, fired, tokens)
 
 
 def demonstration_of(
@@ -530,9 +546,9 @@ class Policy:
             torch.ones(len(pairs), dtype=torch.bool),
         )
 
-    def rollouts(self, problems: Sequence[Problem], rollouts: int, generator: torch.Generator) -> Rows:
-        """Sample and score `rollouts` responses for each problem."""
-        repeated = [problem for problem in problems for _ in range(rollouts)]
+    def rollouts(self, problems: Sequence[Problem], rollouts: Sequence[int], generator: torch.Generator) -> Rows:
+        """Sample and score responses, as many for each problem as `rollouts` says."""
+        repeated = [problem for problem, count in zip(problems, rollouts, strict=True) for _ in range(count)]
         prompt_BS, prompt_mask_BS = self.encode([problem.question for problem in repeated])
         response_BT, mask_BT = self.sample(prompt_BS, prompt_mask_BS, generator)
         return Rows(
@@ -541,7 +557,7 @@ class Policy:
             response_BT,
             mask_BT,
             self.scores(repeated, response_BT, mask_BT),
-            torch.arange(len(problems)).repeat_interleave(rollouts),
+            torch.arange(len(problems)).repeat_interleave(torch.tensor(rollouts)),
             torch.zeros(len(repeated), dtype=torch.bool),
         )
 

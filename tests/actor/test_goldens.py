@@ -135,7 +135,7 @@ def step(launch, monkeypatch):
             monkeypatch.setattr(tq, name, getattr(queue, name))
         trainer = object.__new__(HapoTrainerSync)
         trainer.config, trainer.hapo, trainer.trace = config, HapoConfig.parse(config.hapo), Trace(None)
-        trainer._leaves_out, trainer._heard = EVERY_ROW, True
+        trainer._leaves_out, trainer._heard, trainer._rollouts = EVERY_ROW, True, None
         trainer.gatekeeper, trainer.global_steps = Gatekeeper(trainer.hapo, total_steps=100), 1
         roll_out(trainer)
         keys = kept(trainer, queue)

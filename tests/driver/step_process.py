@@ -19,6 +19,8 @@ from tests.actor.engine_process import VOCABULARY, Case, _engine, on_ranks
 PROMPTS, ROLLOUTS, STEPS, LONGEST = 8, 4, 5, 7
 # Three of eight groups fail as a whole, two succeed.
 MIXED = (0, 4, 1, 0, 3, 4, 0, 2)
+# As many rollouts as in groups of four.
+UNEVEN = (2, 4, 8, 2, 6, 4, 2, 4)
 # Nothing is left out.
 WHOLE = "hapo.skip_idle_rows=false", "hapo.old_log_probs=all"
 
@@ -31,6 +33,8 @@ class Run(NamedTuple):
     injection: str | None = None
     # Of each group of a step the rollouts that succeed.
     successes: tuple[int, ...] = MIXED
+    # Rollouts of each group.
+    sizes: tuple[int, ...] = (ROLLOUTS,) * PROMPTS
     # Steps in which all of them do.
     silent: tuple[int, ...] = ()
     trainer: str = "hapo"
@@ -88,12 +92,12 @@ def rollouts(one, step):
     """The rows of a step by key, and their tags."""
     generator = torch.Generator().manual_seed(step)
     rows, tags = {}, {}
-    for prompt, successes in enumerate(one.successes):
-        successes = ROLLOUTS if step in one.silent else successes
+    for prompt, (size, successes) in enumerate(zip(one.sizes, one.successes, strict=True)):
+        successes = size if step in one.silent else successes
         uid, length = f"{step}p{prompt}", int(torch.randint(2, 6, (), generator=generator))
         prompt_ids = torch.randint(VOCABULARY, (length,), generator=generator)
-        sessions = [session < successes for session in range(ROLLOUTS)]
-        demonstrations = [False] * ROLLOUTS
+        sessions = [session < successes for session in range(size)]
+        demonstrations = [False] * size
         injected = one.injection is not None and (successes == 0 or one.injection == "always")
         if injected and one.injection == "append":
             sessions, demonstrations = [*sessions, True], [*demonstrations, True]
@@ -101,10 +105,10 @@ def rollouts(one, step):
             sessions[-1] = demonstrations[-1] = True
         group = {
             "outcome": "injected" if injected else "not_fired",
-            "scores": [float(session < successes) for session in range(ROLLOUTS)],
-            "successes": [session < successes for session in range(ROLLOUTS)],
+            "scores": [float(session < successes) for session in range(size)],
+            "successes": [session < successes for session in range(size)],
             "fired": injected,
-            "firing": [0.0] * ROLLOUTS + [0.0],
+            "firing": [0.0] * size + [0.0],
             "threshold": 0.8,
             "confidence": 0.5,
             "key": None,
@@ -133,7 +137,7 @@ def rollouts(one, step):
                 "hapo_demonstration": torch.tensor(demonstration),
                 "hapo_group": group,
             }
-            tags[key] = {"seq_len": len(ids)} | ({"hapo_appended": True} if session >= ROLLOUTS else {})
+            tags[key] = {"seq_len": len(ids)} | ({"hapo_appended": True} if session >= size else {})
     return rows, tags
 
 
@@ -263,9 +267,9 @@ def _trainer(one, config, hapo, worker, queue):
     if hapo is not None:
         trainer.hapo, trainer.trace = hapo, Trace(None)
         trainer.gatekeeper = SimpleNamespace(observe=lambda groups: None, own_past=None)
-        trainer._leaves_out, trainer._heard = savings(config, hapo), True
+        trainer._leaves_out = savings(config, hapo)
         trainer._prompts_per_mini_batch, trainer._group_sizes, trainer._reduced = None, None, None
-        trainer._heard = False
+        trainer._heard, trainer._rollouts = False, None
     return trainer
 
 

@@ -6,7 +6,7 @@ only by the order of summation.
 
 import pytest
 
-from tests.driver.step_process import PROMPTS, ROLLOUTS, STEPS, Run, run
+from tests.driver.step_process import PROMPTS, ROLLOUTS, STEPS, UNEVEN, Run, run
 
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 _ACTOR = "actor_rollout_ref.actor"
@@ -55,6 +55,8 @@ ALONE = [
     dapo(),
     real(),
     plus(**SILENT),
+    plus(*TWICE, sizes=UNEVEN),
+    real(*TWICE, sizes=UNEVEN),
 ]
 MORE_ALONE = [
     *(plus(f"{_ACTOR}.loss_agg_mode={mode}") for mode in MODES[1:]),
@@ -78,6 +80,7 @@ MORE_PAIRED = [
     dapo(*TWICE),
 ]
 GRPO = Run(("+hapo=grpo",)), Run((), trainer="verl")
+UNEVEN_GRPO = tuple(one._replace(sizes=UNEVEN) for one in GRPO)
 
 
 def with_whole(runs):
@@ -86,7 +89,7 @@ def with_whole(runs):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return run([*with_whole(ALONE), *GRPO], 1, tmp_path_factory.mktemp("alone"))
+    return run([*with_whole(ALONE), *GRPO, *UNEVEN_GRPO], 1, tmp_path_factory.mktemp("alone"))
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +149,9 @@ def test_on_two_ranks_in_more_settings(more_paired, one):
         assert_same_steps(one, ours, whole)
 
 
-def test_without_demonstrations_they_are_those_of_verls_own_grpo(alone):
-    ours, verls = (alone[one][0] for one in GRPO)
+@pytest.mark.parametrize("pair", [GRPO, UNEVEN_GRPO], ids=["even groups", "uneven groups"])
+def test_without_demonstrations_they_are_those_of_verls_own_grpo(alone, pair):
+    ours, verls = (alone[one][0] for one in pair)
     moved = largest(verls["parameters"][-1], verls["parameters"][0])
     assert moved > 5e-3
     for step in range(STEPS):
@@ -173,6 +177,14 @@ def test_several_updates_are_scored_once_and_of_the_same_rows(alone):
     scored, trained = passes(result)
     assert scored == trained
     assert max(trained) < PROMPTS * ROLLOUTS
+
+
+@pytest.mark.parametrize("even", [plus(*TWICE), *GRPO], ids=str)
+def test_groups_of_different_sizes_make_mini_batches_of_the_same_size(alone, even):
+    (same,), (different,) = alone[even], alone[even._replace(sizes=UNEVEN)]
+    rows = 40 if even == plus(*TWICE) else PROMPTS * ROLLOUTS
+    for result in (same, different):
+        assert [logged["rows"] for logged in result["metrics"]] == [rows] * STEPS
 
 
 def test_an_optimizer_step_without_a_gradient_still_decays_weights(alone):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,6 +70,23 @@ def _lines(path: Path) -> list[dict]:
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tiny_model.write(folder, alphabet="0123456789", hidden=64, layers=2, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def able(model, tmp_path_factory) -> Path:
+    """The model, when it has learned half of the answers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tests.recipes.plain import plain_loop
+
+    folder = tmp_path_factory.mktemp("able") / "model"
+    shutil.copytree(model, folder)
+    policy_model = AutoModelForCausalLM.from_pretrained(model)
+    settings = plain_loop.Settings(digits=DIGITS, warm=0.5)
+    task = plain_loop.make_task(settings)
+    plain_loop.warm_up(plain_loop.Policy(policy_model, AutoTokenizer.from_pretrained(model), task), settings)
+    policy_model.save_pretrained(folder)
     return folder
 
 

@@ -6,7 +6,6 @@ checkpoint: the second launch, which resumes there, has of the first one's knowl
 """
 
 import json
-import shutil
 
 import numpy as np
 import pandas
@@ -19,7 +18,6 @@ from hapo_verl.algo.own_successes import MIB, OwnSuccesses, unpacked
 from hapo_verl.driver.gatekeeper import row_name
 from hapo_verl.driver.own_past import OWN_PAST_FILE
 from tests.e2e.conftest import DIGITS, PROMPTS, ROLLOUTS, TrainingError
-from tests.recipes.plain import plain_loop
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1800)]
 KILLED_AFTER, STEPS, MINUTE = 3, 6, 60
@@ -37,19 +35,6 @@ SETTINGS = [
     "trainer.test_freq=-1",
     "trainer.resume_mode=auto",
 ]
-
-
-@pytest.fixture(scope="module")
-def able(model, tmp_path_factory):
-    """The model, when it has learned half of the answers."""
-    folder = tmp_path_factory.mktemp("able") / "model"
-    shutil.copytree(model, folder)
-    policy_model = AutoModelForCausalLM.from_pretrained(model)
-    settings = plain_loop.Settings(digits=DIGITS, warm=0.5)
-    task = plain_loop.make_task(settings)
-    plain_loop.warm_up(plain_loop.Policy(policy_model, AutoTokenizer.from_pretrained(model), task), settings)
-    policy_model.save_pretrained(folder)
-    return folder
 
 
 def forget(checkpoint, model):

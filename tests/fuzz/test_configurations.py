@@ -71,6 +71,9 @@ def assert_meaningful(hapo):
         fires(probabilities, 4, rng)
         c = confidence(4, 8, prior_success=situation.prior_success, prior_failure=situation.prior_failure)
         assert 0 <= c <= 1
+    least, most = hapo.rollouts.bounds(8)
+    assert least >= 2
+    assert most >= 2
     policy = torch.tensor([[-1.0, -2.0], [-0.5, -30.0]], requires_grad=True)
     result = hapo_policy_loss(
         policy,

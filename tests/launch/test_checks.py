@@ -329,6 +329,61 @@ def test_an_objective_that_the_launch_does_not_serve_is_refused(launch, override
     assert str(error.value) == message
 
 
+POSTERIOR = ("hapo.rollouts.allocate=posterior", "hapo.gate.name=posterior")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("hapo.gate.name=paper",),
+            "hapo.rollouts.allocate=posterior: hapo.gate.name=paper keeps no posterior of a prompt. "
+            "Use hapo.gate.name=posterior or thompson, or hapo.rollouts.allocate=uniform.",
+        ),
+        (
+            ("trainer.v1.trainer_mode=hapo_colocate_async",),
+            "trainer.v1.trainer_mode=hapo_colocate_async: hapo.rollouts.allocate=posterior shares out the rollouts of a "
+            "whole step, and in this mode a step is no fixed set of prompts. "
+            "Use trainer.v1.trainer_mode=hapo_sync, or hapo.rollouts.allocate=uniform.",
+        ),
+        (
+            ("algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=reward"),
+            "algorithm.filter_groups.enable=True: groups that are replaced would change the number of rows, which "
+            "hapo.rollouts.allocate=posterior keeps. "
+            "Use algorithm.filter_groups.enable=false, or hapo.rollouts.allocate=uniform.",
+        ),
+        (
+            ("trainer.v1.sampler.sync_refill_failed_groups=true",),
+            "trainer.v1.sampler.sync_refill_failed_groups=True: groups that are replaced would change the number "
+            "of rows, which hapo.rollouts.allocate=posterior keeps. "
+            "Use trainer.v1.sampler.sync_refill_failed_groups=false, or hapo.rollouts.allocate=uniform.",
+        ),
+        (
+            ("hapo.rollouts.least=9",),
+            "hapo.rollouts.least=9: prompts get actor_rollout_ref.rollout.n=8 rollouts in the mean. "
+            "Use hapo.rollouts.least=2.",
+        ),
+        (
+            ("hapo.rollouts.most=7",),
+            "hapo.rollouts.most=7: prompts get actor_rollout_ref.rollout.n=8 rollouts in the mean. "
+            "Use hapo.rollouts.most=null for twice as many.",
+        ),
+    ],
+)
+def test_rollouts_that_cannot_be_spread_are_refused_and_uniform_ones_are_not(launch, overrides, message):
+    with pytest.raises(ConfigError) as error:
+        check_launch(launch(*POSTERIOR, *overrides))
+    assert str(error.value) == message
+    check_launch(launch(*POSTERIOR, *overrides, "hapo.rollouts.allocate=uniform"))
+
+
+@pytest.mark.parametrize("gate", ["posterior", "thompson"])
+def test_rollouts_are_spread_by_a_gate_that_knows_the_prompts(launch, gate):
+    hapo = check_launch(launch(*POSTERIOR, f"hapo.gate.name={gate}", "hapo.rollouts.most=8", "hapo.rollouts.least=8"))
+    assert hapo.rollouts.bounds(8) == (8, 8)
+    assert check_launch(launch(*POSTERIOR)).rollouts.bounds(8) == (2, 16)
+
+
 PRESETS = ("grpo", "dapo", "luffy", "srft", "chord", "s_grpo", "real", "real_ssi", "paper", "plus")
 
 

@@ -44,6 +44,11 @@ def test_the_block_comes_from_a_command_line_too(settings):
             "Use hapo.demonstrations.source=column, or verl's trainer.",
         ),
         (
+            {"rollouts": {"allocate": "posterior"}},
+            "hapo.rollouts.allocate=posterior: TRL's groups have a fixed number of rows. "
+            "Use hapo.rollouts.allocate=uniform, or verl's trainer.",
+        ),
+        (
             {"objective": {"name": "real"}},
             "hapo.objective.name=real: TRL's loss is PPO's surrogate. Use hapo.objective.name=surrogate, or verl's trainer.",
         ),

@@ -1,0 +1,122 @@
+"""Rollouts that are spread by the prompts' posteriors, in the genuine trainer that is killed and goes on.
+
+The model has learned half of the answers, and sixteen prompts come again every second step. What each step's prompts must
+have got is computed from the outcomes of the steps before, as if there had been one launch.
+"""
+
+import json
+from collections import Counter
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+
+from hapo_verl.config import HapoConfig
+from hapo_verl.driver.gatekeeper import Gatekeeper, row_name
+from hapo_verl.driver.rollouts import Rollouts
+from tests.e2e.conftest import PROMPTS, ROLLOUTS, TrainingError
+
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1800)]
+KILLED_AFTER, STEPS, MINUTE = 3, 6, 60
+BLOCK = {"gate": {"name": "posterior"}, "rollouts": {"allocate": "posterior"}}
+SETTINGS = [
+    "+hapo=paper",
+    "trainer.v1.trainer_mode=hapo_sync",
+    "hapo.gate.name=posterior",
+    "hapo.rollouts.allocate=posterior",
+    "hapo.poll_interval=0.05",
+    "hapo.trace_dir={folder}/trace",
+    "actor_rollout_ref.actor.optim.optimizer=SGD",
+    "actor_rollout_ref.actor.optim.lr=0.01",
+    "actor_rollout_ref.actor.optim.lr_scheduler_type=constant",
+    "trainer.save_freq=1",
+    "trainer.resume_mode=auto",
+]
+
+
+@pytest.fixture(scope="module")
+def launches(prepared, able, tmp_path_factory):
+    """The launch that is killed and the one that goes on, and the last step that the former has saved."""
+    checkpoints = tmp_path_factory.mktemp("checkpoints")
+    runs, saved = [], 0
+    for name in ("killed", "resumed"):
+        overrides = [*SETTINGS, f"actor_rollout_ref.model.path={able}", f"trainer.default_local_dir={checkpoints}"]
+        launch, run = prepared(name, *overrides, steps=STEPS, rows=2 * PROMPTS)
+        steps = 0
+        try:
+            for kind, _ in launch.run():
+                steps += kind == "step"
+                if name == "killed" and steps == KILLED_AFTER:
+                    family = [launch.process, *launch.process.children(recursive=True)]
+                    launch.process.kill()
+                    psutil.wait_procs(family, timeout=MINUTE)
+        except TrainingError as error:
+            if name != "killed":
+                tail = "\n".join(launch.log.read_text(errors="replace").splitlines()[-40:])
+                pytest.fail(f"{error}\n{tail}", pytrace=False)
+        if name == "killed":
+            saved = int((checkpoints / "latest_checkpointed_iteration.txt").read_text())
+        runs.append(run)
+    return runs, saved
+
+
+def steps_of(launches):
+    """Step, its groups and its metrics, each from the launch whose work counts."""
+    (before, after), saved = launches
+    for step in range(1, STEPS + 1):
+        run, first = (before, 1) if step <= saved else (after, saved + 1)
+        yield step, [group for group in run.groups if group["step"] == step], run.steps[step - first]
+
+
+def test_a_step_has_as_many_rollouts_as_ever_and_its_prompts_have_not(launches):
+    numbers = [[len(group["successes"]) for group in groups] for _, groups, _ in steps_of(launches)]
+    assert {(len(of_step), sum(of_step)) for of_step in numbers} == {(PROMPTS, PROMPTS * ROLLOUTS)}
+    # Nothing is known of a prompt of the first step.
+    assert set(numbers[0]) == {ROLLOUTS}
+    assert all(len(set(of_step)) > 1 for of_step in numbers[2:])
+    assert all(2 <= n <= 2 * ROLLOUTS for of_step in numbers for n in of_step)
+
+
+def test_each_prompt_gets_what_the_steps_before_say_in_both_launches(launches):
+    (before, _), _ = launches
+    hapo = HapoConfig.parse(BLOCK)
+    keeper, rollouts = Gatekeeper(hapo, total_steps=STEPS), Rollouts(hapo.rollouts, ROLLOUTS)
+    rows = before.train.to_dict("records")
+    keeper.know(rows, prompt_column="prompt")
+    key_of = {row["extra_info"]["index"]: row_name(row, "prompt")[0] for row in rows}
+    for step, groups, logged in steps_of(launches):
+        assert [group["key"] for group in groups] == [key_of[group["index"]] for group in groups]
+        of_index = {row["extra_info"]["index"]: row for row in rows}
+        chosen = [of_index[group["index"]] for group in groups]
+        columns = {name: [row[name] for row in chosen] for name in ("data_source", "extra_info", "prompt")}
+        situations = keeper.situations(columns | {"raw_prompt": chosen}, step, prompt_column="prompt")
+        expected = rollouts.allocate(situations)
+        # Of prompts with one prior it is the order of submission that decides, which is not traced.
+        priors = [(s["prior_success"], s["prior_failure"]) for s in situations]
+        got = [len(group["successes"]) for group in groups]
+        assert Counter(zip(priors, got, strict=True)) == Counter(zip(priors, expected, strict=True))
+        for name, value in rollouts.metrics(groups).items():
+            assert logged[name] == pytest.approx(value), (step, name)
+        keeper.observe(groups)
+
+
+def test_every_row_reaches_the_loss_once_with_the_advantage_of_its_own_group(launches):
+    for run in launches[0]:
+        rows = [json.loads(line) for line in (run.folder / "trace" / "rows.jsonl").read_text().splitlines()]
+        advantages = {}
+        for row in run.loss_rows:
+            advantages.setdefault(row["uid"], []).append(row["advantages"][0])
+        for group in run.groups:
+            if group["uid"] not in advantages:
+                continue  # the driver was killed in this step
+            scores = torch.tensor([[row["score"]] for row in rows if row["uid"] == group["uid"]])
+            assert len(scores) == len(group["successes"])
+            verls, _ = compute_grpo_outcome_advantage(scores.clone(), torch.ones_like(scores), np.zeros(len(scores)))
+            assert sorted(advantages[group["uid"]]) == pytest.approx(sorted(verls[:, 0].tolist()), abs=1e-6)
+
+
+def test_validation_keeps_its_own_number(launches):
+    *_, (_, _, last) = steps_of(launches)
+    assert any(name.startswith("val-core/") for name in last)
