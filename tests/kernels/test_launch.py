@@ -71,17 +71,19 @@ def test_a_kernel_and_a_storage_dtype_have_settings_of_their_own(monkeypatch):
     entry = chosen["head_row"] | {"bf16": Chosen(other, "measured on a machine")}
     monkeypatch.setitem(TABLE, "sm_90", TABLE["sm_90"]._replace(chosen=chosen | {"head_row": entry}))
     assert launch_of("head_row", CPU, torch.bfloat16) == other
-    assert launch_of("head_row", CPU, torch.float32) == Launch(2048, 8, 1)
-    assert launch_of("dlogits_row", CPU, torch.bfloat16) == Launch(2048, 8, 1)
+    assert launch_of("head_row", CPU, torch.float32) == chosen["head_row"]["fp32"].launch != other
+    assert launch_of("dlogits_row", CPU, torch.bfloat16) == chosen["dlogits_row"]["bf16"].launch != other
 
 
 def test_a_candidate_is_tried_for_its_kernel_alone_and_forgotten():
+    other, chosen = Launch(4096, 16, 1), TABLE["sm_90"].chosen
+
     def fails():
-        with trying("stats_row", Launch(1024, 4, 3)):
-            assert launch_of("stats_row", CPU, torch.float32) == Launch(1024, 4, 3)
-            assert launch_of("head_row", CPU, torch.float32) == Launch(2048, 8, 1)
+        with trying("stats_row", other):
+            assert launch_of("stats_row", CPU, torch.float32) == other
+            assert launch_of("head_row", CPU, torch.float32) == chosen["head_row"]["fp32"].launch != other
             raise RuntimeError("on the way")
 
     with pytest.raises(RuntimeError, match="on the way"):
         fails()
-    assert launch_of("stats_row", CPU, torch.float32) == Launch(2048, 8, 1)
+    assert launch_of("stats_row", CPU, torch.float32) == chosen["stats_row"]["fp32"].launch != other
