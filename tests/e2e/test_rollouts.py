@@ -75,7 +75,8 @@ def test_a_step_has_as_many_rollouts_as_ever_and_its_prompts_have_not(launches):
     assert {(len(of_step), sum(of_step)) for of_step in numbers} == {(PROMPTS, PROMPTS * ROLLOUTS)}
     # Nothing is known of a prompt of the first step.
     assert set(numbers[0]) == {ROLLOUTS}
-    assert all(len(set(of_step)) > 1 for of_step in numbers[2:])
+    # Later a step may by chance have prompts of equal odds, but not every step.
+    assert any(len(set(of_step)) > 1 for of_step in numbers[2:])
     assert all(2 <= n <= 2 * ROLLOUTS for of_step in numbers for n in of_step)
 
 
