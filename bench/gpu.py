@@ -68,7 +68,8 @@ def tests(options: argparse.Namespace) -> list[str]:
     files = [path.name for path in sorted(TESTS.glob("test_*.py")) if path.name not in NOT_HERE]
     chosen = [name for name in REHEARSED if (TESTS / name.split("::")[0]).exists()] if options.rehearse else files
     # The conftest.py in the folder above must not be loaded, since it imports verl and all its dependencies.
-    flags = ["-q", "-p", "no:cacheprovider", "--tb=short", "--durations=15", f"--confcutdir={TESTS}"]
+    flags = ["-q", "-p", "no:cacheprovider", "--maxfail=20", "--tb=short", "--durations=15"]
+    flags.append(f"--confcutdir={TESTS}")
     # Most of the time is Triton's compiler.
     workers = 1 if options.rehearse else min(12, os.cpu_count() or 1)
     return ["-m", "pytest", *flags, *(["-n", str(workers)] if workers > 1 else []), *(str(TESTS / x) for x in chosen)]

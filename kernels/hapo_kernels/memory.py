@@ -43,6 +43,10 @@ class Rows(NamedTuple):
         """The chunk sizes for at most `count` rows."""
         return self._replace(collected=-(-count // self.chunk) * self.chunk) if count <= self.once else self
 
+    def in_one(self, count: int) -> bool:
+        """Whether one GEMM computes the weight's gradient of at most `count` rows."""
+        return count <= max(self.collected, self.once)
+
 
 def rows_a_chunk(V: int) -> int:
     """The default chunk: the largest power of two of rows within MOST_LOGITS, but at least 16 and at most MOST_ROWS."""

@@ -130,6 +130,19 @@ def test_red_tests_head_the_table_and_are_the_exit_code(tmp_path):
     assert "1 failed" in (tmp_path / "gpu.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("last", "note"),
+    [
+        ("30 passed in 60.00s", "tests: cut short, its time was up"),
+        ("2 failed, 30 passed in 60.00s", "RED: tests returned 2; see gpu.txt. Nothing below is to be reported."),
+    ],
+)
+def test_tests_whose_time_is_up_are_red_only_if_one_failed_until_then(tmp_path, last, note):
+    run = gpu.Run(type("Options", (), {"out": tmp_path, "rehearse": True, "minutes": 1}))
+    run.stage(gpu.Stage("tests", 1.0, ("-c", f"print({last!r}); raise SystemExit({gpu.INTERRUPTED})")), 60)
+    assert run.notes == [note]
+
+
 def test_a_folder_that_is_too_large_is_refused_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "peer-1-py3-none-any.whl").write_bytes(b"0" * 2**20)
     monkeypatch.setattr(gpu_bundle, "MOST_MIB", 1)

@@ -285,8 +285,7 @@ def linear_logprob_backward_op(
 
     # What the caller adds to is in fp32, so there is no memory of a sum that more rows could use.
     sizes = Rows(*rows) if main_grad_VH is not None else Rows(*rows).for_count(len(row))
-    single = len(row) <= sizes.collected
-    gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted, main_grad_VH, single=single)
+    gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted, main_grad_VH, single=sizes.in_one(len(row)))
     Head(hidden_NH, weight_VH, bias_V, sizes).run(row, row_kernel, gradients)
     dhidden_NH, dweight_VH, dbias_V = gradients.result(process_group)
     return (

@@ -337,7 +337,7 @@ def run_head(
     )  # fmt: skip
     process_group, most = group_of(group), loss.most_rows(counts)
     sizes = Rows(*rows).for_count(most)
-    single = most <= sizes.collected
+    single = sizes.in_one(most)
     gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted, single=single) if any(wanted) else None
     head = Head(hidden_NH, weight_VH, bias_V, sizes)
     values = run_policy_head(head, loss, gradients, process_group, counts)
@@ -363,7 +363,7 @@ policy_head_op = torch.library.custom_op("hapo_kernels::policy_head", mutates_ar
 def _(hidden_NH, weight_VH, bias_V, group, rows, counts, wanted, *loss):
     dense, fp32 = {"memory_format": torch.contiguous_format}, {"dtype": torch.float32}
     temperature_N, most = loss[1], RowLoss(*loss).most_rows(counts)
-    summed = {} if most <= Rows(*rows).for_count(most).collected else fp32
+    summed = {} if Rows(*rows).in_one(most) else fp32
     return (
         *fake_values(temperature_N),
         torch.empty_like(hidden_NH, **dense) if wanted[0] else hidden_NH.new_empty(0),
