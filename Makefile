@@ -27,7 +27,7 @@ TORCH := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend
 .DEFAULT_GOAL := help
 
 RUN = $(BIN)/python recipes/quickstart/quickstart.py --preset $(PRESET) --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) \
-	$(if $(LR),--lr $(LR))
+	$(if $(LR),--lr $(LR)) $(OVERRIDES)
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile

@@ -80,8 +80,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "paper": {"gate": "paper"},
     "plus": {"gate": "annealed", "mode": "append", "exponent": 0.0},
 }
+# No presets: `plus` with a gate that knows each prompt's posterior, and with rollouts allocated by these posteriors.
+POSTERIOR = METHODS["plus"] | {"gate": "posterior"}
+ALLOCATED = {"posterior": POSTERIOR, "posterior, allocated": POSTERIOR | {"allocate": "posterior"}}
 # No preset: `plus` without a teacher, where the policy succeeds before the run, but rarely.
-OWN = {"rarely": {"own": METHODS["plus"] | {"source": "own"}}}
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "never": ALLOCATED,
+    "rarely": {"own": METHODS["plus"] | {"source": "own"}, **ALLOCATED},
+    "sometimes": ALLOCATED,
+}
 # A pretrained language model. words: never right before the run; words_rarely: it has learned the format, not the sums.
 LANGUAGE = Settings(
     task="words", prompts=8, rollouts=4, steps=24, lr=1e-4, weight_decay=0.0, dtype="bfloat16", heldout=48,
@@ -156,7 +163,7 @@ def method_runs(tasks: Iterable[str], seeds: int) -> list[Run]:
         for seed in range(seeds)
         for task in tasks
         for lr in RATES
-        for method, fields in {**METHODS, **OWN.get(task, {})}.items()
+        for method, fields in {**METHODS, **VARIANTS[task]}.items()
     ]
 
 
@@ -196,6 +203,12 @@ def _first_reaching(points: Sequence[tuple[int, float]], level: float) -> float:
     return next((step for step, value in points if value >= level), float("nan"))
 
 
+def _tokens_to(record: dict[str, Any], level: float) -> float:
+    """Tokens that the policy has generated when held-out success first reaches the level."""
+    last = _first_reaching(record["history"]["heldout_success"], level)
+    return sum(value for step, value in record["history"]["generated_tokens"] if step <= last) if last == last else last
+
+
 def _late(points: Sequence[tuple[int, float]], share: float = 0.2) -> float:
     """The mean over the last fifth of the run, without steps in which the policy's own rows gave no gradient."""
     finite = [value for _, value in points[-max(1, int(len(points) * share)) :] if value != float("inf")]
@@ -224,6 +237,7 @@ COLUMNS = {
     | {
         "learning rate": lambda r: r["settings"]["lr"],
         "generated tokens": lambda r: sum(value for _, value in r["history"]["generated_tokens"]),
+        "tokens to .9": lambda r: _tokens_to(r, 0.9),
         "CPU seconds": lambda r: r["seconds"],
     },
     "language": CURVE
@@ -430,7 +444,11 @@ def report(study: str, out: Path) -> None:
     if study == "methods":
         head += " The runs of verl's trainer are those of `bench/results/quickstart`, each with its commit and command."
     tables = [(heading(section), table(section)) for section in sections]
-    labels = {"gates": (*GATES, "never"), "methods": (*METHODS, "own"), "language": tuple(LANGUAGE_METHODS)}[study]
+    labels = {
+        "gates": (*GATES, "never"),
+        "methods": (*METHODS, "own", *ALLOCATED),
+        "language": tuple(LANGUAGE_METHODS),
+    }[study]
     draw(panels(study, sections), labels, out / f"{study}.png")
     markdown = [head]
     for title, (header, *rows) in tables:

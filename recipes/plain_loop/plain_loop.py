@@ -52,6 +52,7 @@ from hapo_verl.algo.policy_loss import (
 )
 from hapo_verl.algo.posterior import PromptPosterior, prompt_key
 from hapo_verl.algo.schedule import RunningSuccess, adaptive, annealed
+from hapo_verl.config import RolloutsConfig
 from task import Problem, Task
 
 
@@ -277,7 +278,8 @@ class Retraction:
         if self._settings.allocate == "uniform":
             return [n] * len(situations)
         priors = [(situation.prior_success, situation.prior_failure) for situation in situations]
-        return allocate(priors, total=n * len(priors), least=2, most=2 * n)
+        least, most = RolloutsConfig().bounds(n)
+        return allocate(priors, total=n * len(priors), least=least, most=most)
 
     def observe(self, questions: Sequence[str], successes: Sequence[int], rollouts: Sequence[int]) -> None:
         """Update the state with the numbers of successes of a step's groups, demonstrations not counted."""

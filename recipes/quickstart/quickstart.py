@@ -17,6 +17,7 @@ import argparse
 import json
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -62,6 +63,8 @@ CURVES = {
 }
 ON_POLICY_WITHOUT_HAPO = "critic/score/mean"
 LR = "actor_rollout_ref.actor.optim.lr"
+# As verl names the parts of a step whose seconds it logs.
+PARTS = ("step", "gen", "old_log_prob", "update_actor", "update_weights", "testing")
 
 
 def overrides(
@@ -144,6 +147,17 @@ def curves(
             if found is not None:
                 points.setdefault(label, []).append((record["step"], float(found)))
     return points
+
+
+def parts(metrics: Path) -> dict[str, float]:
+    """The mean seconds of a step and of its longest parts, over the steps of a run.
+
+    Args:
+        metrics: the file of verl's file logger.
+    """
+    records = [record["data"] for record in map(json.loads, metrics.read_text().splitlines()) if record["step"] > 0]
+    found = {name: [record[f"timing_s/{name}"] for record in records if f"timing_s/{name}" in record] for name in PARTS}
+    return {name: round(statistics.fmean(seconds), 2) for name, seconds in found.items() if seconds}
 
 
 def table(points: Mapping[str, Sequence[tuple[int, float]]]) -> str:
@@ -236,6 +250,7 @@ def report(launch: Launch, points: dict[str, list[tuple[int, float]]], title: st
         **settings,
         "curves": points,
         "seconds": round(launch.seconds),
+        "seconds_of_a_step": parts(launch.metrics),
         "peak_memory_gib": round(launch.peak_bytes / GIB, 2),
         "largest_processes_gib": {name: round(number / GIB, 2) for name, number in launch.largest()},
         "machine": machine(),
@@ -268,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lr", type=float, help="learning rate; default: the task's")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--time-limit", type=float, default=3600, help="seconds for the trainer")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further overrides of the trainer's keys")
     args = parser.parse_args(argv)
 
     folder = (args.output / f"{args.task}-{args.preset}-seed{args.seed}").resolve()
@@ -282,7 +298,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A trace is appended to its files, so that of an earlier run must go.
     shutil.rmtree(folder / "trace", ignore_errors=True)
     launch = Launch(
-        overrides=overrides(args.preset, folder, prepared, steps=steps, seed=args.seed, lr=args.lr),
+        overrides=[
+            *overrides(args.preset, folder, prepared, steps=steps, seed=args.seed, lr=args.lr),
+            *args.overrides,
+        ],
         folder=folder,
         time_limit=args.time_limit,
         environment=cpu_environment() | prepared.environment,
@@ -307,7 +326,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "steps": steps,
         "lr": args.lr or lr,
         "command": f"make {target} PRESET={args.preset} SEED={args.seed} STEPS={steps}"
-        + (f" LR={args.lr:g}" if args.lr else ""),
+        + (f" LR={args.lr:g}" if args.lr else "")
+        + (f' OVERRIDES="{" ".join(args.overrides)}"' if args.overrides else ""),
     }
     report(launch, points, title, settings)
     return 0

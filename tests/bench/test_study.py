@@ -8,7 +8,7 @@ import pytest
 from hapo_verl.config import HapoConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-from study import LANGUAGE_TASKS, METHODS, TASKS, Settings, gate_runs, language_runs, method_runs
+from study import COLUMNS, LANGUAGE_TASKS, METHODS, TASKS, Settings, gate_runs, language_runs, method_runs
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -35,3 +35,11 @@ def test_every_run_has_a_name_of_its_own():
     language = language_runs(LANGUAGE_TASKS, 3, (5e-5, 1e-4))
     for runs in (gate_runs(TASKS, 5), method_runs(["never", "rarely", "sometimes"], 3), language):
         assert len({run.name for run in runs}) == len(runs)
+
+
+def test_tokens_are_counted_up_to_the_step_at_which_success_is_measured():
+    history = {"generated_tokens": [(1, 7), (2, 5), (3, 3), (4, 1)], "heldout_success": [(2, 0.5), (3, 0.9), (4, 0.4)]}
+    measure = COLUMNS["methods"]["tokens to .9"]
+    assert measure({"history": history}) == 7 + 5 + 3
+    never = measure({"history": history | {"heldout_success": [(2, 0.5), (4, 0.89)]}})
+    assert never != never

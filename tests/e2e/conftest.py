@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas
+import psutil
 import pytest
 import yaml
 
@@ -162,18 +163,75 @@ def prepared(tmp_path_factory, model):
     return prepare
 
 
+def _finish(name: str, launch: Launch) -> None:
+    try:
+        for _ in launch.run():
+            pass
+    except TrainingError as error:
+        tail = "\n".join(launch.log.read_text(errors="replace").splitlines()[-40:])
+        pytest.fail(f"{name}: {error}\n{tail}", pytrace=False)
+
+
 @pytest.fixture(scope="session")
 def trainer(prepared):
     """Runs the trainer to its end: `trainer("name", *overrides)` with the arguments of `prepared`."""
 
     def run(name: str, *overrides: str, **settings) -> Run:
         launch, prepared_run = prepared(name, *overrides, **settings)
-        try:
-            for _ in launch.run():
-                pass
-        except TrainingError as error:
-            tail = "\n".join(launch.log.read_text(errors="replace").splitlines()[-40:])
-            pytest.fail(f"{name}: {error}\n{tail}", pytrace=False)
+        _finish(name, launch)
         return prepared_run
+
+    return run
+
+
+class KilledAndResumed(NamedTuple):
+    """A launch that was killed, and one with the same settings that went on from its last checkpoint."""
+
+    killed: Run
+    resumed: Run
+    saved: int  # the last step of the first launch that has a checkpoint
+    checkpoints: Path
+
+    def steps(self) -> Iterator[tuple[int, Run]]:
+        """Each step from 1, with the launch whose work counts."""
+        for step in range(1, self.saved + len(self.resumed.steps) + 1):
+            yield step, self.killed if step <= self.saved else self.resumed
+
+
+@pytest.fixture(scope="session")
+def killed_and_resumed(prepared, tmp_path_factory):
+    """Runs a launch, kills its processes after the step `after`, and runs it again to its end.
+
+    `change` is called with each run before it starts, `between` with the last checkpoint before the second launch.
+    """
+
+    def run(
+        *overrides: str,
+        after: int,
+        change: Callable[[Run], None] = lambda run: None,
+        between: Callable[[Path], None] = lambda checkpoint: None,
+        **settings: Any,
+    ) -> KilledAndResumed:
+        checkpoints = tmp_path_factory.mktemp("checkpoints")
+        overrides = (*overrides, "trainer.resume_mode=auto", f"trainer.default_local_dir={checkpoints}")
+        launch, killed = prepared("killed", *overrides, **settings)
+        change(killed)
+        try:
+            steps = 0
+            for kind, _ in launch.run():
+                steps += kind == "step"
+                if steps == after:
+                    family = [launch.process, *launch.process.children(recursive=True)]
+                    launch.process.kill()
+                    psutil.wait_procs(family, timeout=60)
+            pytest.fail(f"the launch ended before it was killed after step {after}")
+        except TrainingError:
+            pass
+        saved = int((checkpoints / "latest_checkpointed_iteration.txt").read_text())
+        between(checkpoints / f"global_step_{saved}")
+        launch, resumed = prepared("resumed", *overrides, **settings)
+        change(resumed)
+        _finish("resumed", launch)
+        return KilledAndResumed(killed, resumed, saved, checkpoints)
 
     return run

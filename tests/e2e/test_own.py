@@ -9,7 +9,6 @@ import json
 
 import numpy as np
 import pandas
-import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hapo_verl.algo.own_successes import MIB, OwnSuccesses, unpacked
 from hapo_verl.driver.gatekeeper import row_name
 from hapo_verl.driver.own_past import OWN_PAST_FILE
-from tests.e2e.conftest import DIGITS, PROMPTS, ROLLOUTS, TrainingError
+from tests.e2e.conftest import DIGITS, PROMPTS, ROLLOUTS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1800)]
-KILLED_AFTER, STEPS, MINUTE = 3, 6, 60
+KILLED_AFTER, STEPS = 3, 6
 SETTINGS = [
     "+hapo=paper",
     "trainer.v1.trainer_mode=hapo_sync",
@@ -33,7 +32,6 @@ SETTINGS = [
     "actor_rollout_ref.actor.optim.lr_scheduler_type=constant",
     "trainer.save_freq=1",
     "trainer.test_freq=-1",
-    "trainer.resume_mode=auto",
 ]
 
 
@@ -47,43 +45,34 @@ def forget(checkpoint, model):
     torch.save(state, path)
 
 
+def without_demonstrations(run):
+    """Take the column away from the training data."""
+    train = run.folder / "data" / "train.parquet"
+    pandas.read_parquet(train).drop(columns="demonstration").to_parquet(train)
+
+
 @pytest.fixture(scope="module")
-def past(prepared, able, model, tmp_path_factory):
-    """The launch that is killed and the one that goes on, and the last step that the former has saved."""
-    checkpoints = tmp_path_factory.mktemp("checkpoints")
-    runs, saved = [], 0
-    for name in ("able", "forgetful"):
-        overrides = [*SETTINGS, f"actor_rollout_ref.model.path={able}", f"trainer.default_local_dir={checkpoints}"]
-        launch, run = prepared(name, *overrides, steps=STEPS, rows=2 * PROMPTS)
-        train = run.folder / "data" / "train.parquet"
-        pandas.read_parquet(train).drop(columns="demonstration").to_parquet(train)
-        steps = 0
-        try:
-            for kind, _ in launch.run():
-                steps += kind == "step"
-                if name == "able" and steps == KILLED_AFTER:
-                    family = [launch.process, *launch.process.children(recursive=True)]
-                    launch.process.kill()
-                    psutil.wait_procs(family, timeout=MINUTE)
-        except TrainingError as error:
-            if name != "able":
-                tail = "\n".join(launch.log.read_text(errors="replace").splitlines()[-40:])
-                pytest.fail(f"{error}\n{tail}", pytrace=False)
-        if name == "able":
-            saved = int((checkpoints / "latest_checkpointed_iteration.txt").read_text())
-            forget(checkpoints / f"global_step_{saved}", model)
-        runs.append(run)
-    return runs, saved, checkpoints
+def past(killed_and_resumed, able, model):
+    return killed_and_resumed(
+        *SETTINGS,
+        f"actor_rollout_ref.model.path={able}",
+        after=KILLED_AFTER,
+        change=without_demonstrations,
+        between=lambda checkpoint: forget(checkpoint, model),
+        steps=STEPS,
+        rows=2 * PROMPTS,
+    )
 
 
 def steps_of(past):
     """Step, its groups and its rows by group, each from the launch whose work counts."""
-    (before, after), saved, _ = past
-    for run, steps in ((before, range(1, saved + 1)), (after, range(saved + 1, STEPS + 1))):
-        rows = [json.loads(line) for line in (run.folder / "trace" / "rows.jsonl").read_text().splitlines()]
-        for step in steps:
-            groups = [group for group in run.groups if group["step"] == step]
-            yield step, groups, {g["uid"]: [row for row in rows if row["uid"] == g["uid"]] for g in groups}
+    traced = {
+        id(run): [json.loads(line) for line in (run.folder / "trace" / "rows.jsonl").read_text().splitlines()]
+        for run in (past.killed, past.resumed)
+    }
+    for step, run in past.steps():
+        groups = [group for group in run.groups if group["step"] == step]
+        yield step, groups, {g["uid"]: [row for row in traced[id(run)] if row["uid"] == g["uid"]] for g in groups}
 
 
 def remembered(past, model):
@@ -100,7 +89,7 @@ def remembered(past, model):
 
 
 def test_the_policy_succeeds_before_and_never_after_its_weights_are_put_back(past):
-    saved = past[1]
+    saved = past.saved
     assert saved in (KILLED_AFTER - 1, KILLED_AFTER)
     successes = {step: sum(sum(g["successes"]) for g in groups) for step, groups, _ in steps_of(past)}
     assert min(count for step, count in successes.items() if step <= saved) > PROMPTS * ROLLOUTS * 0.2
@@ -119,12 +108,12 @@ def test_every_group_that_asks_for_help_gets_its_own_last_success_token_by_token
                 assert (group["outcome"], injected) == ("missing", [])
             else:
                 assert (group["outcome"], group["own_step"], injected) == ("injected", written, [tokens])
-                helped_after += step > past[1] >= written
+                helped_after += step > past.saved >= written
     assert helped_after > PROMPTS
 
 
 def test_the_forgotten_success_pulls_where_no_rollout_does(past):
-    (_, after), _, _ = past
+    after = past.resumed
     injected = {
         group["uid"] for group in after.groups if group["outcome"] == "injected" and not any(group["successes"])
     }
@@ -134,9 +123,9 @@ def test_the_forgotten_success_pulls_where_no_rollout_does(past):
 
 
 def test_own_demonstrations_are_counted_apart(past):
-    (_, after), saved, _ = past
+    after = past.resumed
     for number, logged in enumerate(after.steps):
-        groups = [group for group in after.groups if group["step"] == saved + 1 + number]
+        groups = [group for group in after.groups if group["step"] == past.saved + 1 + number]
         share = sum(group["outcome"] == "injected" for group in groups) / PROMPTS
         assert logged["hapo/injected/own_share"] == logged["hapo/injected/group_share"] == pytest.approx(share)
         assert logged["hapo/injected/own_row_share"] == logged["hapo/injected/row_share"]
@@ -145,10 +134,9 @@ def test_own_demonstrations_are_counted_apart(past):
 
 def test_the_last_checkpoint_holds_what_both_launches_have_seen(past, model):
     *_, (_, _, _, known) = remembered(past, model)
-    (before, _), _, checkpoints = past
-    rows = before.train.to_dict("records")
+    rows = past.killed.train.to_dict("records")
     kept = OwnSuccesses(MIB)
-    with np.load(checkpoints / f"global_step_{STEPS}" / OWN_PAST_FILE, allow_pickle=False) as arrays:
+    with np.load(past.checkpoints / f"global_step_{STEPS}" / OWN_PAST_FILE, allow_pickle=False) as arrays:
         kept.restore(arrays)
     found = {row["extra_info"]["index"]: kept.recall(row_name(row, "prompt")[0], STEPS + 1) for row in rows}
     found = {index: unpacked(own) for index, own in found.items() if own}

@@ -8,7 +8,6 @@ import json
 from collections import Counter
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
@@ -16,10 +15,10 @@ from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 from hapo_verl.config import HapoConfig
 from hapo_verl.driver.gatekeeper import Gatekeeper, row_name
 from hapo_verl.driver.rollouts import Rollouts
-from tests.e2e.conftest import PROMPTS, ROLLOUTS, TrainingError
+from tests.e2e.conftest import PROMPTS, ROLLOUTS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1800)]
-KILLED_AFTER, STEPS, MINUTE = 3, 6, 60
+KILLED_AFTER, STEPS = 3, 6
 BLOCK = {"gate": {"name": "posterior"}, "rollouts": {"allocate": "posterior"}}
 SETTINGS = [
     "+hapo=paper",
@@ -32,46 +31,30 @@ SETTINGS = [
     "actor_rollout_ref.actor.optim.lr=0.01",
     "actor_rollout_ref.actor.optim.lr_scheduler_type=constant",
     "trainer.save_freq=1",
-    "trainer.resume_mode=auto",
 ]
 
 
 @pytest.fixture(scope="module")
-def launches(prepared, able, tmp_path_factory):
-    """The launch that is killed and the one that goes on, and the last step that the former has saved."""
-    checkpoints = tmp_path_factory.mktemp("checkpoints")
-    runs, saved = [], 0
-    for name in ("killed", "resumed"):
-        overrides = [*SETTINGS, f"actor_rollout_ref.model.path={able}", f"trainer.default_local_dir={checkpoints}"]
-        launch, run = prepared(name, *overrides, steps=STEPS, rows=2 * PROMPTS)
-        steps = 0
-        try:
-            for kind, _ in launch.run():
-                steps += kind == "step"
-                if name == "killed" and steps == KILLED_AFTER:
-                    family = [launch.process, *launch.process.children(recursive=True)]
-                    launch.process.kill()
-                    psutil.wait_procs(family, timeout=MINUTE)
-        except TrainingError as error:
-            if name != "killed":
-                tail = "\n".join(launch.log.read_text(errors="replace").splitlines()[-40:])
-                pytest.fail(f"{error}\n{tail}", pytrace=False)
-        if name == "killed":
-            saved = int((checkpoints / "latest_checkpointed_iteration.txt").read_text())
-        runs.append(run)
-    return runs, saved
+def launches(killed_and_resumed, able):
+    return killed_and_resumed(
+        *SETTINGS,
+        f"actor_rollout_ref.model.path={able}",
+        after=KILLED_AFTER,
+        steps=STEPS,
+        rows=2 * PROMPTS,
+    )
 
 
 def steps_of(launches):
     """Step, its groups and its metrics, each from the launch whose work counts."""
-    (before, after), saved = launches
-    for step in range(1, STEPS + 1):
-        run, first = (before, 1) if step <= saved else (after, saved + 1)
+    for step, run in launches.steps():
+        first = 1 if step <= launches.saved else launches.saved + 1
         yield step, [group for group in run.groups if group["step"] == step], run.steps[step - first]
 
 
 def test_a_step_has_as_many_rollouts_as_ever_and_its_prompts_have_not(launches):
     numbers = [[len(group["successes"]) for group in groups] for _, groups, _ in steps_of(launches)]
+    assert len(numbers) == STEPS
     assert {(len(of_step), sum(of_step)) for of_step in numbers} == {(PROMPTS, PROMPTS * ROLLOUTS)}
     # Nothing is known of a prompt of the first step.
     assert set(numbers[0]) == {ROLLOUTS}
@@ -81,10 +64,9 @@ def test_a_step_has_as_many_rollouts_as_ever_and_its_prompts_have_not(launches):
 
 
 def test_each_prompt_gets_what_the_steps_before_say_in_both_launches(launches):
-    (before, _), _ = launches
     hapo = HapoConfig.parse(BLOCK)
     keeper, rollouts = Gatekeeper(hapo, total_steps=STEPS), Rollouts(hapo.rollouts, ROLLOUTS)
-    rows = before.train.to_dict("records")
+    rows = launches.killed.train.to_dict("records")
     keeper.know(rows, prompt_column="prompt")
     key_of = {row["extra_info"]["index"]: row_name(row, "prompt")[0] for row in rows}
     for step, groups, logged in steps_of(launches):
@@ -104,7 +86,7 @@ def test_each_prompt_gets_what_the_steps_before_say_in_both_launches(launches):
 
 
 def test_every_row_reaches_the_loss_once_with_the_advantage_of_its_own_group(launches):
-    for run in launches[0]:
+    for run in (launches.killed, launches.resumed):
         rows = [json.loads(line) for line in (run.folder / "trace" / "rows.jsonl").read_text().splitlines()]
         advantages = {}
         for row in run.loss_rows:

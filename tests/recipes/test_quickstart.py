@@ -188,6 +188,13 @@ def test_curves_take_on_policy_success_from_hapo_and_from_the_score_where_there_
     assert quickstart.curves(grpo, "reverse_digits") == {"on-policy success": [(1, 0.5)]}
 
 
+def test_the_seconds_of_a_step_are_means_of_what_verl_logged_in_training_steps(tmp_path):
+    logged = [(0, {"timing_s/step": 90}), (1, {"timing_s/step": 1, "timing_s/gen": 0.5}), (2, {"timing_s/step": 2})]
+    lines = [json.dumps({"step": step, "data": data}) for step, data in logged]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert quickstart.parts(tmp_path / "metrics.jsonl") == {"step": 1.5, "gen": 0.5}
+
+
 def test_the_table_shows_first_and_last():
     lines = quickstart.table(quickstart.curves(RECORDS, "reverse_digits")).splitlines()
     assert lines[1].split() == ["held-out", "success", "0.000", "0.900"]

@@ -80,7 +80,10 @@ def test_pointing_at_a_curve_reads_its_values(report, open_page):
 
 
 def test_10000_steps_and_1000_examples_open_in_two_seconds(report, open_page):
-    path = report(10_000, prompts=1000, groups=1, rollouts=2, tokens=300)
-    timing = "performance.getEntriesByType('navigation')[0].loadEventEnd / 1000"
-    # The quickest of some: the machine does other things as well.
-    assert min(open_page(path, 1280).evaluate(timing) for _ in range(5)) < SECONDS_TO_OPEN
+    page = open_page(report(10_000, prompts=1000, groups=1, rollouts=2, tokens=300), 1280)
+    # The CPU time of the page's process since it started: about what the clock shows on an idle machine, and the same on
+    # a busy one.
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable")
+    seconds = {one["name"]: one["value"] for one in session.send("Performance.getMetrics")["metrics"]}["ProcessTime"]
+    assert 0 < seconds < SECONDS_TO_OPEN
