@@ -81,7 +81,9 @@ def test_vllm_is_left_alone_without_the_cpu_platform(monkeypatch):
         vllm_cpu.register()
 
 
-@pytest.mark.parametrize(("registered", "seconds"), [(True, (0.0, 0.05)), (False, (0.01, 10.0))])
+@pytest.mark.parametrize(
+    ("registered", "seconds"), [(True, (0.0, 0.05)), pytest.param(False, (0.01, 10.0), marks=pytest.mark.long)]
+)
 def test_vllms_processes_wait_for_each_other_without_a_core(registered, seconds):
     code = (
         "import threading, time\n"

@@ -57,7 +57,9 @@ def test_rows_without_a_gradient_are_not_paid_for(tmp_path):
     assert seconds["1", "hapo"]["old_log_prob"] < 0.1 * seconds["1", "verl grpo"]["old_log_prob"]
 
 
-@pytest.mark.parametrize(("study", "cell"), [("gates", "paper/append"), ("methods", "dapo")])
+@pytest.mark.parametrize(
+    ("study", "cell"), [pytest.param("gates", "paper/append", marks=pytest.mark.long), ("methods", "dapo")]
+)
 def test_the_study_trains_reports_and_goes_on_where_it_stopped(tmp_path, study, cell):
     out = ["--smoke", "--processes", "1", "--out", tmp_path]
     command = [sys.executable, REPOSITORY / "bench" / "study.py", study, *out]

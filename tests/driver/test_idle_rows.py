@@ -8,6 +8,9 @@ import pytest
 
 from tests.driver.step_process import PROMPTS, ROLLOUTS, STEPS, UNEVEN, Run, run
 
+# Its fixtures take long: one process runs all of them.
+pytestmark = pytest.mark.xdist_group("idle_rows")
+
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 _ACTOR = "actor_rollout_ref.actor"
 FIXED = (
@@ -46,19 +49,19 @@ SILENT = {"optimizer": "AdamW", "silent": (1, 2)}
 # What differs most in `make test`, each further combination in `make test-long`; a run takes 3 to 5 s.
 ALONE = [
     plus(f"{_ACTOR}.loss_agg_mode=token-mean"),
-    paper(f"{_ACTOR}.loss_agg_mode=seq-mean-token-sum"),
     plus(*TWICE),
     paper(*TWICE, f"{_ACTOR}.loss_agg_mode=seq-mean-token-mean"),
-    plus(*FIXED),
     plus(*HEAD),
     luffy(*TWICE),
     dapo(),
     real(),
     plus(**SILENT),
     plus(*TWICE, sizes=UNEVEN),
-    real(*TWICE, sizes=UNEVEN),
 ]
 MORE_ALONE = [
+    paper(f"{_ACTOR}.loss_agg_mode=seq-mean-token-sum"),
+    plus(*FIXED),
+    real(*TWICE, sizes=UNEVEN),
     *(plus(f"{_ACTOR}.loss_agg_mode={mode}") for mode in MODES[1:]),
     *(paper(f"{_ACTOR}.loss_agg_mode={mode}") for mode in MODES[:2]),
     paper(*TWICE, *FIXED),
@@ -70,10 +73,10 @@ MORE_ALONE = [
 PAIRED = [
     plus(),
     paper(*TWICE, *FIXED, f"{_ACTOR}.loss_agg_mode=seq-mean-token-mean"),
-    real(*TWICE),
-    plus(**SILENT),
 ]
 MORE_PAIRED = [
+    real(*TWICE),
+    plus(**SILENT),
     plus(*HEAD),
     paper(*TWICE),
     luffy(*FIXED),

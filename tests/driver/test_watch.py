@@ -15,6 +15,9 @@ from hapo_verl.driver.progress import Position
 from hapo_verl.driver.watch import BUSY_SECONDS, Stall, Watch
 from hapo_verl.protocol.stacks import answer_the_signal
 
+# Its fixtures take long: one process runs all of them.
+pytestmark = pytest.mark.xdist_group("watch")
+
 ADVICE = "Start it again."
 
 
@@ -233,8 +236,9 @@ def test_a_trainer_that_stands_still_is_said_once_with_the_stacks_of_all_process
     time.sleep(2)
     assert capsys.readouterr().err == ""
     assert ends.empty()
+    # An idle actor counts as busy where the machine lets it answer too late.
     assert re.fullmatch(
-        rf"hapo: no progress for \d+ s in step 1: fit > update; busy: training worker 0; Ray has \d of 1 CPUs free. "
+        r"hapo: no progress for \d+ s in step 1: fit > update; busy: training worker 0(, reward worker 0)?; Ray has \d of 1 CPUs free. "
         rf"Stacks of all processes: {file}. The run goes on.\n",
         said,
     )

@@ -9,7 +9,7 @@ from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
 from tests.e2e.conftest import PROMPTS, ROLLOUTS
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 TRACED = ["hapo.poll_interval=0.05", "hapo.trace_dir={folder}/trace", "hapo.injection.mode=append"]
 STEPS = 3
 

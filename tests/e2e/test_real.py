@@ -7,7 +7,7 @@ import pytest
 from tests.e2e.conftest import PROMPTS, ROLLOUTS
 from tests.e2e.test_limits import HAPO, SCRIPTED
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 TRACED = [*SCRIPTED, "trainer.save_freq=-1", *HAPO]
 STEPS, EPOCHS, MINI_BATCHES = 2, 2, 2
 ROWS = PROMPTS * ROLLOUTS // MINI_BATCHES

@@ -14,7 +14,7 @@ from hapo_verl.report.__main__ import report
 from hapo_verl.report.examples import BETWEEN
 from tests.e2e.conftest import PROMPTS, ROLLOUTS
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 STEPS, GROUPS = 3, 2
 
 

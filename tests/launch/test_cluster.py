@@ -11,23 +11,31 @@ import hapo_verl
 from hapo_verl.config import ConfigError
 from hapo_verl.launch.checks import check_cluster
 
+# Its fixtures take long: one process runs all of them.
+pytestmark = pytest.mark.xdist_group("cluster")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
 
 @pytest.fixture
-def cluster():
-    def start(**environment):
-        ray.init(num_cpus=1, include_dashboard=False, runtime_env={"env_vars": environment}, log_to_driver=False)
-
-    yield start
+def cluster_without_plugin():
+    ray.shutdown()
+    environment = {"VERL_USE_EXTERNAL_PLUGINS": "none"}
+    ray.init(num_cpus=1, include_dashboard=False, runtime_env={"env_vars": environment}, log_to_driver=False)
+    yield
     ray.shutdown()
 
 
 def test_a_worker_with_this_version_passes(cluster):
-    cluster()
     check_cluster()
 
 
 def test_a_worker_with_another_version_is_named_with_the_fix(cluster, monkeypatch):
-    cluster()
     monkeypatch.setattr("hapo_verl.__version__", "9.9.9")
     with pytest.raises(ConfigError, match=r"^Ray node [\d.]+: hapo-verl 0\.1\.0, the driver has 9\.9\.9\. pip install"):
         check_cluster()
@@ -39,7 +47,6 @@ def test_a_worker_with_another_commit_of_this_version_is_named_with_both_digests
         copy = tmp_path / package.__name__
         shutil.copytree(package.__path__[0], copy, ignore=shutil.ignore_patterns("__pycache__"))
         monkeypatch.setattr(package.__spec__, "submodule_search_locations", [str(copy)])
-    cluster()
     check_cluster()
     changed = tmp_path / "hapo_kernels" / "policy_loss" / "terms.py"
     changed.write_text(changed.read_text() + "\n")
@@ -53,7 +60,7 @@ def test_a_worker_with_another_commit_of_this_version_is_named_with_both_digests
     assert found[1] != found[2]
 
 
-def test_a_worker_whose_verl_loads_no_plugin_is_named(cluster):
-    cluster(VERL_USE_EXTERNAL_PLUGINS="none")
+# Last, for it ends the others' cluster.
+def test_a_worker_whose_verl_loads_no_plugin_is_named(cluster_without_plugin):
     with pytest.raises(ConfigError, match="hapo-verl is not loaded by `import verl`, the driver has"):
         check_cluster()

@@ -9,7 +9,10 @@ from tests.report.made import write_metrics, write_trace
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which drives the browser")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: chromium is not on the PATH")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: chromium is not on the PATH"),
+    pytest.mark.xdist_group("browser"),
+]
 
 SECONDS_TO_OPEN = 2.0
 
@@ -79,6 +82,7 @@ def test_pointing_at_a_curve_reads_its_values(report, open_page):
     assert "run, on policy: " in figure.locator(".reading").inner_text()
 
 
+@pytest.mark.long
 def test_10000_steps_and_1000_examples_open_in_two_seconds(report, open_page):
     page = open_page(report(10_000, prompts=1000, groups=1, rollouts=2, tokens=300), 1280)
     # The CPU time of the page's process since it started: about what the clock shows on an idle machine, and the same on
