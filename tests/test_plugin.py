@@ -96,11 +96,18 @@ def test_vllms_processes_wait_for_each_other_without_a_core(registered, seconds)
         "writer.enqueue('first'); reader.dequeue()\n"
         "threading.Timer(0.9, writer.enqueue, args=['later']).start()\n"
         "started = time.process_time()\n"
-        "print(reader.dequeue(), time.process_time() - started)"
+        "first, used = reader.dequeue(), time.process_time() - started\n"
+        # A notification is lost.
+        "writer._spin_condition.notify = lambda: None\n"
+        "threading.Timer(1.5, writer.enqueue, args=['unheard']).start()\n"
+        "started = time.monotonic()\n"
+        "print(first, used, reader.dequeue(), time.monotonic() - started)"
     )
-    message, used = python(code, VERL_PLATFORM="cpu").split()
-    assert message == "later"
+    heard, used, unheard, waited = python(code, VERL_PLATFORM="cpu").split()
+    assert (heard, unheard) == ("later", "unheard")
     assert seconds[0] <= float(used) <= seconds[1]
+    # vLLM looks again after five seconds.
+    assert (float(waited) < 4) == registered
 
 
 def test_plus_is_the_papers_launch_with_a_gate_that_lets_go_rows_of_its_own_and_the_logarithm(launch):

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+# Milliseconds that a sleeping process of vLLM may miss a notification.
+LOOK_AGAIN_MS = 20
+
 
 def register() -> None:
     """Patch vLLM's CPU build if VERL_PLATFORM=cpu; else do nothing."""
@@ -42,6 +45,9 @@ def wait_without_spinning() -> None:
 
     By default the scheduling process polls for the worker's answer in a busy loop for a second before it sleeps. A
     decoding step is shorter than that, so on a machine with two cores the loop takes one of them from the worker.
+
+    ZeroMQ may drop the second of two notifications that follow each other within a millisecond. vLLM's loop does not
+    need them; a process that sleeps would sleep for the five seconds after which vLLM looks again. So it looks often.
     """
     import vllm.distributed.device_communicators.shm_broadcast as broadcast
 
@@ -49,6 +55,9 @@ def wait_without_spinning() -> None:
         def __init__(self, *args, **kwargs) -> None:
             super().__init__(*args, **kwargs)
             self.busy_loop_s = 0.0
+
+        def wait(self, timeout_ms: int | None = None) -> None:
+            super().wait(LOOK_AGAIN_MS if timeout_ms is None else min(timeout_ms, LOOK_AGAIN_MS))
 
     broadcast.SpinCondition = SleepingCondition
 
