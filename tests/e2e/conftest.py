@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import pandas
@@ -65,6 +67,27 @@ class Run:
 
 def _lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def expected_to_move(groups: list[dict]) -> dict[str, Counter]:
+    """The numbers of own rows (False) and demonstrations (True) with a gradient, by group, without groups that have none.
+
+    Own rows are compared with each other only, as `on_policy` does.
+    """
+    found = {}
+    for group in groups:
+        own = sum(score != fmean(group["scores"]) for score in group["scores"])
+        found[group["uid"]] = Counter({False: own, True: int(group["outcome"] == "injected")})
+    return {uid: counts for uid, counts in found.items() if counts.total()}
+
+
+def moved(run: Run) -> dict[str, Counter]:
+    """The same numbers of the rows that reached the loss with an advantage."""
+    found: dict[str, Counter] = {}
+    for row in run.loss_rows:
+        if any(row["advantages"]):
+            found.setdefault(row["uid"], Counter())[bool(row["hapo_demonstration"])] += 1
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -7,34 +7,39 @@ import pytest
 import torch
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
-from tests.e2e.conftest import PROMPTS, ROLLOUTS
+from tests.e2e.conftest import PROMPTS, ROLLOUTS, expected_to_move, moved
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 TRACED = ["hapo.poll_interval=0.05", "hapo.trace_dir={folder}/trace", "hapo.injection.mode=append"]
 STEPS = 3
 
 
+SETTINGS = [
+    "+hapo=dapo",
+    "hapo.gate.name=paper",
+    *TRACED,
+    "trainer.v1.trainer_mode=hapo_colocate_async",
+    "actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+    "actor_rollout_ref.actor.use_dynamic_bsz=true",
+    "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=true",
+    "actor_rollout_ref.ref.log_prob_use_dynamic_bsz=true",
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512",
+    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=512",
+    "actor_rollout_ref.model.use_remove_padding=true",
+    "hapo.kernels.head=policy_head",
+    "actor_rollout_ref.rollout.calculate_log_probs=true",
+]
+
+
 @pytest.fixture(scope="module")
 def asynchronous(trainer):
-    return trainer(
-        "append_async",
-        "+hapo=dapo",
-        "hapo.gate.name=paper",
-        *TRACED,
-        "trainer.v1.trainer_mode=hapo_colocate_async",
-        "actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent",
-        "actor_rollout_ref.actor.ppo_mini_batch_size=4",
-        "actor_rollout_ref.actor.use_dynamic_bsz=true",
-        "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=true",
-        "actor_rollout_ref.ref.log_prob_use_dynamic_bsz=true",
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512",
-        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=512",
-        "actor_rollout_ref.model.use_remove_padding=true",
-        "hapo.kernels.head=policy_head",
-        "actor_rollout_ref.rollout.calculate_log_probs=true",
-        unusable=True,
-        steps=STEPS,
-    )
+    return trainer("append_async", *SETTINGS, unusable=True, steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def skipping(trainer):
+    return trainer("append_async_without_idle_rows", *SETTINGS, unusable=True, steps=STEPS, whole=False)
 
 
 def test_the_colocated_asynchronous_trainer_injects_and_filters(asynchronous):
@@ -75,3 +80,10 @@ def test_appended_rows_make_the_two_mini_batches_larger_and_no_third_one(asynchr
     assert len(asynchronous.loss_rows) == STEPS * 80
     trained = Counter(row["uid"] for row in asynchronous.loss_rows if any(row["response_mask"]))
     assert set(trained.values()) == {ROLLOUTS + 1}
+
+
+def test_rows_without_a_gradient_are_left_out_there_too(skipping):
+    assert [group["outcome"] for group in skipping.groups] == ["injected"] * (STEPS * PROMPTS)
+    assert sum(s.get("training/filter_groups/evicted_samples", 0) for s in skipping.steps) > 0
+    assert moved(skipping) == expected_to_move(skipping.groups)
+    assert max(logged["hapo/trained/row_share"] for logged in skipping.steps) < 1

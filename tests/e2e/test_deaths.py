@@ -47,7 +47,7 @@ class Death:
 
     def __init__(self, prepare, checkpoints, *, name, victim):
         overrides = [*SETTINGS, f"trainer.default_local_dir={checkpoints}"]
-        launch, self.run = prepare(name, *overrides, steps=STEPS, rows=2 * PROMPTS)
+        launch, self.run = prepare(name, *overrides, steps=STEPS, rows=2 * PROMPTS, whole=False)
         self.checkpoints, self.error, self.seconds, self.left_behind = checkpoints, None, 0.0, []
         steps, at = 0, 0.0
         try:

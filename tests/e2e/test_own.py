@@ -60,6 +60,7 @@ def past(killed_and_resumed, able, model):
         change=without_demonstrations,
         between=lambda checkpoint: forget(checkpoint, model),
         steps=STEPS,
+        whole=False,
         rows=2 * PROMPTS,
     )
 

@@ -1,10 +1,8 @@
 """Rollout and training on devices of their own: a vLLM server that only generates, weights sent to it over gloo."""
 
-from collections import Counter, defaultdict
-
 import pytest
 
-from tests.e2e.conftest import PROMPTS, ROLLOUTS
+from tests.e2e.conftest import PROMPTS, ROLLOUTS, expected_to_move, moved
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 STEPS, UPDATES = 4, 2
@@ -30,22 +28,15 @@ def run(trainer):
         # One slot that trains, one that generates.
         "ray_kwargs.ray_init.num_gpus=2",
         steps=STEPS,
+        whole=False,
     )
 
 
-def test_every_update_trains_on_whole_groups_with_their_demonstrations(run):
+def test_the_updates_train_on_every_row_with_a_gradient_demonstrations_included(run):
     assert len(run.groups) == STEPS * PROMPTS
     assert {group["outcome"] for group in run.groups} <= {"injected", "not_fired"}
-    rows = defaultdict(list)
-    for row in run.loss_rows:
-        if any(row["response_mask"]):
-            rows[row["uid"]].append(row)
-    assert rows.keys() == {group["uid"] for group in run.groups}
-    for group in run.groups:
-        injected = group["outcome"] == "injected"
-        assert Counter(bool(row["hapo_demonstration"]) for row in rows[group["uid"]]) == Counter(
-            {False: ROLLOUTS} | ({True: 1} if injected else {})
-        )
+    assert moved(run) == expected_to_move(run.groups)
+    assert min(logged["hapo/trained/row_share"] for logged in run.steps) < 1
 
 
 def test_a_gate_knows_the_threshold_of_the_step_in_which_its_prompt_was_submitted(run):

@@ -85,6 +85,7 @@ def run(trainer, caller):
         "algorithm.rollout_correction.rollout_rs_threshold=0.5_2.0",
         "actor_rollout_ref.actor.use_kl_loss=true",
         steps=STEPS,
+        whole=False,
         rows=STEPS * PROMPTS,
         demonstration=lambda answer, index: demonstration(answer, index)[0],
     )
