@@ -57,12 +57,15 @@ class _Batch:
 class HapoGRPOTrainer(GRPOTrainer):
     """TRL's GRPOTrainer with a gate and verified demonstrations; takes the same arguments, with a `HapoGRPOConfig`."""
 
+    # The batch that is being generated; None in evaluation.
+    _batch: _Batch | None = None
+
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *more: Any, **kwargs: Any) -> None:
         check_contract()
         args = HapoGRPOConfig() if args is None else args
         if not isinstance(args, HapoGRPOConfig):
             raise ConfigError(f"args={type(args).__name__}: no keys of HAPO. Use hapo_verl.trl.HapoGRPOConfig.")
-        self._hapo, self._batch = args.parsed_hapo(), None
+        self._hapo = args.parsed_hapo()
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         check_trainer(self, self._hapo)
         if not self._hapo.loss.clip:
