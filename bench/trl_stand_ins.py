@@ -10,6 +10,7 @@ and the data sets have other texts and a column `demonstration`.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -101,9 +102,7 @@ def write_hub(hub: Path, vocabulary: int) -> None:
         hub: the folder.
         vocabulary: the number of tokens, `QWENS` or `QUICK`.
     """
-    import trl
-
-    templates = Path(trl.__file__).parent / "chat_templates"
+    templates = Path(importlib.import_module("trl").__path__[0]) / "chat_templates"
     tokenizer = _tokenizer(vocabulary)
     for name, (architecture, template, more) in MODELS.items():
         folder = hub / f"models--{OWNER}--{name}"
