@@ -103,6 +103,11 @@ def table(record: dict[str, Any]) -> str:
     lines += [f"| | {' | '.join(ours)} |", f"|---|{'---|' * len(ours)}"]
     counts = {name: Counter(of_tests.values()) for name, of_tests in kinds.items()}
     lines += [f"| {text} | {' | '.join(str(counts[name][which]) for name in ours)} |" for which, text in KINDS.items()]
+    groups = {
+        name: [sum(of.get(name, {}).get(k, 0) for of in outcomes.values()) for k in ("injected", "judged")]
+        for name in ours
+    }
+    lines.append(f"| groups with a demonstration | {' | '.join('{} of {}'.format(*groups[name]) for name in ours)} |")
     refused = Counter(outcomes[test]["hapo"]["error"] for test, which in kinds["hapo"].items() if which == "refused")
     lines += ["", "## Refused", "", "| tests | error |", "|---|---|"]
     lines += [f"| {count} | {error.removeprefix('ConfigError: ')} |" for error, count in refused.most_common()]

@@ -14,6 +14,8 @@ import importlib
 import importlib.util
 import json
 import os
+from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
+
+from hapo_verl.algo.judgement import Judgement, described
 
 TRAINER, OUTCOMES = "HAPO_TRL_TRAINER", "HAPO_TRL_OUTCOMES"
 # Name → the `hapo` block. In `demonstrated`, every group gets a demonstration, whatever the reward functions say.
@@ -80,17 +84,17 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
-# Prompts and demonstrations; None is a row without one.
+# Prompts and demonstrations; None is a row without one. Most tests allow eight tokens, and here a token is a byte.
 LINES = (
-    *("A gate opens for the", "group that fails."),
-    *("One row of many is", "replaced."),
-    *("The worst completion", "leaves its place."),
-    *("A demonstration is", "scored like all others."),
-    *("What the policy can do", "it need not be shown."),
-    *("Rewards of one group are", "compared with each other."),
-    *("No step without a", "measurement."),
-    *("Short answers are", "not better ones."),
-    *("Everything that is written", "has to end."),
+    *("A gate opens for the group that", "fails."),
+    *("One row of many is", "lost."),
+    *("The worst completion leaves its", "row."),
+    *("A demonstration is scored", "too."),
+    *("What the policy can do needs", "none."),
+    *("Rewards of one group are", "one."),
+    *("No step without", "it."),
+    *("Short answers are", "no."),
+    *("Everything that is written has to", "end."),
     *("A threshold is a number", None),
 )
 
@@ -160,6 +164,9 @@ def load_dataset(path: str, name: str | None = None, *, split: str | None = None
 
 # --- the plugin ---
 
+# Of the test that is running: groups that the gate was applied to, and groups with a demonstration.
+_groups: Counter[str] = Counter()
+
 
 def pytest_configure() -> None:
     """Answer what tests of another version ask `trl.import_utils` for and the installed one does not have."""
@@ -184,9 +191,15 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     for module in {item.module for item in items}:
         module.load_dataset = load_dataset
         if chosen != "trl":
-            from hapo_verl.trl import HapoGRPOConfig, HapoGRPOTrainer
+            from hapo_verl.trl import HapoGRPOConfig, HapoGRPOTrainer, trainer
 
+            trainer.described = _counted
             module.GRPOTrainer, module.GRPOConfig = HapoGRPOTrainer, partial(HapoGRPOConfig, hapo=BLOCKS[chosen])
+
+
+def _counted(judgements: Sequence[Judgement], per_group: int, *, injected: int, **more: Any) -> dict[str, float]:
+    _groups.update(judged=len(judgements), injected=injected)
+    return described(judgements, per_group, injected=injected, **more)
 
 
 def _name(item: Any) -> str:
@@ -203,10 +216,12 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Any:
             "test": _name(item),
             "outcome": report.outcome,
             "seconds": round(report.duration, 1),
+            **_groups,
             "error": None
             if error is None
             else f"{error.type.__name__}: {str(error.value).strip()}".split("\n")[0][:300],
         }
         with Path(os.environ[OUTCOMES]).open("a") as file:
             file.write(json.dumps(line) + "\n")
+        _groups.clear()
     return report
