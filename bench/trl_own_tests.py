@@ -56,7 +56,7 @@ def run(tests: Path, work: Path, trainer: str, only: str | None) -> None:
         subprocess.run(
             [
                 *(sys.executable, "-m", "pytest", "-q", "-p", "trl_stand_ins", "-p", "no:cacheprovider"),
-                *("-c", "pytest.ini", "--tb=line", "--timeout=300", f"tests/{FILE}"),
+                *("-c", "pytest.ini", "--tb=line", "--timeout=900", f"tests/{FILE}"),
                 *("-k", chosen if only is None else f"({chosen}) and ({only})"),
             ],
             cwd=work,
@@ -130,11 +130,12 @@ def main() -> None:
     parser.add_argument("--tests", type=Path, required=True, help="the folder `tests` of TRL's source")
     parser.add_argument("--origin", required=True, help="where it came from, with the commit")
     parser.add_argument("--trainer", action="append", choices=TRAINERS, help="only this one, may be repeated")
+    parser.add_argument("--table", action="store_true", help="only write what is known already")
     parser.add_argument("-k", dest="only", help="only these tests, as in pytest")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "outputs" / "trl_own_tests")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "bench" / "results" / "trl")
     given = parser.parse_args()
-    for trainer in given.trainer or TRAINERS:
+    for trainer in () if given.table else given.trainer or TRAINERS:
         run(given.tests.resolve(), given.work.resolve(), trainer, given.only)
     found = {name: read(given.work / f"{name}.jsonl") for name in TRAINERS}
     outcomes = {
