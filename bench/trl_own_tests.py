@@ -107,7 +107,8 @@ def table(record: dict[str, Any]) -> str:
         name: [sum(of.get(name, {}).get(k, 0) for of in outcomes.values()) for k in ("injected", "judged")]
         for name in ours
     }
-    lines.append(f"| groups with a demonstration | {' | '.join('{} of {}'.format(*groups[name]) for name in ours)} |")
+    counted = ["{} of {}".format(*groups[name]) if groups[name][1] else "not counted" for name in ours]
+    lines.append(f"| groups with a demonstration | {' | '.join(counted)} |")
     refused = Counter(outcomes[test]["hapo"]["error"] for test, which in kinds["hapo"].items() if which == "refused")
     lines += ["", "## Refused", "", "| tests | error |", "|---|---|"]
     lines += [f"| {count} | {error.removeprefix('ConfigError: ')} |" for error, count in refused.most_common()]
@@ -143,7 +144,8 @@ def main() -> None:
         for test in found["trl"]
         if test in found["hapo"]
     }
-    about = machine() | {name: version(name) for name in ("trl", "transformers", "peft")}
+    about = machine() | {"command": "python bench/trl_own_tests.py --tests TRL/tests --origin ORIGIN"}
+    about |= {name: version(name) for name in ("trl", "transformers", "peft")}
     record = {"origin": given.origin, "machine": about, "outcomes": outcomes}
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "own_tests.json").write_text(json.dumps(record, indent=1) + "\n")

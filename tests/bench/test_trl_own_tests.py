@@ -39,7 +39,7 @@ def test_a_table_names_each_failure_that_is_ours_alone():
     text = trl_own_tests.table({"origin": "here", "machine": about, "outcomes": outcomes})
     assert "| `one` | demonstrated | ValueError: no |" in text
     assert "| 1 | loss_type=bnpo: no. Use grpo. |" in text
-    assert "| groups with a demonstration | 0 of 0 | 3 of 4 |" in text
+    assert "| groups with a demonstration | not counted | 3 of 4 |" in text
 
 
 def test_a_demonstration_ends_within_eight_tokens():
