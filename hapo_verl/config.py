@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 
 class ConfigError(ValueError):
     """Raised for a launch that cannot work; the message is one line: key=value, the rule, the fix."""
+
+
+# (key, predicate that is true for a wrong value, text with the rule and the fix)
+Rule = tuple[str, Callable[[Any], bool], str]
+
+
+def check_rules(rules: Iterable[Rule], value_of: Callable[[str], Any]) -> None:
+    """Raise `ConfigError` for the first rule that the value of its key breaks."""
+    for key, wrong, advice in rules:
+        value = value_of(key)
+        if wrong(value):
+            raise ConfigError(f"{key}={value}: {advice}")
 
 
 def checked(default: Any, ok: Callable[[Any], bool], rule: str) -> Any:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from hapo_verl.algo.arrays_file import read_arrays, write_arrays
 from hapo_verl.algo.gate import Situation
+from hapo_verl.algo.injection import Rollout
+from hapo_verl.algo.judgement import Judgement, judged
 from hapo_verl.algo.posterior import PromptPosterior
 from hapo_verl.algo.schedule import RunningSuccess, adaptive, admitted, annealed
 from hapo_verl.config import AdaptiveGate, AnnealedGate, ConfigError, HapoConfig, PaperGate, PosteriorGate
@@ -103,6 +105,24 @@ class GateState:
             self._running = self._running.after(sum(successes) / sum(rollouts), gate.memory)
         if self._posterior is not None and isinstance(gate, PosteriorGate):
             self._posterior.observe(keys, successes, rollouts, discount=gate.discount, memory=gate.memory)
+
+    def judge(
+        self, rollouts: Sequence[Rollout], per_group: int, keys: Sequence[int | None], *, step: int, seed: str | int
+    ) -> list[Judgement]:
+        """Apply the gate to a whole batch of scored groups, and learn from the outcomes of those that can be judged.
+
+        Args:
+            rollouts: P · N rows, group by group.
+            per_group: N ≥ 2.
+            keys: as for `situations`.
+            step: training step, 1 for the first update.
+            seed: what tells the batches of a step apart.
+        """
+        situations, hapo = self.situations(keys, step), self._hapo
+        found = judged(rollouts, per_group, situations, gate=hapo.gate.name, seed=f"{hapo.seed}/{step}/{seed}")
+        gated = [(judgement.successes, key) for judgement, key in zip(found, keys, strict=True) if judgement.gated]
+        self.observe([successes for successes, _ in gated], [per_group] * len(gated), [key for _, key in gated])
+        return found
 
     def save(self, folder: Path) -> None:
         """Write the state into a checkpoint folder, atomically; does nothing for gates without state."""

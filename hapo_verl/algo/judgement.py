@@ -62,7 +62,13 @@ def judged(
 
 
 def described(
-    judgements: Sequence[Judgement], per_group: int, *, injected: int, reasons: Sequence[str]
+    judgements: Sequence[Judgement],
+    per_group: int,
+    *,
+    injected: int,
+    reasons: Sequence[str],
+    threshold: float,
+    reward: float,
 ) -> dict[str, float]:
     """The gate's metrics for a batch, shares in [0, 1], under the same names as in a verl run.
 
@@ -71,6 +77,8 @@ def described(
         per_group: N.
         injected: number of groups that got a demonstration.
         reasons: one of `REASONS` for each demonstration that was wanted but not used.
+        threshold: the gate's threshold in this step.
+        reward: mean reward of the policy's own rows, before the injection.
     """
     gated, groups, refused = (
         [judgement for judgement in judgements if judgement.gated],
@@ -79,9 +87,11 @@ def described(
     )
     return {
         "hapo/gate/firing_rate": sum(judgement.fired for judgement in gated) / max(1, len(gated)),
+        "hapo/gate/threshold": threshold,
         "hapo/gate/not_admitted": sum(j.fired and not j.admitted for j in gated) / groups,
         "hapo/gate/not_gated": 1 - len(gated) / groups,
         "hapo/injected/group_share": injected / groups,
         "hapo/on_policy_success": sum(j.successes for j in gated) / max(1, len(gated) * per_group),
+        "hapo/on_policy_reward": reward,
         **{f"hapo/refused/{reason}": refused[reason] / groups for reason in REASONS},
     }

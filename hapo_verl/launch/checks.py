@@ -10,14 +10,15 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 import hapo_verl
 from hapo_verl.algo.demonstration import Refusal, demonstration_turns
-from hapo_verl.config import ConfigError, HapoConfig, PosteriorGate
+from hapo_verl.config import ConfigError, HapoConfig, PosteriorGate, check_rules
 from hapo_verl.launch.contract import check_contract
 from hapo_verl.launch.files import check_files
 from hapo_verl.launch.head_memory import check_memory
@@ -43,7 +44,7 @@ def check_configuration(config: DictConfig) -> HapoConfig:
     if not isinstance(block, Mapping):
         raise ConfigError(f"hapo={block!r}: the block of HAPO's keys is missing. Launch with +hapo=paper.")
     hapo = HapoConfig.parse(block)
-    _check_rules(config, _RULES)
+    check_rules(_RULES, partial(OmegaConf.select, config))
     _check_hybrid_engine(config)
     _check_reward_model(config)
     _check_kernels(config, hapo)
@@ -84,14 +85,7 @@ def check_launch(config: DictConfig) -> HapoConfig:
     return hapo
 
 
-def _check_rules(config: DictConfig, rules: Iterable[tuple[str, Callable[[Any], bool], str]]) -> None:
-    for key, wrong, advice in rules:
-        value = OmegaConf.select(config, key)
-        if wrong(value):
-            raise ConfigError(f"{key}={value}: {advice}")
-
-
-# (key, predicate that is true for a wrong value, text with the rule and the fix)
+# As `check_rules` takes them.
 _RULES = (
     (
         "trainer.v1.trainer_mode",
@@ -221,7 +215,7 @@ def _check_kernels(config: DictConfig, hapo: HapoConfig) -> None:
         )
     if hapo.kernels.head == "off":
         return
-    _check_rules(config, _HEAD_RULES)
+    check_rules(_HEAD_RULES, partial(OmegaConf.select, config))
     sequence_parallel = OmegaConf.select(config, "actor_rollout_ref.actor.ulysses_sequence_parallel_size") or 1
     if hapo.kernels.head == "policy_head" and sequence_parallel > 1:
         raise ConfigError(
@@ -304,7 +298,7 @@ def _check_rollouts(config: DictConfig, hapo: HapoConfig) -> None:
             f"hapo.rollouts.allocate={hapo.rollouts.allocate}: hapo.gate.name={hapo.gate.name} keeps no posterior of a "
             "prompt. Use hapo.gate.name=posterior or thompson, or hapo.rollouts.allocate=uniform."
         )
-    _check_rules(config, _ALLOCATION_RULES)
+    check_rules(_ALLOCATION_RULES, partial(OmegaConf.select, config))
     n = config.actor_rollout_ref.rollout.n
     least, most = hapo.rollouts.bounds(n)
     if least > n:

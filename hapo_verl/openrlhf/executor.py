@@ -26,7 +26,7 @@ from hapo_verl.algo.chat import TurnFormat
 from hapo_verl.algo.demonstration import Refusal
 from hapo_verl.algo.gate_state import GateState
 from hapo_verl.algo.injection import Rollout, is_success
-from hapo_verl.algo.judgement import Judgement, described, judged
+from hapo_verl.algo.judgement import Judgement, described
 from hapo_verl.config import ConfigError
 from hapo_verl.openrlhf.settings import Settings
 
@@ -80,8 +80,8 @@ class HapoAgentExecutor(SingleTurnAgentExecutor):
             else:
                 rows[judgement.worst] = row
         injected = judgement.worst is not None and refused is None
-        logs = described([judgement], size, injected=injected, reasons=[refused] if refused else [])
-        logs |= {"hapo/gate/threshold": self._gate_state.threshold(step), "hapo/on_policy_reward": reward}
+        reasons, threshold = [refused] if refused else [], self._gate_state.threshold(step)
+        logs = described([judgement], size, injected=injected, reasons=reasons, threshold=threshold, reward=reward)
         for row in rows:
             row["extra_logs"] = {**row["extra_logs"], **logs}
         return rows
@@ -92,8 +92,7 @@ class HapoAgentExecutor(SingleTurnAgentExecutor):
             for row in rows
             for start, end in row["action_ranges"]
         ]
-        hapo, situations = self._settings.hapo, self._gate_state.situations([None], step)
-        return judged(rollouts, len(rows), situations, gate=hapo.gate.name, seed=f"{hapo.seed}/{step}/{prompt}")[0]
+        return self._gate_state.judge(rollouts, len(rows), [None], step=step, seed=prompt)[0]
 
     async def _demonstration(self, value: Any, call: dict[str, Any], *, prompt_tokens: int) -> dict[str, Any] | Refusal:
         """The demonstration's row, made and scored by OpenRLHF as if the engine had written it."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
+from operator import attrgetter, ne
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig  # pyright: ignore[reportAttributeAccessIssue]  takes this folder for it
 
-from hapo_verl.config import ConfigError, HapoConfig
+from hapo_verl.config import ConfigError, HapoConfig, Rule, check_rules
 
 # Keys of the block that only verl's trainer uses.
 UNREAD = (
@@ -51,47 +53,46 @@ class HapoGRPOConfig(GRPOConfig):
         """
         block: Any = self.hapo or {}
         hapo = HapoConfig.parse(block)
-        _check_block(hapo)
-        _check_grpo(self)
+        check_rules(_BLOCK_RULES, lambda key: attrgetter(key.removeprefix("hapo."))(hapo))
+        check_rules(_GRPO_RULES, lambda key: getattr(self, key))
         if hapo.advantage.statistics is None:
             return dataclasses.replace(hapo, advantage=dataclasses.replace(hapo.advantage, statistics="on_policy"))
         return hapo
 
 
-def _check_block(hapo: HapoConfig) -> None:
-    default = HapoConfig()
-    if hapo.injection.mode != "replace":
-        raise ConfigError(
-            f"hapo.injection.mode={hapo.injection.mode}: TRL's groups have a fixed number of rows. "
-            "Use hapo.injection.mode=replace, here with hapo.advantage.statistics=on_policy."
-        )
-    if hapo.demonstrations.source != "column":
-        raise ConfigError(
-            f"hapo.demonstrations.source={hapo.demonstrations.source}: TRL's trainer keeps no successes of the policy. "
-            "Use hapo.demonstrations.source=column, or verl's trainer."
-        )
-    if hapo.rollouts.allocate != "uniform":
-        raise ConfigError(
-            f"hapo.rollouts.allocate={hapo.rollouts.allocate}: TRL's groups have a fixed number of rows. "
-            "Use hapo.rollouts.allocate=uniform, or verl's trainer."
-        )
-    if hapo.objective.name != "surrogate":
-        raise ConfigError(
-            f"hapo.objective.name={hapo.objective.name}: TRL's loss is PPO's surrogate. "
-            "Use hapo.objective.name=surrogate, or verl's trainer."
-        )
-    if hapo.kernels.head != "off":
-        raise ConfigError(
-            f"hapo.kernels.head={hapo.kernels.head}: TRL computes log-probabilities with a head of its own. "
-            "Use hapo.kernels.head=off."
-        )
-    for key in UNREAD:
-        if getattr(hapo, key) != getattr(default, key):
-            raise ConfigError(f"hapo.{key}={getattr(hapo, key)}: a key of verl's trainer only. Remove it.")
-
-
-# (key of GRPOConfig, predicate that is true for a wrong value, text with the rule and the fix)
-_RULES = (
+_GROUPS = "TRL's groups have a fixed number of rows."
+_BLOCK_RULES: tuple[Rule, ...] = (
+    (
+        "hapo.injection.mode",
+        lambda v: v != "replace",
+        f"{_GROUPS} Use hapo.injection.mode=replace, here with hapo.advantage.statistics=on_policy.",
+    ),
+    (
+        "hapo.demonstrations.source",
+        lambda v: v != "column",
+        "TRL's trainer keeps no successes of the policy. Use hapo.demonstrations.source=column, or verl's trainer.",
+    ),
+    (
+        "hapo.rollouts.allocate",
+        lambda v: v != "uniform",
+        f"{_GROUPS} Use hapo.rollouts.allocate=uniform, or verl's trainer.",
+    ),
+    (
+        "hapo.objective.name",
+        lambda v: v != "surrogate",
+        "TRL's loss is PPO's surrogate. Use hapo.objective.name=surrogate, or verl's trainer.",
+    ),
+    (
+        "hapo.kernels.head",
+        lambda v: v != "off",
+        "TRL computes log-probabilities with a head of its own. Use hapo.kernels.head=off.",
+    ),
+    *(
+        (f"hapo.{key}", partial(ne, getattr(HapoConfig(), key)), "a key of verl's trainer only. Remove it.")
+        for key in UNREAD
+    ),
+)
+_GRPO_RULES: tuple[Rule, ...] = (
     (
         "loss_type",
         lambda v: v not in LOSS_TYPES,
@@ -114,12 +115,6 @@ _RULES = (
         "the demonstrations are a column of the data set. Use remove_unused_columns=False.",
     ),
 )
-
-
-def _check_grpo(args: GRPOConfig) -> None:
-    for key, wrong, advice in _RULES:
-        if wrong(getattr(args, key)):
-            raise ConfigError(f"{key}={getattr(args, key)}: {advice}")
 
 
 def check_trainer(trainer: Any, hapo: HapoConfig) -> None:

@@ -28,7 +28,7 @@ from hapo_verl.algo.chat import TurnFormat
 from hapo_verl.algo.demonstration import Refusal, Response
 from hapo_verl.algo.gate_state import GateState
 from hapo_verl.algo.injection import Rollout
-from hapo_verl.algo.judgement import Judgement, described, judged
+from hapo_verl.algo.judgement import Judgement, described
 from hapo_verl.algo.posterior import prompt_key
 from hapo_verl.config import ConfigError
 from hapo_verl.trl.config import HapoGRPOConfig, check_trainer
@@ -57,12 +57,15 @@ class _Batch:
 class HapoGRPOTrainer(GRPOTrainer):
     """TRL's GRPOTrainer with a gate and verified demonstrations; takes the same arguments, with a `HapoGRPOConfig`."""
 
+    # The batch that is being generated; None in evaluation.
+    _batch: _Batch | None = None
+
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *more: Any, **kwargs: Any) -> None:
         check_contract()
         args = HapoGRPOConfig() if args is None else args
         if not isinstance(args, HapoGRPOConfig):
             raise ConfigError(f"args={type(args).__name__}: no keys of HAPO. Use hapo_verl.trl.HapoGRPOConfig.")
-        self._hapo, self._batch = args.parsed_hapo(), None
+        self._hapo = args.parsed_hapo()
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         check_trainer(self, self._hapo)
         if not self._hapo.loss.clip:
@@ -111,7 +114,7 @@ class HapoGRPOTrainer(GRPOTrainer):
         batch.demonstration_B = torch.zeros(len(batch.reward_BF), dtype=torch.bool, device=batch.reward_BF.device)
         keys = gather_object([_key(row) for row in batch.inputs]) if self._gate_state.remembers_prompts else None
         judgements = self._judge(batch.reward_BF, ids, keys)
-        on_policy_reward = self._scores(batch.reward_BF).nanmean().item()
+        reward = self._scores(batch.reward_BF).nanmean().item()
         first, worst = self._my_rows(len(prompts)).start, [judgement.worst for judgement in judgements]
         mine = [row - first for row in worst if row is not None and 0 <= row - first < len(prompts)]
         found = {row: self._demonstration(batch.inputs[row]) for row in mine}
@@ -126,18 +129,17 @@ class HapoGRPOTrainer(GRPOTrainer):
                     logprobs[row] = [math.nan] * len(response.tokens)
         injected = int(batch.demonstration_B.sum())
         reasons += ["rejected"] * (sum(row is not None for row in worst) - injected - len(reasons))
-        metrics = described(judgements, self.num_generations, injected=injected, reasons=reasons) | {
-            "hapo/gate/threshold": self._gate_state.threshold(self.state.global_step + 1),
-            "hapo/on_policy_reward": on_policy_reward,
-        }
+        threshold = self._gate_state.threshold(self.state.global_step + 1)
+        metrics = described(
+            judgements, self.num_generations, injected=injected, reasons=reasons, threshold=threshold, reward=reward
+        )
         for name, value in metrics.items():
             self._metrics["train"][name].append(value)
 
     def _judge(self, reward_BF: Tensor, ids: list[list[int]], keys: list[int] | None) -> list[Judgement]:
         """The gate's decision on each group of all processes; `worst` counts the rows of all processes."""
-        step, per_group = self.state.global_step + 1, self.num_generations
         self._gate_state.total_steps = self.state.max_steps
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        ends, per_group = {*self.eos_token_ids, self._tokenizer.pad_token_id}, self.num_generations
         facts = gather_object([(row[-1] not in ends, len(row)) for row in ids])
         scores = self._scores(reward_BF).tolist()
         rollouts = [
@@ -145,17 +147,8 @@ class HapoGRPOTrainer(GRPOTrainer):
             for score, fact in zip(scores, facts, strict=True)
         ]
         of_groups = keys[::per_group] if keys else [None] * (len(rollouts) // per_group)
-        judgements = judged(
-            rollouts,
-            per_group,
-            self._gate_state.situations(of_groups, step),
-            gate=self._hapo.gate.name,
-            # The trainer's count of passes is part of the seed, since a step may generate more than once.
-            seed=f"{self._hapo.seed}/{step}/{self._step}",
-        )
-        gated = [(j.successes, per_group, key) for j, key in zip(judgements, of_groups, strict=True) if j.gated]
-        self._gate_state.observe(*(list(column) for column in zip(*gated, strict=True)) if gated else ([], [], []))
-        return judgements
+        # A step may generate more than once, so the trainer's count of passes tells the batches apart.
+        return self._gate_state.judge(rollouts, per_group, of_groups, step=self.state.global_step + 1, seed=self._step)
 
     def _demonstration(self, row: dict[str, Any]) -> Response | Refusal:
         chat = is_conversational({"prompt": row["prompt"]})

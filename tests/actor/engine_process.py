@@ -30,6 +30,8 @@ class Case(NamedTuple):
     entropy_coefficient: float = 0.0
     # Our head runs its Triton kernel, interpreted.
     triton: bool = False
+    # Folder of a model; None: a random one.
+    model: str | None = None
 
 
 def run(cases, processes, folder):
@@ -63,6 +65,8 @@ def _of_rank(rank, processes, measure, cases, folder):
 
 
 def _model_folder(case, folder):
+    if case.model is not None:
+        return case.model
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     path = Path(folder) / f"model-{case.tied}-{dist.get_rank()}"

@@ -3,8 +3,10 @@
 import math
 
 from hapo_verl.algo.gate import Situation
+from hapo_verl.algo.gate_state import GateState
 from hapo_verl.algo.injection import Rollout
 from hapo_verl.algo.judgement import Judgement, described, judged
+from hapo_verl.config import HapoConfig
 
 
 def rollouts(*scores):
@@ -38,9 +40,20 @@ def test_the_seed_decides_among_equals_and_nothing_else():
 
 def test_what_is_logged_adds_up():
     judgements = judge([0, 0, 0, 0, 1, 1, 1, 1, math.nan, 0, 0, 0, 0, 0, 0, 1], [Situation()] * 4)
-    found = described(judgements, 4, injected=1, reasons=["rejected"])
+    found = described(judgements, 4, injected=1, reasons=["rejected"], threshold=0.8, reward=0.4)
     assert found["hapo/gate/firing_rate"] == 2 / 3
     assert found["hapo/gate/not_gated"] == 1 / 4
     assert found["hapo/injected/group_share"] == found["hapo/refused/rejected"] == 1 / 4
     assert found["hapo/on_policy_success"] == 5 / 12
     assert found["hapo/refused/missing"] == 0
+    assert (found["hapo/gate/threshold"], found["hapo/on_policy_reward"]) == (0.8, 0.4)
+
+
+def test_a_gate_learns_from_the_groups_that_it_can_judge_and_from_no_others():
+    state = GateState(HapoConfig.parse({"gate": {"name": "posterior"}}), total_steps=1, resume_key="", data_key="")
+    state.know([11, 12], ["a", "a"])
+    found = state.judge(rollouts(0, 0, 0, 1, math.nan, 1, 1, 1), 4, [11, 12], step=1, seed=0)
+    assert [(judgement.gated, judgement.successes) for judgement in found] == [(True, 1), (False, 0)]
+    assert state.posterior is not None
+    assert state.posterior.success_K.tolist() == [1, 0]
+    assert state.posterior.failure_K.tolist() == [3, 0]

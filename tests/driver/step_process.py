@@ -41,6 +41,8 @@ class Run(NamedTuple):
     packed: bool = True
     optimizer: str = "SGD"
     steps: int = STEPS
+    # Folder of a model; None: a random one.
+    model: str | None = None
 
     def whole(self):
         """The same run without leaving out any rows or passes."""
@@ -185,7 +187,7 @@ def _worker(one, config, folder):
     adam = {"optimizer": "AdamW", "weight_decay": 0.1, "override_optimizer_config": {"eps": 1e-3}}
     optim = {"SGD": {"optimizer": "SGD", "weight_decay": 0.0}, "AdamW": adam}[one.optimizer]
     # A gradient that is clipped has lost its scale.
-    worker.engine = _engine(Case(packed=one.packed), head, folder, clip_grad=1e9, lr=0.02, **optim)
+    worker.engine = _engine(Case(packed=one.packed, model=one.model), head, folder, clip_grad=1e9, lr=0.02, **optim)
     worker.device_name, worker.profiler = "cpu", DistProfiler(rank=dist.get_rank())
     worker.model_config = {"use_remove_padding": one.packed}
     worker.engine_config = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""The same completions give the same results in TRL's trainer, the plain loop and the functions of verl's adapter."""
+"""The same completions give the same results in TRL's trainer, the plain loop and verl's trainer (`golden_step.json`)."""
 
 import random
 
@@ -10,6 +10,7 @@ import torch
 from hapo_verl.algo.advantage import session_advantage
 from hapo_verl.algo.policy_loss import Aggregation, Clip, DemonstrationShape, hapo_policy_loss
 from hapo_verl.trl.trainer import DEMONSTRATION
+from tests.trl import golden_step
 from tests.trl.conftest import PER_GROUP, rows
 from tests.trl.test_trainer import generated, writes
 
@@ -149,3 +150,12 @@ def test_the_loss_does_not_change_with_the_cut_into_passes(trainer, monkeypatch,
         ]
         losses.append(sum(hapo.compute_loss(hapo.model, part).detach() for part in parts))
     torch.testing.assert_close(losses[1], losses[0])
+
+
+@pytest.mark.parametrize("name", golden_step.CASES)
+def test_the_step_that_verls_trainer_is_compared_with_is_what_trls_does(name, tmp_path):
+    """`tests/driver/test_trl.py` compares verl's worker, driver and actor with the same file."""
+    recorded = golden_step.recorded()[name]
+    found = golden_step.step(golden_step.CASES[name], tmp_path)
+    assert found["written"] == recorded["written"]
+    golden_step.assert_same(found, recorded)
