@@ -15,7 +15,7 @@ GSM8K ?= $(wildcard ../shared/data/gsm8k/train.jsonl)
 # Trainers at a time: each takes 7 GiB and, while it starts, one core.
 JOBS ?= $(shell awk '/MemAvailable/ {print ($$2 > 16000000) ? 2 : 1}' /proc/meminfo)
 
-# Unit tests at a time: a third of their time is waiting.
+# Files of unit tests at a time: a third of their time is waiting. A file's fixtures are made once.
 WORKERS ?= $(shell echo $$(($$(nproc) * 3 / 2)))
 
 VENV := .venv
@@ -66,7 +66,7 @@ docs: $(VENV)/.docs
 # Ray gives up after 30 s by default, which a busy machine needs to start it.
 unit: export RAY_raylet_start_wait_time_s = 120
 unit: env $(VENV)/.gym $(VENV)/trl/.complete $(VENV)/peers/.complete
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "not e2e and not long" --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not e2e and not long" --durations=15
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/trl/bin/python -m pytest -q --confcutdir=tests/trl tests/trl
 
 e2e: env

@@ -132,7 +132,7 @@ def test_a_budget_that_the_models_head_does_not_fit_is_said_before_anything_star
     assert (code, lines) == (
         2,
         [
-            "hapo.kernels.memory_gib=0.1: a head of 100000 tokens and 1024 hidden units needs 0.58 GiB at the least. "
+            "hapo.kernels.memory_gib=0.1: a head of 100000 tokens and 1024 hidden units needs 0.58 GiB or more. "
             "Use hapo.kernels.memory_gib=0.58 or more, or null."
         ],
     )

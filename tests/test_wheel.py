@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-# Its fixtures take long: one process runs all of them.
-pytestmark = pytest.mark.xdist_group("wheel")
-
 ROOT = Path(__file__).parents[1]
 
 

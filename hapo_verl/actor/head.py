@@ -98,8 +98,8 @@ def install(model: nn.Module) -> Head:
     for name in _AFTER_THE_HEAD:
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ConfigError(
-                f"hapo.kernels.head: {type(model).__name__} with {name}={getattr(config, name)} changes its logits "
-                "behind the head, or has images in front of it. Use hapo.kernels.head=off."
+                f"hapo.kernels.head: {type(model).__name__} with {name}={getattr(config, name)} changes its "
+                "logits after the head, or takes images. Use hapo.kernels.head=off."
             )
     linear = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]  Hugging Face's door to the head
     if type(linear) is not nn.Linear:

@@ -176,13 +176,13 @@ _HEAD_RULES = (
     (
         "actor_rollout_ref.actor.strategy",
         lambda v: v != "fsdp2",
-        "a head of hapo.kernels is written for FSDP2. "
+        "a head of hapo.kernels exists for FSDP2 only. "
         "Use actor_rollout_ref.actor.strategy=fsdp2, or hapo.kernels.head=off.",
     ),
     (
         "actor_rollout_ref.ref.strategy",
         lambda v: v != "fsdp2",
-        "a head of hapo.kernels is written for FSDP2. "
+        "a head of hapo.kernels exists for FSDP2 only. "
         "Use actor_rollout_ref.ref.strategy=fsdp2, or hapo.kernels.head=off.",
     ),
     (
@@ -240,15 +240,15 @@ def _check_objective(config: DictConfig, hapo: HapoConfig) -> None:
     name = f"hapo.objective.name={objective.name}"
     if objective.aggregation not in (None, actor.loss_agg_mode):
         raise ConfigError(
-            f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}: {name} is defined in another. "
+            f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}: {name} is defined with another mode. "
             f"Use actor_rollout_ref.actor.loss_agg_mode={objective.aggregation}."
         )
     if not objective.weighs_likelihood:
         return
     if actor.strategy != "fsdp2":
         raise ConfigError(
-            f"actor_rollout_ref.actor.strategy={actor.strategy}: {name} asks the policy in front of every optimizer "
-            "step, which is written for FSDP2. Use actor_rollout_ref.actor.strategy=fsdp2."
+            f"actor_rollout_ref.actor.strategy={actor.strategy}: {name} evaluates the policy before every optimizer "
+            "step, which exists for FSDP2 only. Use actor_rollout_ref.actor.strategy=fsdp2."
         )
     if hapo.kernels.head == "policy_head":
         raise ConfigError(
@@ -303,12 +303,12 @@ def _check_rollouts(config: DictConfig, hapo: HapoConfig) -> None:
     least, most = hapo.rollouts.bounds(n)
     if least > n:
         raise ConfigError(
-            f"hapo.rollouts.least={least}: prompts get actor_rollout_ref.rollout.n={n} rollouts in the mean. "
+            f"hapo.rollouts.least={least}: prompts get actor_rollout_ref.rollout.n={n} rollouts on average. "
             "Use hapo.rollouts.least=2."
         )
     if most < n:
         raise ConfigError(
-            f"hapo.rollouts.most={most}: prompts get actor_rollout_ref.rollout.n={n} rollouts in the mean. "
+            f"hapo.rollouts.most={most}: prompts get actor_rollout_ref.rollout.n={n} rollouts on average. "
             "Use hapo.rollouts.most=null for twice as many."
         )
 

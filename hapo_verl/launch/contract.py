@@ -127,7 +127,7 @@ def _check_trl() -> None:
             continue
     installed = next((found.version for found in metadata.distributions(name="trl")), "?")
     raise ConfigError(
-        f"trl=={installed}: verl {READ_IN} loads no model where this TRL is installed, for it imports "
+        f"trl=={installed}: verl {READ_IN} loads no model where this TRL is installed, because it imports "
         "trl.AutoModelForCausalLMWithValueHead, which TRL no longer has. pip uninstall trl; hapo_verl.trl takes an "
         "environment of its own."
     )

@@ -69,7 +69,7 @@ def rows_of_launch(hapo: HapoConfig, hidden: int, vocabulary: int) -> Rows:
         least = least_gib(vocabulary, hidden)
         raise ConfigError(
             f"hapo.kernels.memory_gib={budget}: a head of {vocabulary} tokens and {hidden} hidden units needs {least} "
-            f"GiB at the least. Use hapo.kernels.memory_gib={least} or more, or null."
+            f"GiB or more. Use hapo.kernels.memory_gib={least} or more, or null."
         ) from error
 
 

@@ -110,7 +110,7 @@ def _check_ranks(config: DictConfig) -> None:
     mini, n = config.actor_rollout_ref.actor.ppo_mini_batch_size, config.actor_rollout_ref.rollout.n
     if mini * n % _ranks(config):
         raise ConfigError(
-            f"{_ACTOR}.ppo_mini_batch_size={mini}: its {mini} x {n} rows cannot be shared out evenly to "
+            f"{_ACTOR}.ppo_mini_batch_size={mini}: its {mini} x {n} rows cannot be divided evenly among "
             f"{_ranks(config)} data-parallel ranks. Use a size whose product with {_ROLLOUT}.n={n} can."
         )
 
@@ -141,7 +141,7 @@ def _check_micro_batches(config: DictConfig) -> None:
     longest = config.data.max_prompt_length + config.data.max_response_length
     for key, micro, dynamic, tokens in _forward_settings(config):
         if not dynamic and not micro:
-            raise ConfigError(f"{key}={micro}: rows a GPU at a time are needed. Use {_ACTOR}.use_dynamic_bsz=true.")
+            raise ConfigError(f"{key}={micro}: a number of rows is needed. Use {_ACTOR}.use_dynamic_bsz=true.")
         if not dynamic and rows % micro:
             raise ConfigError(
                 f"{key}={micro}: a rank has {rows} rows of a mini-batch. Use a divisor of {rows}, or "
@@ -149,7 +149,7 @@ def _check_micro_batches(config: DictConfig) -> None:
             )
         if dynamic and not tokens:
             budget = key.replace("micro_batch_size", "max_token_len")
-            raise ConfigError(f"{budget}={tokens}: tokens a GPU at a time are needed. Use {budget}={longest} or more.")
+            raise ConfigError(f"{budget}={tokens}: a number of tokens is needed. Use {budget}={longest} or more.")
         if dynamic and tokens * _sequence_parallel(config) < longest:
             budget = key.replace("micro_batch_size", "max_token_len")
             raise ConfigError(
@@ -178,7 +178,7 @@ def _check_servers(config: DictConfig) -> None:
             raise ConfigError(f"{_ROLLOUT}.nnodes={rollout.nnodes}: separate_async needs nodes that generate. Use 1.")
         if rollout.checkpoint_engine.backend == "naive":
             raise ConfigError(
-                f"{_ROLLOUT}.checkpoint_engine.backend=naive: weights cannot leave their node with it. Use nccl."
+                f"{_ROLLOUT}.checkpoint_engine.backend=naive: this backend sends no weights to other nodes. Use nccl."
             )
     for gpus in pools:
         if gpus % server:

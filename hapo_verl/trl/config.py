@@ -96,7 +96,7 @@ _GRPO_RULES: tuple[Rule, ...] = (
     (
         "loss_type",
         lambda v: v not in LOSS_TYPES,
-        "a demonstration is weighed token by token, in a sum that no micro-batch changes. "
+        "demonstrations need a loss of weighted tokens that does not depend on the micro-batch. "
         f"Use one of {', '.join(LOSS_TYPES)}.",
     ),
     (

@@ -7,9 +7,6 @@ import torch
 
 from tests.actor.engine_process import PROMPTS, RESPONSES, Case, run, steps_around_silence
 
-# Its fixtures take long: one process runs all of them.
-pytestmark = pytest.mark.xdist_group("engine")
-
 ALONE = [
     *(Case(packed, tied, lora) for packed, tied, lora in product((True, False), repeat=3)),
     Case(temperature=1.0),

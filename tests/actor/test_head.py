@@ -67,8 +67,8 @@ def test_under_autocast_it_multiplies_what_a_linear_would_and_is_exact_from_ther
     [
         (
             Model(linear(), final_logit_softcapping=30.0),
-            "hapo.kernels.head: Model with final_logit_softcapping=30.0 changes its logits behind the head, or has "
-            "images in front of it. Use hapo.kernels.head=off.",
+            "hapo.kernels.head: Model with final_logit_softcapping=30.0 changes its logits after the head, or "
+            "takes images. Use hapo.kernels.head=off.",
         ),
         (
             Model(nn.Sequential(linear())),

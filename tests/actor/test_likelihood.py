@@ -8,9 +8,6 @@ import torch
 
 from tests.actor.objective_process import DEMONSTRATIONS, SCORES, UIDS, Step, mask_of, model, rows, run
 
-# Its fixtures take long: one process runs all of them.
-pytestmark = pytest.mark.xdist_group("likelihood")
-
 MIXED = (5, 0, 7, 3, 2, 6, 1, 4)
 ALONE = [Step(name, micro_batch=size) for name in ("real", "srft") for size in (1, 8)]
 ALONE += [Step("real", packed=False), Step("srft", order=MIXED, padding=2)]

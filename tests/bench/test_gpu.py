@@ -15,9 +15,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import gpu
 import gpu_bundle
 
-# Its fixtures take long: one process runs all of them.
-pytestmark = pytest.mark.xdist_group("gpu")
-
 THERE = ("torch", "triton", "numpy", "transformers", "pytest", "pytest-xdist", "hypothesis", "jaxtyping", "setuptools")
 HEADS = {"hapo policy_head", "hapo linear_logprob + loss", "torch eager", "flash-attn cross entropy", "Apple CCE"}
 CRASHING = "import os\nos._exit(134)\n"

@@ -8,9 +8,6 @@ import pytest
 
 from tests.driver.step_process import PROMPTS, ROLLOUTS, STEPS, UNEVEN, Run, run
 
-# Its fixtures take long: one process runs all of them.
-pytestmark = pytest.mark.xdist_group("idle_rows")
-
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 _ACTOR = "actor_rollout_ref.actor"
 FIXED = (

@@ -15,9 +15,6 @@ from hapo_verl.driver.progress import Position
 from hapo_verl.driver.watch import BUSY_SECONDS, Stall, Watch
 from hapo_verl.protocol.stacks import answer_the_signal
 
-# Its fixtures take long: one process runs all of them.
-pytestmark = pytest.mark.xdist_group("watch")
-
 ADVICE = "Start it again."
 
 

@@ -235,12 +235,12 @@ def test_without_a_head_nothing_is_written(launch):
     [
         (
             ("hapo.kernels.head=linear_logprob",),
-            "actor_rollout_ref.actor.strategy=fsdp: a head of hapo.kernels is written for FSDP2. "
+            "actor_rollout_ref.actor.strategy=fsdp: a head of hapo.kernels exists for FSDP2 only. "
             "Use actor_rollout_ref.actor.strategy=fsdp2, or hapo.kernels.head=off.",
         ),
         (
             (*HEAD, "actor_rollout_ref.ref.strategy=fsdp"),
-            "actor_rollout_ref.ref.strategy=fsdp: a head of hapo.kernels is written for FSDP2. "
+            "actor_rollout_ref.ref.strategy=fsdp: a head of hapo.kernels exists for FSDP2 only. "
             "Use actor_rollout_ref.ref.strategy=fsdp2, or hapo.kernels.head=off.",
         ),
         (
@@ -293,7 +293,7 @@ REAL = (FSDP2, "hapo.objective.name=real", "actor_rollout_ref.actor.loss_agg_mod
     [
         (
             (FSDP2, "hapo.objective.name=real"),
-            "actor_rollout_ref.actor.loss_agg_mode=token-mean: hapo.objective.name=real is defined in another. "
+            "actor_rollout_ref.actor.loss_agg_mode=token-mean: hapo.objective.name=real is defined with another mode. "
             "Use actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean.",
         ),
         (
@@ -313,8 +313,8 @@ REAL = (FSDP2, "hapo.objective.name=real", "actor_rollout_ref.actor.loss_agg_mod
         ),
         (
             ("hapo.objective.name=srft",),
-            "actor_rollout_ref.actor.strategy=fsdp: hapo.objective.name=srft asks the policy in front of every "
-            "optimizer step, which is written for FSDP2. Use actor_rollout_ref.actor.strategy=fsdp2.",
+            "actor_rollout_ref.actor.strategy=fsdp: hapo.objective.name=srft evaluates the policy before "
+            "every optimizer step, which exists for FSDP2 only. Use actor_rollout_ref.actor.strategy=fsdp2.",
         ),
         (
             ("hapo.objective.name=chord", "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"),
@@ -360,12 +360,12 @@ POSTERIOR = ("hapo.rollouts.allocate=posterior", "hapo.gate.name=posterior")
         ),
         (
             ("hapo.rollouts.least=9",),
-            "hapo.rollouts.least=9: prompts get actor_rollout_ref.rollout.n=8 rollouts in the mean. "
+            "hapo.rollouts.least=9: prompts get actor_rollout_ref.rollout.n=8 rollouts on average. "
             "Use hapo.rollouts.least=2.",
         ),
         (
             ("hapo.rollouts.most=7",),
-            "hapo.rollouts.most=7: prompts get actor_rollout_ref.rollout.n=8 rollouts in the mean. "
+            "hapo.rollouts.most=7: prompts get actor_rollout_ref.rollout.n=8 rollouts on average. "
             "Use hapo.rollouts.most=null for twice as many.",
         ),
     ],

@@ -11,9 +11,6 @@ import hapo_verl
 from hapo_verl.config import ConfigError
 from hapo_verl.launch.checks import check_cluster
 
-# Its fixtures take long: one process runs all of them.
-pytestmark = pytest.mark.xdist_group("cluster")
-
 
 @pytest.fixture(scope="module")
 def cluster():

@@ -87,7 +87,7 @@ def test_a_trl_beside_which_verl_loads_no_model_is_refused(a_trl):
     with pytest.raises(ConfigError) as error:
         check_contract()
     assert str(error.value) == (
-        "trl==1.16.0: verl 0.9.1 loads no model where this TRL is installed, for it imports "
+        "trl==1.16.0: verl 0.9.1 loads no model where this TRL is installed, because it imports "
         "trl.AutoModelForCausalLMWithValueHead, which TRL no longer has. pip uninstall trl; hapo_verl.trl takes an "
         "environment of its own."
     )

@@ -53,7 +53,7 @@ def test_a_budget_that_nothing_fits_is_refused_with_the_least_that_works(nested,
     config = OmegaConf.create({"actor_rollout_ref": {"model": {"path": str(tmp_path)}}})
     least = least_gib(152064, 3584)
     message = (
-        f"hapo.kernels.memory_gib=2: a head of 152064 tokens and 3584 hidden units needs {least} GiB at the least. "
+        f"hapo.kernels.memory_gib=2: a head of 152064 tokens and 3584 hidden units needs {least} GiB or more. "
         f"Use hapo.kernels.memory_gib={least} or more, or null."
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):

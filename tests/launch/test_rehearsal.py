@@ -19,9 +19,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "quickstart"))
 import digits
 import tiny_model
 
-# Its fixtures take long: one process runs all of them.
-pytestmark = pytest.mark.xdist_group("rehearsal")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -47,7 +47,7 @@ SEPARATE = (*DYNAMIC, "trainer.v1.trainer_mode=hapo_separate_async", "data.train
         ),
         (
             (*DYNAMIC, "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=null"),
-            "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=None: tokens a GPU at a time are needed. Use actor_rollout_ref.actor.ppo_max_token_len_per_gpu=1024 or more.",
+            "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=None: a number of tokens is needed. Use actor_rollout_ref.actor.ppo_max_token_len_per_gpu=1024 or more.",
         ),
         (
             (*DYNAMIC, "actor_rollout_ref.actor.ppo_mini_batch_size=96"),
@@ -65,7 +65,7 @@ SEPARATE = (*DYNAMIC, "trainer.v1.trainer_mode=hapo_separate_async", "data.train
         ),
         (
             (*SEPARATE, "actor_rollout_ref.rollout.nnodes=1"),
-            "actor_rollout_ref.rollout.checkpoint_engine.backend=naive: weights cannot leave their node with it. Use nccl.",
+            "actor_rollout_ref.rollout.checkpoint_engine.backend=naive: this backend sends no weights to other nodes. Use nccl.",
         ),
         (
             (*DYNAMIC, "actor_rollout_ref.actor.ulysses_sequence_parallel_size=3"),
@@ -73,12 +73,12 @@ SEPARATE = (*DYNAMIC, "trainer.v1.trainer_mode=hapo_separate_async", "data.train
         ),
         (
             (*DYNAMIC, "trainer.nnodes=3", "actor_rollout_ref.actor.ppo_mini_batch_size=32"),
-            "actor_rollout_ref.actor.ppo_mini_batch_size=32: its 32 x 8 rows cannot be shared out evenly to 24 "
+            "actor_rollout_ref.actor.ppo_mini_batch_size=32: its 32 x 8 rows cannot be divided evenly among 24 "
             "data-parallel ranks. Use a size whose product with actor_rollout_ref.rollout.n=8 can.",
         ),
         (
             FITS,
-            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=None: rows a GPU at a time are needed. "
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=None: a number of rows is needed. "
             "Use actor_rollout_ref.actor.use_dynamic_bsz=true.",
         ),
         (
@@ -88,7 +88,7 @@ SEPARATE = (*DYNAMIC, "trainer.v1.trainer_mode=hapo_separate_async", "data.train
         ),
         (
             (*FIXED, "actor_rollout_ref.actor.use_kl_loss=True"),
-            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=None: rows a GPU at a time are needed. "
+            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=None: a number of rows is needed. "
             "Use actor_rollout_ref.actor.use_dynamic_bsz=true.",
         ),
         (

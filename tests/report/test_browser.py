@@ -9,10 +9,7 @@ from tests.report.made import write_metrics, write_trace
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which drives the browser")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: chromium is not on the PATH"),
-    pytest.mark.xdist_group("browser"),
-]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: chromium is not on the PATH")
 
 SECONDS_TO_OPEN = 2.0
 
