@@ -318,8 +318,8 @@ REAL = (FSDP2, "hapo.objective.name=real", "actor_rollout_ref.actor.loss_agg_mod
         ),
         (
             ("hapo.objective.name=chord", "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"),
-            "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean: hapo.objective.name=chord is defined in "
-            "another. Use actor_rollout_ref.actor.loss_agg_mode=token-mean.",
+            "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean: hapo.objective.name=chord is defined "
+            "with another mode. Use actor_rollout_ref.actor.loss_agg_mode=token-mean.",
         ),
     ],
 )
