@@ -68,7 +68,7 @@ def table(folder: Path) -> str:
         "# Word problems in TRL's trainer",
         "",
         "Made by `python bench/trl_words.py --table`. 50 held-out problems of the trained templates;",
-        "greedy. A step is 8 prompts x 8 completions. One thread, beside other work on the machine.",
+        "greedy. A step is 8 prompts x 8 completions. Two threads, beside other work on the machine.",
         "",
         "| trainer | seed | held-out success, by step | minutes | commit | command |",
         "|---|---|---|---|---|---|",
