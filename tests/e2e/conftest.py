@@ -186,7 +186,8 @@ def prepared(tmp_path_factory, model):
     return prepare
 
 
-def _finish(name: str, launch: Launch) -> None:
+def finish(name: str, launch: Launch) -> None:
+    """Run a launch to its end; a trainer that ends with an error fails the test with the end of its log."""
     try:
         for _ in launch.run():
             pass
@@ -201,7 +202,7 @@ def trainer(prepared):
 
     def run(name: str, *overrides: str, **settings) -> Run:
         launch, prepared_run = prepared(name, *overrides, **settings)
-        _finish(name, launch)
+        finish(name, launch)
         return prepared_run
 
     return run
@@ -254,7 +255,7 @@ def killed_and_resumed(prepared, tmp_path_factory):
         between(checkpoints / f"global_step_{saved}")
         launch, resumed = prepared("resumed", *overrides, **settings)
         change(resumed)
-        _finish("resumed", launch)
+        finish("resumed", launch)
         return KilledAndResumed(killed, resumed, saved, checkpoints)
 
     return run

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.e2e.conftest import WHOLE, Run
+from tests.e2e.conftest import WHOLE, Run, finish
 
 import quickstart  # isort: skip  # conftest puts its folder on the path
 import smollm2
 import tasks
-from launch import Launch, TrainingError, cpu_environment
+from launch import Launch, cpu_environment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 PROMPTS, ROLLOUTS, STEPS = 2, 4, 2
@@ -40,12 +40,7 @@ def run(tmp_path_factory) -> Run:
     ]
     environment = cpu_environment() | task.environment
     launch = Launch(overrides=overrides, folder=folder, time_limit=900, environment=environment)
-    try:
-        for _ in launch.run():
-            pass
-    except TrainingError as error:
-        tail = "\n".join(launch.log.read_text(errors="replace").splitlines()[-40:])
-        pytest.fail(f"{error}\n{tail}", pytrace=False)
+    finish("language model", launch)
     return Run(folder, pandas.read_parquet(folder / "data" / "train.parquet"))
 
 
