@@ -39,10 +39,48 @@ def test_rows_of_a_large_vocabulary_are_drawn_apart():
     assert drawn.max() < 49_152
 
 
+def test_a_weight_stored_by_column_keeps_its_values_takes_new_ones_and_is_copied_once():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(6, 4), requires_grad=False)
+    before, x = weight.detach().clone(), torch.randn(3, 4)
+    vllm.store_by_column(weight)
+    assert weight.shape == (6, 4)
+    assert weight.stride() == (1, 6)
+    torch.testing.assert_close(weight.data, before, rtol=0, atol=0)
+    torch.testing.assert_close(torch.nn.functional.linear(x, weight), x @ before.T)
+    # As vLLM loads a weight, whole and in parts.
+    weight.data.copy_(-before)
+    torch.testing.assert_close(torch.nn.functional.linear(x, weight), -x @ before.T)
+    weight.data.narrow(0, 2, 3).copy_(before[2:5])
+    assert torch.equal(weight.data, torch.cat([-before[:2], before[2:5], -before[5:]]))
+    storage = weight.data_ptr()
+    vllm.store_by_column(weight)
+    assert weight.data_ptr() == storage
+
+
+@pytest.mark.parametrize("other", [torch.zeros(6, 4, dtype=torch.bfloat16), torch.zeros(6)])
+def test_only_matrices_of_float32_are_stored_by_column(other):
+    weight = torch.nn.Parameter(other, requires_grad=False)
+    vllm.store_by_column(weight)
+    assert weight.is_contiguous()
+
+
+def test_ranks_are_counted_as_vllm_counts_them():
+    ops = pytest.importorskip("vllm.v1.sample.ops.logprobs")
+    logp_BV = torch.tensor([[0.5, 0.5, 1.0, -float("inf")], [3.0, 2.0, 1.0, 0.0]])
+    value_B1 = torch.tensor([[0.5], [3.0]])
+    counted = vllm.count_at_least(logp_BV, value_B1)
+    assert counted.tolist() == [3, 1]
+    expected = ops.batched_count_greater_than.__wrapped__(logp_BV, value_B1)
+    assert counted.dtype == expected.dtype
+    assert torch.equal(counted, expected)
+
+
 REPLACED = [
     ("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm"),
     ("vllm.distributed.device_communicators.shm_broadcast", "SpinCondition"),
     ("vllm.v1.sample.ops.topk_topp_sampler", "compiled_random_sample"),
+    ("vllm.v1.sample.sampler", "batched_count_greater_than"),
 ]
 
 
