@@ -37,9 +37,11 @@ from typing import Any, NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "plain_loop"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "quickstart"))
 from elsewhere import probe
 from harness import machine
 from plain_loop import Settings, train
+from smollm2 import fast_in_bf16
 
 RESULTS = Path(__file__).parent / "results"
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart" / "quickstart.py"
@@ -91,8 +93,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 # A pretrained language model. words: never right before the run; words_rarely: it has learned the format, not the sums.
 LANGUAGE = Settings(
-    task="words", prompts=8, rollouts=4, steps=24, lr=1e-4, weight_decay=0.0, dtype="bfloat16", heldout=48,
-    test_first=True, test_every=8, deviation=False,
+    task="words", prompts=8, rollouts=4, steps=24, lr=1e-4, weight_decay=0.0,
+    dtype="bfloat16" if fast_in_bf16() else "float32", heldout=48, test_first=True, test_every=8, deviation=False,
 )  # fmt: skip
 LANGUAGE_TASKS = {
     "words": LANGUAGE,

@@ -23,6 +23,13 @@ CHAT_TEMPLATE = (
 END, PADDING = "<|im_end|>", "<|endoftext|>"
 # Folder for the converted model, beside the quickstart's runs.
 CACHE = Path(__file__).parents[2] / "outputs" / "models" / "SmolLM2-135M-Instruct"
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def fast_in_bf16() -> bool:
+    """Whether this CPU multiplies matrices in bf16 by itself; otherwise fp32 is two to four times faster than bf16."""
+    flags = CPU_INFO.read_text().split() if CPU_INFO.exists() else []
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def gguf_file() -> Path:

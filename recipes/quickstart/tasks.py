@@ -75,8 +75,7 @@ def files(folder: Path, model: Path, reward: Path | None, *heldout: str) -> dict
 def language_settings() -> dict[str, Any]:
     """The settings for a pretrained model of 135M parameters; bf16 only if this CPU has instructions for it."""
     settings = yaml.safe_load((HERE / "language.yaml").read_text())
-    flags = Path("/proc/cpuinfo")
-    if not (flags.exists() and any(flag in flags.read_text() for flag in ("avx512_bf16", "amx_bf16"))):
+    if not smollm2.fast_in_bf16():
         settings |= {
             "actor_rollout_ref.rollout.dtype": "float32",
             "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype": "fp32",

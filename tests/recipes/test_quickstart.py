@@ -20,9 +20,22 @@ import tiny_model  # noqa: E402
 import word_problems  # noqa: E402
 from hapo_verl.data.parquet import write_parquet  # noqa: E402
 from launch import Launch, TrainingError, name_of  # noqa: E402
-from tasks import Prepared  # noqa: E402
+from tasks import Prepared, language_settings  # noqa: E402
 
 QUESTION = [{"role": "user", "content": "9012"}]
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"), [("fma avx512f", False), ("avx512f avx512_bf16 vaes", True), ("amx_bf16", True), (None, False)]
+)
+def test_bf16_is_taken_where_the_cpu_multiplies_in_it(flags, fast, tmp_path, monkeypatch):
+    info = tmp_path / "cpuinfo"
+    if flags is not None:
+        info.write_text(f"model name\t: a CPU\nflags\t\t: {flags}\n\n")
+    monkeypatch.setattr(smollm2, "CPU_INFO", info)
+    assert smollm2.fast_in_bf16() is fast
+    dtypes = [value for key, value in language_settings().items() if key.endswith("dtype")]
+    assert dtypes == (["bfloat16", "bf16"] if fast else ["float32", "fp32"])
 
 
 def test_held_out_problems_are_never_trained_on():
