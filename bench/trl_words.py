@@ -1,11 +1,11 @@
 """Does TRL's trainer show the same as verl's? The quickstart's word problems in TRL's trainer, with and without HAPO.
 
-    python bench/trl_words.py --trainer hapo --steps 24     recipes/trl/words.py, tested every sixth step
+    python bench/trl_words.py --trainer hapo --steps 32     recipes/trl/words.py, tested every sixth step
     python bench/trl_words.py --trainer grpo --steps 6      TRL's own GRPOTrainer, the same settings
 
     python bench/trl_words.py --table                       write results/trl/README.md from the results there
 
-Runs in the environment with TRL. It writes results/trl/NAME-seedS.json after every test; when started again, it
+Runs in the environment with TRL. It writes results/trl/NAME-STEPSsteps-seedS.json after every test; when started again, it
 continues from its last checkpoint (--checkpoints).
 """
 
@@ -98,7 +98,7 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--trainer", choices=("hapo", "grpo"))
     what.add_argument("--table", action="store_true")
-    parser.add_argument("--steps", type=int, default=24, help="of the schedule")
+    parser.add_argument("--steps", type=int, default=32, help="of the schedule")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--every", type=int, default=6, help="steps between two tests")
     parser.add_argument("--checkpoints", type=Path, default=REPOSITORY / "outputs" / "trl")
@@ -107,7 +107,7 @@ def main() -> None:
     if given.table:
         (given.out / "README.md").write_text(table(given.out))
         return
-    name = f"{given.trainer}-seed{given.seed}"
+    name = f"{given.trainer}-{given.steps}steps-seed{given.seed}"
     folder = given.checkpoints / name
     settings = WORDS["SETTINGS"] | {
         "output_dir": str(folder), "max_steps": given.steps, "seed": given.seed, "disable_tqdm": True,

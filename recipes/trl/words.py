@@ -16,7 +16,7 @@ import word_problems
 from hapo_verl.trl import HapoGRPOConfig, HapoGRPOTrainer
 
 SETTINGS = {
-    "output_dir": "outputs/trl", "hapo": {"gate": {"name": "annealed"}, "loss": {"exponent": 0.0}}, "max_steps": 24,
+    "output_dir": "outputs/trl", "hapo": {"gate": {"name": "annealed"}, "loss": {"exponent": 0.0}}, "max_steps": 32,
     "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 16, "num_generations": 8,
     "gradient_accumulation_steps": 4, "max_completion_length": word_problems.RESPONSE_TOKENS, "logging_steps": 1,
     "gradient_checkpointing": False, "bf16": False, "use_cpu": True, "save_strategy": "no", "report_to": [], "seed": 1,
