@@ -5,8 +5,8 @@
 
     python bench/trl_words.py --table                       write results/trl/README.md from the results there
 
-Runs in the environment with TRL. It writes results/trl/NAME-STEPSsteps-seedS.json after every test; when started again, it
-continues from its last checkpoint (--checkpoints).
+Runs in the environment with TRL. It writes results/trl/NAME-STEPSsteps-seedS.json after every test; when started
+again, it continues from its last checkpoint (--checkpoints).
 """
 
 from __future__ import annotations
