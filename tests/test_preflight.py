@@ -40,6 +40,7 @@ def test_a_wrong_key_ends_the_launch_before_ray_with_the_sentence_alone(tmp_path
     assert not any(path.name in ("ray", "outputs") for path in tmp_path.iterdir()), "something was started"
 
 
+@pytest.mark.long
 def test_the_traceback_is_there_for_who_asks(tmp_path):
     code, lines, _ = launched(tmp_path, "hapo.gate.treshold=0.5", HAPO_TRACEBACK="1")
     assert code == 2

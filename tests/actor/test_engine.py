@@ -96,6 +96,7 @@ def test_on_two_ranks_it_trains_as_verls_head_does(paired, case):
         assert_same_training(heads["off"][rank], heads[case.head][rank], positions)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", INTERPRETED, ids=str)
 def test_with_the_triton_kernels_it_trains_as_verls_head_does_on_two_ranks(interpreted, case):
     heads = interpreted[case]

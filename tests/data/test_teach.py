@@ -466,6 +466,7 @@ def until(condition, process, seconds=240):
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_an_interrupted_run_waits_for_what_it_has_asked_and_nothing_is_asked_twice(tmp_path, key):
     _, command = prepared(tmp_path, 40)
     release, concurrency = threading.Event(), 4

@@ -67,11 +67,9 @@ MORE_ALONE = [
     plus(f"{_ACTOR}.loss_agg_mode=seq-mean-token-sum-norm", f"{_ACTOR}.loss_scale_factor=7"),
     real(*TWICE),
 ]
-PAIRED = [
-    plus(),
-    paper(*TWICE, *FIXED, f"{_ACTOR}.loss_agg_mode=seq-mean-token-mean"),
-]
+PAIRED = [plus()]
 MORE_PAIRED = [
+    paper(*TWICE, *FIXED, f"{_ACTOR}.loss_agg_mode=seq-mean-token-mean"),
     real(*TWICE),
     plus(**SILENT),
     plus(*HEAD),

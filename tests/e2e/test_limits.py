@@ -110,7 +110,8 @@ def test_only_rows_with_a_gradient_and_what_fills_micro_batches_up_are_computed(
         assert not any(name.startswith(("actor/entropy", "training/rollout", "rollout_corr")) for name in logged)
 
 
-@pytest.mark.parametrize("preset", ["verl's own", pytest.param("+hapo=grpo", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("preset", ["verl's own", "+hapo=grpo"])
 def test_three_steps_without_an_injected_row_end_at_the_parameters_of_grpo(annealed, trainer, preset):
     resume = f"trainer.resume_from_path={annealed.folder / 'checkpoints' / 'global_step_1'}"
     chosen = GRPO if preset == "verl's own" else [preset, *HAPO]

@@ -225,6 +225,7 @@ def loaded(page):
     return found + re.findall(r"@import|url\([^#)]*\)", style)
 
 
+@pytest.mark.long
 def test_the_page_loads_nothing_and_10000_steps_with_1000_examples_stay_below_20_mib(tmp_path):
     write_metrics(tmp_path / "run" / "metrics.jsonl", 10_000, more=20)
     write_trace(tmp_path / "run" / "trace", 2000, prompts=1000, groups=1, rollouts=2, tokens=300)
