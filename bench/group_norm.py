@@ -17,7 +17,7 @@ from harness import Contender, Report, compare  # noqa: E402
 from peers import verl_kernels  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REPEATS = 3 if arguments.smoke else 60
+REPEATS = 2 if arguments.smoke else 60
 
 
 def sizes(kind: str) -> torch.Tensor:

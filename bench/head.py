@@ -332,7 +332,7 @@ for case in cases():
         contenders(batch),
         exact=batch.exact,
         baseline=EAGER,
-        repeats=3 if arguments.smoke or case == GATE else 30,
+        repeats=2 if arguments.smoke else 3 if case == GATE else 30,
         budget_s=5,
         arguments=arguments,
     )

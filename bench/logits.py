@@ -154,7 +154,7 @@ def measure(report: Report, tokens: int, V: int, rows: str) -> None:
         ],
         exact=batch.exact,
         baseline=EAGER,
-        repeats=3 if arguments.smoke else 30,
+        repeats=2 if arguments.smoke else 30,
         budget_s=4,
         arguments=arguments,
     )
