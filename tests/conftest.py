@@ -8,7 +8,7 @@ import verl  # noqa: F401  registers the presets, as in a launch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
-# Without the trace that every preset writes beside the checkpoints.
+# The trace that every preset writes beside the checkpoints is off.
 PAPER = ["+hapo=paper", "actor_rollout_ref.rollout.n=8", "hapo.trace_dir=null"]
 
 

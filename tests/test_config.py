@@ -1,4 +1,4 @@
-"""The `hapo:` block: defaults, and one clear line for everything else."""
+"""The `hapo:` block: its defaults, and one clear line for every wrong key or value."""
 
 import math
 
@@ -20,7 +20,7 @@ from hapo_verl.config import (
 )
 
 
-def test_an_empty_block_is_the_paper():
+def test_an_empty_block_gives_the_papers_settings():
     hapo = HapoConfig.parse({})
     assert hapo.gate == PaperGate(name="paper", threshold=0.8, prior_success=1.0, prior_failure=1.0)
     assert hapo.injection.mode == "replace"
@@ -38,7 +38,7 @@ def test_every_gate_has_its_own_keys_with_their_defaults(name):
     assert HapoConfig.parse({"gate": {**defaults()["gate"], "name": name}}).gate == GATES[name]
 
 
-def test_a_gates_keys_are_checked_as_its_own():
+def test_each_gate_accepts_its_own_keys():
     parsed = HapoConfig.parse({"gate": {"name": "annealed", "horizon": 300, "power": 2, "memory": None}})
     assert parsed.gate == AnnealedGate(horizon=300, power=2)
     assert HapoConfig.parse({"gate": {"name": "thompson", "strength": 4}}).gate == ThompsonGate(strength=4)
@@ -46,7 +46,7 @@ def test_a_gates_keys_are_checked_as_its_own():
     assert HapoConfig.parse({"gate": {"name": "zero"}}).gate == GateConfig("zero")
 
 
-def test_a_bare_off_on_a_command_line_is_the_head_called_off():
+def test_off_without_quotes_on_a_command_line_is_the_head_off():
     assert HapoConfig.parse({"kernels": {"head": False}}).kernels.head == "off"
 
 
@@ -58,7 +58,7 @@ def test_an_infinite_lambda_is_a_number_on_a_command_line_and_in_yaml(launch, wr
     assert HapoConfig.parse({"loss": {"shaping": typed}}).loss.shaping == math.inf
 
 
-def test_a_key_replaces_its_default_and_no_other():
+def test_a_key_replaces_only_its_own_default():
     assert HapoConfig.parse({"gate": {"threshold": 0.7}}).gate == PaperGate(threshold=0.7)
 
 

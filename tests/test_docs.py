@@ -34,7 +34,7 @@ def links(page: Path) -> set[Path]:
     return {(page.parent / target).resolve() for target in targets}
 
 
-def test_the_readme_is_read_in_a_minute():
+def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 110
     assert max(map(len, lines)) <= 100
@@ -59,7 +59,7 @@ def test_every_file_that_a_page_names_is_there(page):
         ("CONTRIBUTING.md", "a method (loss)"),
     ],
 )
-def test_a_stranger_gets_there_in_three_links(goal, said):
+def test_important_pages_are_at_most_three_links_from_the_readme(goal, said):
     target, seen = (ROOT / goal).resolve(), {ROOT / "README.md": 0}
     queue = deque(seen)
     while queue:
@@ -73,7 +73,7 @@ def test_a_stranger_gets_there_in_three_links(goal, said):
     assert said in target.read_text()
 
 
-def test_every_key_stands_in_the_table_with_its_default(hooks):
+def test_every_key_is_in_the_table_with_its_default(hooks):
     from hapo_verl.config import HapoConfig, LossConfig
 
     table = hooks.keys()
@@ -81,7 +81,7 @@ def test_every_key_stands_in_the_table_with_its_default(hooks):
         assert f"`hapo.{field.name}" in table
     for field in dataclasses.fields(LossConfig):
         assert f"| `hapo.loss.{field.name}` | `{str(field.default).lower()}` |" in table
-    # No cell is empty but the rule of a choice.
+    # Only the rule of a choice may be an empty cell.
     assert not [line for line in table.splitlines()[2:] if "|  |" in line and ".name`" not in line]
 
 
@@ -91,13 +91,13 @@ def test_a_comment_of_the_source_is_the_meaning_of_a_key(hooks):
     assert "Use 1.0, the value of the paper, or 0.0." in line
 
 
-def test_an_error_of_the_source_stands_in_the_list(hooks):
+def test_an_error_of_the_source_is_in_the_list(hooks):
     errors = hooks.errors()
     assert "### `hapo_verl/launch/weight_bucket.py`" in errors
     assert "hapo.loss.shaping=inf: with hapo.loss.shape=trsft no token would have a weight." in errors
 
 
-def test_every_file_of_a_process_and_every_field_stand_in_the_picture(hooks):
+def test_every_file_of_a_process_and_every_field_are_in_the_picture(hooks):
     from hapo_verl.protocol.rows import FIELDS
 
     picture = hooks.picture()
@@ -116,7 +116,7 @@ def test_every_reason_of_a_refusal_is_explained():
     assert not [reason for reason in REASONS if f"| `{reason}` |" not in page]
 
 
-def test_every_module_of_the_algorithm_has_its_reference():
+def test_every_module_of_the_algorithm_is_in_the_reference():
     page = (ROOT / "docs" / "reference" / "algo.md").read_text()
     algo = ROOT / "hapo_verl" / "algo"
     modules = [".".join(path.relative_to(algo).with_suffix("").parts) for path in algo.rglob("*.py")]

@@ -18,7 +18,7 @@ def doctor(*arguments, **environment):
     return run.returncode, run.stdout.splitlines()
 
 
-def test_a_working_installation_ends_with_zero_and_only_ok_lines():
+def test_a_working_installation_gives_exit_code_0_and_only_ok_lines():
     code, lines = doctor(VERL_PLATFORM="cpu")
     checks = [line for line in lines if line.startswith(("ok  ", "FAIL"))]
     assert code == 0
@@ -61,7 +61,7 @@ def test_missing_training_data_is_named(launch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what it finds on a machine without a GPU")
-def test_the_kernels_line_says_what_runs_and_why(launch):
+def test_the_kernels_line_reports_what_runs_and_why(launch):
     overrides = ["+hapo=paper", "hapo.kernels.head=linear_logprob", "hapo.kernels.policy_loss=reference"]
     for given, detail in {
         (): (

@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hapo_verl"
 
-# Each folder ("room") and what it may import beside itself. The folders of the workers do not import each other; what
-# they exchange is defined in `protocol`.
+# Each folder ("room") and the other folders that it may import. The folders of the workers do not import each other;
+# the data that they exchange is defined in `protocol`.
 ROOMS = {
     "algo": set(),
     "protocol": {"algo"},
@@ -21,16 +21,16 @@ ROOMS = {
     "driver": {"algo", "protocol", "rollout", "actor", "launch"},
     "data": {"algo", "protocol", "rollout", "launch"},
     "report": {"algo", "protocol", "data"},
-    # Other trainers: they have no process in common with the rest.
+    # Other trainers share no process with the rest.
     "trl": {"algo"},
     "openrlhf": {"algo"},
 }
-# Above the rooms: entry points. `config` is below all of them.
+# Entry points are above the rooms. `config` is below all of them.
 ENTRY_POINTS = {"plugin", "doctor"}
 
 
 def imports(path: Path) -> set[str]:
-    """The first names below `hapo_verl` of everything that a module imports, at module level or inside functions."""
+    """The first name below `hapo_verl` of each import of a module, at module level or inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hapo_verl"):
@@ -53,7 +53,7 @@ def test_every_folder_is_a_room():
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_what_is_below_it(room):
+def test_a_room_imports_only_from_lower_rooms(room):
     wrong = {
         f"{path.relative_to(PACKAGE)} imports {name}"
         for path in (PACKAGE / room).rglob("*.py")
@@ -77,7 +77,7 @@ def test_nothing_else_imports_another_trainer(trainer):
 
 
 @pytest.mark.parametrize("room", ["algo", "data", "openrlhf"])
-def test_these_rooms_do_not_import_verl_at_their_top(room):
+def test_these_rooms_do_not_import_verl_at_module_level(room):
     tops = {
         f"{path.relative_to(PACKAGE)}:{node.lineno}"
         for path in (PACKAGE / room).rglob("*.py")

@@ -28,7 +28,7 @@ def test_importing_verl_loads_the_plugin_and_no_trainer():
     assert python(code) == "True False False False"
 
 
-def test_without_the_plugin_the_launch_line_of_the_readme_fails_and_does_not_train_grpo():
+def test_without_the_plugin_the_readmes_launch_line_fails_instead_of_training_grpo():
     code = (
         "import verl\n"
         "from hydra import compose, initialize_config_module\n"
@@ -42,7 +42,7 @@ def test_without_the_plugin_the_launch_line_of_the_readme_fails_and_does_not_tra
     assert printed.startswith("paper Unknown trainer 'hapo_sync'.")
 
 
-def test_the_cpu_platform_is_patched_in_only_where_it_is_asked_for():
+def test_the_cpu_platform_is_patched_in_only_if_requested():
     code = (
         "import verl, torch\nfrom importlib import metadata\n"
         "from torch.distributed.fsdp import CPUOffloadPolicy\n"
@@ -53,7 +53,7 @@ def test_the_cpu_platform_is_patched_in_only_where_it_is_asked_for():
     assert python(code, VERL_PLATFORM="cpu") == "True False"
 
 
-def test_both_ends_of_the_socket_for_weights_are_named_for_the_cluster_and_the_job():
+def test_both_ends_of_the_weight_socket_are_named_after_the_cluster_and_the_job():
     code = (
         "import os, types, ray, verl\nfrom hapo_verl.cpu import platform as cpu_platform\n"
         "ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
@@ -74,7 +74,7 @@ def test_vllm_is_left_alone_without_the_cpu_platform(monkeypatch):
     from hapo_verl.cpu import vllm as vllm_cpu
 
     monkeypatch.delenv("VERL_PLATFORM", raising=False)
-    monkeypatch.setitem(sys.modules, "vllm.platforms", None)  # importing it would raise
+    monkeypatch.setitem(sys.modules, "vllm.platforms", None)  # Importing it would raise.
     vllm_cpu.register()
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
     with pytest.raises(ImportError):
@@ -84,7 +84,7 @@ def test_vllm_is_left_alone_without_the_cpu_platform(monkeypatch):
 @pytest.mark.parametrize(
     ("registered", "seconds"), [(True, (0.0, 0.05)), pytest.param(False, (0.01, 10.0), marks=pytest.mark.long)]
 )
-def test_vllms_processes_wait_for_each_other_without_a_core(registered, seconds):
+def test_vllms_processes_wait_for_each_other_without_using_a_core(registered, seconds):
     code = (
         "import threading, time\n"
         + "from hapo_verl.cpu import vllm\nvllm.register()\n" * registered
@@ -97,7 +97,7 @@ def test_vllms_processes_wait_for_each_other_without_a_core(registered, seconds)
         "threading.Timer(0.9, writer.enqueue, args=['later']).start()\n"
         "started = time.process_time()\n"
         "first, used = reader.dequeue(), time.process_time() - started\n"
-        # A notification is lost.
+        # Simulate a lost notification.
         "writer._spin_condition.notify = lambda: None\n"
         "threading.Timer(1.5, writer.enqueue, args=['unheard']).start()\n"
         "started = time.monotonic()\n"
@@ -110,7 +110,7 @@ def test_vllms_processes_wait_for_each_other_without_a_core(registered, seconds)
     assert (float(waited) < 4) == registered
 
 
-def test_plus_is_the_papers_launch_with_a_gate_that_lets_go_rows_of_its_own_and_the_logarithm(launch):
+def test_plus_is_the_papers_launch_with_annealing_appended_rows_and_the_logarithm(launch):
     plus, paper = (launch("actor_rollout_ref.rollout.n=8", preset=[f"+hapo={name}"]) for name in ("plus", "paper"))
     assert (plus.hapo.gate.name, plus.hapo.injection.mode) == ("annealed", "append")
     assert (plus.hapo.loss.exponent, plus.hapo.loss.shaping) == (0.0, 0.1)

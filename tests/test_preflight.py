@@ -1,4 +1,4 @@
-"""A wrong launch ends in the process that was started, before Ray, with one sentence and exit code 2."""
+"""A wrong launch ends in the started process, before Ray, with one sentence and exit code 2."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from hapo_verl.config import ConfigError
 from hapo_verl.launch.preflight import Preflight
 from hapo_verl.rollout.reward import RewardError
 
-# Importing verl is most of it: 7 s on two idle cores. A loaded machine takes a multiple.
+# Most of the time is for importing verl: 7 s on two idle cores. A loaded machine takes several times longer.
 SECONDS = 90
 SENTENCE = "hapo.gate.threshold=1.5: a success rate lies in [0, 1]. Use 0.0 to switch injection off."
 
@@ -33,7 +33,7 @@ def launched(folder, *overrides, **environment):
     return run.returncode, lines, seconds
 
 
-def test_a_wrong_key_ends_the_launch_before_ray_with_the_sentence_alone(tmp_path):
+def test_a_wrong_key_ends_the_launch_before_ray_with_only_the_sentence(tmp_path):
     code, lines, seconds = launched(tmp_path, "hapo.gate.threshold=1.5")
     assert (code, lines) == (2, [SENTENCE])
     assert seconds < SECONDS
@@ -41,7 +41,7 @@ def test_a_wrong_key_ends_the_launch_before_ray_with_the_sentence_alone(tmp_path
 
 
 @pytest.mark.long
-def test_the_traceback_is_there_for_who_asks(tmp_path):
+def test_hapo_traceback_shows_the_traceback(tmp_path):
     code, lines, _ = launched(tmp_path, "hapo.gate.treshold=0.5", HAPO_TRACEBACK="1")
     assert code == 2
     assert lines[0] == "Traceback (most recent call last):"
@@ -50,7 +50,7 @@ def test_the_traceback_is_there_for_who_asks(tmp_path):
 
 @pytest.fixture
 def composed(tmp_path, launch):
-    """The configuration of a launch that passes the checks, apart from its overrides; with Hydra's own block."""
+    """The configuration of a launch with Hydra's own block; it passes the checks if its overrides do."""
     from tests.launch.test_files import ROW, write
 
     (tmp_path / "model").mkdir()
@@ -86,7 +86,7 @@ def started(config, capsys):
 
 
 @pytest.mark.parametrize("preset", ["grpo", "dapo", "luffy", "srft", "real", "real_ssi", "paper", "plus"])
-def test_every_preset_brings_the_look_and_passes_it(composed, preset, capsys):
+def test_every_preset_contains_the_preflight_check_and_passes_it(composed, preset, capsys):
     config = composed("actor_rollout_ref.ref.strategy=fsdp2", preset=preset)
     assert config.hydra.callbacks.hapo._target_ == "hapo_verl.launch.preflight.Preflight"
     assert started(config, capsys) == (None, [])
@@ -111,7 +111,7 @@ def test_every_preset_brings_the_look_and_passes_it(composed, preset, capsys):
         ("hapo.demonstration_key=target", "data.train_files={folder}/train.parquet: no column target."),
     ],
 )
-def test_whatever_the_configuration_and_its_files_show_is_said_before_anything_starts(
+def test_errors_of_the_configuration_and_its_files_are_reported_before_the_start(
     composed, override, sentence, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
@@ -122,9 +122,7 @@ def test_whatever_the_configuration_and_its_files_show_is_said_before_anything_s
     assert lines[0].startswith(sentence.format(folder=tmp_path))
 
 
-def test_a_budget_that_the_models_head_does_not_fit_is_said_before_anything_starts(
-    composed, capsys, tmp_path, monkeypatch
-):
+def test_a_budget_that_is_too_small_for_the_head_is_reported_before_the_start(composed, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     (tmp_path / "model" / "config.json").write_text('{"hidden_size": 1024, "vocab_size": 100000}')
@@ -151,7 +149,7 @@ def test_a_file_that_another_machine_may_have_does_not_end_a_launch_on_a_cluster
         "The launch goes on: the trainer may run on another machine."
     ]
     assert started(composed("hapo.gate.threshold=1.5"), capsys) == (2, [SENTENCE])
-    # A cluster that was started on this machine is joined without a word.
+    # A launch joins a cluster that was started on this machine without an explicit address.
     monkeypatch.delenv("RAY_ADDRESS")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     assert started(composed("data.train_files=/no/such.parquet"), capsys)[0] == 2
@@ -169,7 +167,7 @@ def ended(error, config, capsys):
     return None, capsys.readouterr().err
 
 
-def test_what_only_the_trainer_sees_is_said_as_one_sentence_too(composed, capsys):
+def test_errors_that_only_the_trainer_finds_are_one_sentence_too(composed, capsys):
     config, error = composed(), ConfigError("a sentence. And the fix.")
     through_ray = ray.exceptions.RayTaskError("run", "a traceback", error).as_instanceof_cause()
     assert ended(through_ray, config, capsys) == (2, "a sentence. And the fix.\n")
@@ -180,7 +178,7 @@ def test_what_only_the_trainer_sees_is_said_as_one_sentence_too(composed, capsys
     assert ended(None, config, capsys) == (None, "")
 
 
-def test_every_job_of_a_sweep_is_looked_at_and_a_single_run_once(composed, capsys, monkeypatch):
+def test_every_job_of_a_sweep_is_checked_and_a_single_run_only_once(composed, capsys, monkeypatch):
     from hydra.types import RunMode
 
     from hapo_verl.launch import preflight
@@ -196,7 +194,7 @@ def test_every_job_of_a_sweep_is_looked_at_and_a_single_run_once(composed, capsy
         assert found == code
 
 
-def test_the_look_imports_neither_the_trainer_nor_the_engine():
+def test_the_preflight_check_imports_neither_the_trainer_nor_the_engine():
     code = (
         "import sys, verl, hapo_verl.launch.preflight\n"
         "print([name for name in ('verl.trainer.ppo.v1', 'vllm', 'verl.experimental.agent_loop') if name in sys.modules])"

@@ -47,7 +47,7 @@ def python(wheel, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False)
     (site,) = (folder / "lib").glob("python*/site-packages")
-    # A folder that a .pth file names is searched, its own .pth files, where the checkout is named, are not read.
+    # A folder that a .pth file names is searched, but its own .pth files are not read, and these name the checkout.
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     with zipfile.ZipFile(wheel) as packed:
         packed.extractall(site)
@@ -61,7 +61,7 @@ def run(python: Path, *arguments: str, folder: Path) -> subprocess.CompletedProc
     )
 
 
-def test_everything_is_in_it(wheel):
+def test_the_wheel_contains_everything(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for package, folder in (("hapo_verl", ROOT), ("hapo_kernels", ROOT / "kernels")):
         for path in (folder / package).rglob("*"):
@@ -86,7 +86,7 @@ def test_packages_presets_and_entry_points_are_found_outside_the_checkout(python
     assert entries == ["verl.plugins True", "vllm.general_plugins True"]
 
 
-def test_the_doctor_runs_from_it(python, tmp_path):
+def test_the_doctor_runs_from_the_wheel(python, tmp_path):
     done = run(python, "-m", "hapo_verl.doctor", "--no-ray", folder=tmp_path)
     lines = [line for line in done.stdout.splitlines() if line.startswith(("ok ", "FAIL"))]
     assert lines, done.stderr

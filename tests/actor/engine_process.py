@@ -22,15 +22,15 @@ class Case(NamedTuple):
     temperature: float = 0.7
     sequence_parallel: int = 1
     pad_to_length: bool = False
-    # Rows of this rank in which no token trains.
+    # On this rank no token of any row trains.
     silent_rank: int | None = None
     precision: str = "fp32"
     head: str = "linear_logprob"
-    # Of the HAPO loss, with which policy_head is compared.
+    # Entropy coefficient of the HAPO loss, with which policy_head is compared.
     entropy_coefficient: float = 0.0
     # Our head runs its Triton kernel, interpreted.
     triton: bool = False
-    # Folder of a model; None: a random one.
+    # Folder of a model; with None the model is random.
     model: str | None = None
 
 
@@ -165,7 +165,7 @@ def _batch(case, rank):
 
 
 def steps_around_silence(cases, folder):
-    """For each case: a step in which no token trains, then an ordinary one; loss, gradients and weights after each."""
+    """For each case: loss, gradients and weights after a step in which no token trains, and after an ordinary step."""
     return dict(zip(cases, on_ranks(_steps_around_silence, list(cases), 1, folder)[0], strict=True))
 
 

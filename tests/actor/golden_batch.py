@@ -32,7 +32,7 @@ class Result:
     of_entropy: dict[tuple[int, int, bool], Tensor]
 
     def golden(self) -> dict[str, Any]:
-        """The stored part, with nine digits; rows are named group/row, with a star for a demonstration."""
+        """The stored part, with nine digits; rows are named group/row, and demonstrations have a star."""
         return {
             "loss": rounded(self.loss),
             "gradient": {
@@ -83,7 +83,7 @@ def record(seed: int = 77) -> dict[str, Any]:
         policy, old, entropy = [], [], []
         for _ in range(length):
             old.append(round(-0.05 - 2.5 * rng.random(), 3))
-            # Half of them within the clip range, some far outside: a ratio above 3 is a log-ratio above 1.1.
+            # Half of the ratios are within the clip range, some far outside: a ratio above 3 is a log-ratio above 1.1.
             spread = rng.choice((0.15, 0.15, 0.4, 1.2))
             policy.append(round(min(-0.005, old[-1] + spread * rng.uniform(-1.5, 1.5)), 3))
             entropy.append(round(0.05 + 1.5 * rng.random(), 3))
@@ -93,12 +93,12 @@ def record(seed: int = 77) -> dict[str, Any]:
     for successes in SUCCESSES:
         labels = [1] * successes + [0] * (ROLLOUTS - successes)
         rng.shuffle(labels)
-        # One is longer than all others, so that no choice is left to chance.
+        # One is longer than all others, so that the replaced rollout is not chosen at random.
         lengths = [*rng.sample(range(2, LIMIT - 2), ROLLOUTS - 1), LIMIT - 1]
         rng.shuffle(lengths)
         rollouts = [row(length, label) for length, label in zip(lengths, labels, strict=True)]
         groups.append({"rollouts": rollouts, "demonstration": row(rng.randint(3, LIMIT - 1), 1)})
-    # Of the first group two run to the limit, and one is cut off there; a draw between them would fall on the other.
+    # Two rollouts of the first group reach the limit, and one of them is truncated. A random draw would take the other.
     groups[0]["rollouts"][2] = row(LIMIT, 0, truncated=True)
     groups[0]["rollouts"][5] = row(LIMIT, 0)
     for name in ("policy", "old", "entropy"):
@@ -107,7 +107,7 @@ def record(seed: int = 77) -> dict[str, Any]:
 
 
 def rounded(value: float) -> float:
-    # No -0.0.
+    # This avoids -0.0.
     return float(f"{value:.9g}") + 0.0
 
 
@@ -115,7 +115,7 @@ def main() -> None:
     recorded = record()
     goldens = {launch: evaluate(launch, recorded).golden() for launch in FORMULAS}
     text = json.dumps(recorded | {"goldens": goldens}, indent=1)
-    # A line a list of numbers.
+    # Each list of numbers is on one line.
     text = re.sub(
         r"\[[^\[\]{}\"]*\]", lambda match: re.sub(r"\s+", " ", match[0]).replace("[ ", "[").replace(" ]", "]"), text
     )

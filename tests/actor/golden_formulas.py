@@ -27,7 +27,7 @@ class Row:
     place: tuple[int, int, bool]
     reward: float
     truncated: bool
-    # Of the response, tool tokens included.
+    # Length of the response, including tool tokens.
     length: int
     policy: Tensor
     old: Tensor
@@ -100,7 +100,7 @@ def shaped(row: Row, advantage: float) -> Tensor:
 
 
 def logarithm(row: Row, advantage: float) -> Tensor:
-    """log f, whose gradient is that of log π, but smaller for tokens that the policy writes anyway."""
+    """log f. Its gradient is that of log π, but smaller for tokens that the policy is likely to write anyway."""
     return -advantage * (row.policy - (row.policy.exp() + 0.1).log()).sum()
 
 
@@ -151,7 +151,7 @@ def grpo(groups: list[Group], _: list[Row]) -> tuple[Tensor, Group]:
 
 
 def dapo(groups: list[Group], _: list[Row]) -> tuple[Tensor, Group]:
-    """DAPO: clip-higher, and only groups with a success and a failure."""
+    """DAPO: clip-higher (a larger upper clip bound), and only groups with a success and a failure."""
     kept = [group for group in groups if 0 < sum(rewards(group)) < len(group)]
     return surrogate_loss(kept, [normalised(group) for group in kept], low=0.2, high=0.28)
 
@@ -260,7 +260,7 @@ def real_ssi(groups: list[Group], demonstrations: list[Row]) -> tuple[Tensor, Gr
     )
 
 
-# By what a launch says behind `+hapo=`.
+# The keys are the preset names as in `+hapo=NAME`.
 FORMULAS: dict[str, Callable[[list[Group], list[Row]], tuple[Tensor, Group]]] = {
     "grpo": grpo,
     "dapo": dapo,

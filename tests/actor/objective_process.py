@@ -12,7 +12,7 @@ PROMPT, LENGTHS = 3, [4, 1, 6, 3, 5, 2, 3, 4]
 UIDS = list("aaabbbcc")
 SCORES = [1.0, 0, 0, 1, 1, 0, 0, 0]
 DEMONSTRATIONS = [True, False, False, False, True, False, False, True]
-# Tokens that a tool wrote, of a rollout and of a demonstration.
+# Positions of tool tokens in a rollout (row 2) and in a demonstration (row 4).
 TOOL_TOKENS = {2: [3], 4: [1, 2]}
 
 
@@ -21,13 +21,13 @@ class Step(NamedTuple):
 
     objective: str
     micro_batch: int = 2
-    # Rows in the order in which ranks take them.
+    # The order in which the rows are distributed to ranks.
     order: tuple[int, ...] = tuple(range(8))
     head: str = "off"
     packed: bool = True
-    # Rows of padding that follow.
+    # Number of padding rows after them.
     padding: int = 0
-    # Micro-batches by tokens, balanced, in an order of verl's.
+    # verl divides the micro-batches by tokens, balances them and orders them.
     dynamic: bool = False
 
 
@@ -118,7 +118,7 @@ def _batch(step, rank, ranks):
         torch.cat([torch.zeros(len(row) - 1), torch.tensor([score])]) for row, score in zip(mask, scores, strict=True)
     ]
     flags = [i < 8 and DEMONSTRATIONS[i] for i in mine]
-    # The group-relative advantage is another file's matter: 1 on demonstrations as SRFT leaves it, REAL leaves none.
+    # Group-relative advantages are tested elsewhere. SRFT keeps those of demonstrations (1 here), REAL keeps none.
     advantage = [float(flag and step.objective == "srft") for flag in flags]
     advantages = [torch.full((len(row),), value) for row, value in zip(mask, advantage, strict=True)]
     data = TensorDict(

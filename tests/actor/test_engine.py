@@ -56,7 +56,7 @@ def interpreted(tmp_path_factory):
 
 
 def trained_positions():
-    """Positions of the packed batch that predict a token that trains; the fourth of the third response is a tool's."""
+    """Positions of the packed batch that predict a trained token; token 4 of response 3 is a tool token."""
     positions, start = [], 0
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         first = start + prompt - 1
@@ -105,7 +105,7 @@ def test_with_the_triton_kernels_it_trains_as_verls_head_does_on_two_ranks(inter
         assert_same_training(heads["off"][rank], heads[case.head][rank], positions)
 
 
-def test_under_bf16_it_stays_within_bf16_of_verls_head(alone):
+def test_in_bf16_it_equals_verls_head_to_bf16_precision(alone):
     heads, positions = alone[BFLOAT16], trained_positions()
     verls, ours = heads["off"][0], heads["linear_logprob"][0]
     assert ours["log_probs"].dtype == torch.float32
@@ -114,7 +114,7 @@ def test_under_bf16_it_stays_within_bf16_of_verls_head(alone):
     assert (ours["log_probs"][positions] - exact).abs().mean() < (verls["log_probs"][positions] - exact).abs().mean()
 
 
-def test_only_adapters_train_under_lora_and_the_frozen_head_gets_no_gradient(alone):
+def test_with_lora_only_adapters_train_and_the_frozen_head_gets_no_gradient(alone):
     gradients = alone[Case(lora=True)]["linear_logprob"][0]["gradients"]
     assert gradients
     assert all("lora_" in name and bool(gradient.any()) for name, gradient in gradients.items())
@@ -129,7 +129,7 @@ def around_silence(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", SILENT, ids=lambda case: case.head)
-def test_a_step_in_which_no_token_trains_has_loss_and_gradient_zero_and_the_next_one_trains(around_silence, case):
+def test_a_step_without_trained_tokens_has_zero_gradient_and_the_next_step_trains(around_silence, case):
     silent, next_one = around_silence[case]
     assert silent["loss"] == 0
     assert silent["grad_norm"] == 0

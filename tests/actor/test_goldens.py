@@ -42,7 +42,7 @@ import tiny_model
 ON_FILE = json.loads(FILE.read_text())
 PRESETS = Path(hapo_verl.__file__).parent / "presets" / "hapo"
 TOKENIZER = tiny_model.make_tokenizer("0123456789")
-# A formula is over every row of the step, with or without a gradient.
+# A formula uses every row of the step, with or without a gradient.
 EVERY_ROW = Savings(idle_rows="a golden", idle_scores="a golden", old_log_probs="a golden")
 # Rows of the step in the order of the queue, cut into micro-batches.
 CUTS = {
@@ -155,7 +155,7 @@ def roll_out(trainer):
     worker.model_config = SimpleNamespace(generation_config=None)
 
     async def score(outputs, kwargs):
-        # A rollout's reward is on record already: this is a demonstration.
+        # Rollouts have recorded rewards, so this is a demonstration.
         outputs[-1].reward_score = 1.0
 
     worker._compute_score = score
@@ -206,7 +206,7 @@ def recorded_at(queue, key):
 
 
 def score_rows(queue, keys):
-    """Write old log-probs; the rollout's are the same, so that rollout correction changes nothing."""
+    """Write old log-probs equal to the rollout log-probs, so that rollout correction changes nothing."""
     for key in keys:
         old = fp32(recorded_at(queue, key)[1]["old"])
         queue.rows[key] |= {"old_log_probs": old, "rollout_log_probs": old}
@@ -218,14 +218,14 @@ def an_optimizer_step(trainer, queue, keys):
         row = queue.rows[key]
         place, recorded = recorded_at(queue, key)
         assert len(row["responses"]) == len(recorded["policy"])
-        # A model scores every token of a sequence, each one position early.
+        # A model scores every token of a sequence, each at the position before it.
         before = [None] * (len(row["prompts"]) - 1)
         places.append(place)
         for values, name in ((log_probs, "policy"), (entropy, "entropy")):
             values.append(fp32([*before, *recorded[name], None], unread=float("nan")))
     names = ["prompts", "responses", "response_mask", "loss_mask", "rm_scores", "advantages", "hapo_demonstration"]
     data = queue.kv_batch_get(keys, "train", [*names, "uid", "old_log_probs"])
-    # As verl's engine counts them.
+    # verl's engine counts tokens in this way.
     tokens = int(data["loss_mask"].values().sum())
     tu.assign_non_tensor(data, dp_size=1, batch_num_tokens=tokens, global_batch_size=len(keys))
     actor = omega_conf_to_dataclass(trainer.config.actor_rollout_ref.actor)
@@ -249,7 +249,7 @@ class Outcome(NamedTuple):
     loss: float
     of_policy: dict
     of_entropy: dict
-    # The objective's own loss where it has one.
+    # The objective's own loss, if it has one.
     own_loss: float | None
 
 
@@ -295,18 +295,18 @@ def assert_close(ours, expected, bound):
 
 
 @pytest.mark.parametrize("line", FORMULAS)
-def test_a_presets_loss_and_gradient_are_its_papers_in_fp64(step, line):
+def test_a_presets_loss_and_gradient_equal_its_papers_formula_in_fp64(step, line):
     step, formula = step(line), evaluate(line, ON_FILE)
     ours = trained(step, [range(len(step.places))])
     assert_close(ours.of_policy, formula.of_policy, 5e-7)
     assert_close(ours.of_entropy, formula.of_entropy, 5e-7)
-    # REAL differentiates a sum that has another value than its loss.
+    # REAL differentiates a sum whose value differs from its loss.
     loss = ours.loss if ours.own_loss is None else ours.own_loss
     assert loss == pytest.approx(formula.loss, rel=2e-6)
 
 
 @pytest.mark.parametrize("line", FORMULAS)
-def test_a_presets_loss_and_gradient_do_not_change_with_the_cut_into_micro_batches(step, line):
+def test_a_presets_loss_and_gradient_do_not_depend_on_the_micro_batches(step, line):
     step = step(line)
     whole = trained(step, [range(len(step.places))])
     for name, cut in CUTS.items():
@@ -317,7 +317,7 @@ def test_a_presets_loss_and_gradient_do_not_change_with_the_cut_into_micro_batch
 
 
 @pytest.mark.parametrize("line", FORMULAS)
-def test_a_formula_gives_what_is_on_file(line):
+def test_a_formula_gives_its_stored_golden(line):
     golden, now = ON_FILE["goldens"][line], evaluate(line, ON_FILE).golden()
     assert now["loss"] == pytest.approx(golden["loss"], rel=1e-8)
     assert list(now["gradient"]) == list(golden["gradient"])
@@ -325,7 +325,7 @@ def test_a_formula_gives_what_is_on_file(line):
         assert now["gradient"][place] == pytest.approx(numbers, rel=1e-8, abs=1e-15), place
 
 
-def test_every_preset_has_a_golden_and_the_batch_is_its_scripts():
+def test_every_preset_has_a_golden_and_the_batch_is_what_the_script_writes():
     assert {line.split()[0] for line in FORMULAS} == {path.stem for path in PRESETS.glob("*.yaml")}
     assert list(ON_FILE["goldens"]) == list(FORMULAS)
     assert {name: value for name, value in ON_FILE.items() if name != "goldens"} == record()
@@ -337,12 +337,12 @@ def test_the_batch_reaches_every_branch_of_the_clipped_surrogate():
         for row, advantage in zip(group, normalised(group), strict=True):
             for ratio in (row.policy - row.old).exp().tolist():
                 if advantage:
-                    # Below, within, above; above DAPO's bound as well; above the dual clip.
+                    # Below the range, within it, above it, above DAPO's bound as well, above the dual clip.
                     reached[1 if advantage > 0 else -1, sum(ratio > bound for bound in (0.8, 1.2, 1.28, 3.0))] += 1
     assert all(reached.values()), reached
 
 
-def test_the_formulas_import_nothing_of_the_product():
+def test_the_formulas_import_nothing_from_the_product():
     code = (
         "import sys, tests.actor.golden_batch;"
         "sys.exit(any(name.split('.')[0] in ('hapo_verl', 'hapo_kernels', 'verl') for name in sys.modules))"

@@ -1,4 +1,4 @@
-"""Which models can get one of our heads, and what the head does if nothing is to be scored."""
+"""Which models can get one of our heads, and what the head does with and without tokens to score."""
 
 from types import SimpleNamespace
 
@@ -31,7 +31,7 @@ def linear(bias=False):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_without_a_score_it_is_the_linear_bit_for_bit(bias):
+def test_without_a_score_it_equals_the_linear_layer_bit_for_bit(bias):
     model, hidden = Model(linear(bias)), torch.randn(2, 3, 8)
     expected = model(hidden)
     install(model)
@@ -39,7 +39,7 @@ def test_without_a_score_it_is_the_linear_bit_for_bit(bias):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_with_a_score_it_hands_out_log_probabilities_of_the_same_logits(bias):
+def test_with_a_score_it_returns_log_probabilities_of_the_same_logits(bias):
     model, hidden = Model(linear(bias)), torch.randn(2, 3, 8)
     label_N, temperature_N = torch.tensor([0, 4, -100, 10, 2, 7]), torch.linspace(0.5, 2.0, 6)
     log_softmax_NV = torch.log_softmax(model(hidden).flatten(0, 1) / temperature_N[:, None], -1)
@@ -52,7 +52,7 @@ def test_with_a_score_it_hands_out_log_probabilities_of_the_same_logits(bias):
     torch.testing.assert_close(scores.entropy, -(log_softmax_NV.exp() * log_softmax_NV).sum(1) * kept_N)
 
 
-def test_under_autocast_it_multiplies_what_a_linear_would_and_is_exact_from_there_on():
+def test_under_autocast_it_multiplies_like_a_linear_layer_and_is_exact_afterwards():
     model, hidden = Model(linear()), torch.randn(1, 6, 8)
     label_N = torch.arange(6)
     rounded = hidden[0].bfloat16().float() @ model.lm_head.weight.bfloat16().float().T

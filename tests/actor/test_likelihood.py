@@ -1,6 +1,6 @@
 """REAL and SRFT in verl's engine: the formula's gradient in fp64, for any division into micro-batches, ranks and padding.
 
-A rollout and a demonstration have tokens that a tool wrote; these are in no mean and have no gradient.
+A rollout and a demonstration contain tool tokens; these are in no mean and have no gradient.
 """
 
 import pytest
@@ -86,7 +86,7 @@ def test_on_two_ranks_it_follows_the_formula(paired, step):
         assert_gradient_of_the_formula(paired[step][rank], step.objective)
 
 
-def test_padding_is_weighed_by_nothing(paired):
+def test_padding_has_weight_zero(paired):
     weights = torch.cat([rank["weights"] for rank in paired[Step("real", order=MIXED, padding=4)]])
     assert weights[8:].tolist() == [0.0] * 4
     assert bool(weights[:2].any())

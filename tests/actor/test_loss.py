@@ -27,7 +27,7 @@ def jagged(rows):
 
 
 def a_batch(demonstrations=(), *, rows=range(8), dp_size=1, extra=()):
-    """Rows of a fixed batch of eight, in the form in which verl's engine passes a micro-batch to the loss."""
+    """Rows of a fixed batch of eight, as verl's engine passes a micro-batch to the loss."""
     generator = torch.Generator().manual_seed(0)
     columns = {"old_log_probs": [], "advantages": [], "ref_log_prob": [], "rollout_is_weights": [], "log_probs": []}
     for length in LENGTHS:
@@ -101,7 +101,7 @@ def test_entropy_and_kl_terms_are_verls(actor):
         assert ours[2][name].aggregate() == pytest.approx(verls[2][name].aggregate(), rel=1e-6)
 
 
-def test_a_demonstration_is_shaped_and_neither_its_old_log_probs_nor_its_weights_are_read(actor):
+def test_a_demonstration_is_shaped_without_its_old_log_probs_and_weights(actor):
     config = actor()
     data, log_probs = a_batch(demonstrations=[1], rows=[1], extra=("rollout_is_weights",))
     data["old_log_probs"] = torch.full_like(data["old_log_probs"], float("nan"))
@@ -115,7 +115,7 @@ def test_a_demonstration_is_shaped_and_neither_its_old_log_probs_nor_its_weights
     assert gradient.count_nonzero() == 1
 
 
-def test_what_a_tool_wrote_in_a_demonstration_has_no_part_in_the_loss(actor):
+def test_tool_tokens_of_a_demonstration_are_not_in_the_loss(actor):
     config = actor("actor_rollout_ref.actor.entropy_coeff=0.01", "actor_rollout_ref.actor.use_kl_loss=True")
     data, log_probs = a_batch(demonstrations=[2], rows=[2], extra=("ref_log_prob",))
     entropy = jagged([torch.rand(PROMPT + LENGTHS[2], generator=torch.Generator().manual_seed(1))])
@@ -146,7 +146,7 @@ def test_what_a_tool_wrote_in_a_demonstration_has_no_part_in_the_loss(actor):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cut", [[range(4), range(4, 8)], [[0], [1], range(2, 8)], [[7, 2, 5], [0, 6, 1, 3, 4]]])
-def test_the_cut_into_micro_batches_and_the_order_of_rows_do_not_matter(actor, mode, cut):
+def test_micro_batches_and_the_order_of_rows_do_not_matter(actor, mode, cut):
     config = actor(f"actor_rollout_ref.actor.loss_agg_mode={mode}", "actor_rollout_ref.actor.loss_scale_factor=7")
     loss_fn = partial(hapo_loss, config=config, hapo=HapoConfig())
     whole = loss_and_gradient(loss_fn, *a_batch(demonstrations=[1, 6]))
@@ -190,13 +190,13 @@ def as_the_trainer_sees_it(mini_batches, data):
     return reduce_metrics(rename_dict(metrics, "actor/"))
 
 
-def test_what_is_said_of_demonstrations_is_of_all_of_them_however_verl_cuts_and_averages(actor):
+def test_demonstration_metrics_do_not_depend_on_how_verl_splits_and_averages(actor):
     demonstrations = [0, 1, 2, 4, 5, 7]
     loss_fn = partial(hapo_loss, config=actor(), hapo=HapoConfig())
 
     def metrics_of(*rows):
         data, log_probs = a_batch(demonstrations=demonstrations, rows=rows)
-        # Down to e^-12.
+        # Probabilities go down to e^-12.
         return loss_fn(model_output={"log_probs": 4 * log_probs}, data=data)[1]
 
     data, log_probs = a_batch(demonstrations=demonstrations)
@@ -213,7 +213,7 @@ def test_what_is_said_of_demonstrations_is_of_all_of_them_however_verl_cuts_and_
 
     own = {i: [t for t in range(LENGTHS[i]) if (i, t) != (2, 3)] for i in demonstrations}
     logp = {i: 4 * log_probs.detach()[i][PROMPT - 1 : -1][own[i]] for i in demonstrations}
-    # Where the paper's weight is a hundredth of its largest, 1/4.
+    # The paper's weight is below a hundredth of its largest value, 1/4.
     untaught = {i: (0.1 * row.exp() / (row.exp() + 0.1) ** 2 < 0.0025) & (row < -2.4) for i, row in logp.items()}
     tokens = sum(len(row) for row in logp.values())
     assert 0 < cut["hapo/demonstration/with_untaught_token"] < 1
@@ -224,13 +224,13 @@ def test_what_is_said_of_demonstrations_is_of_all_of_them_however_verl_cuts_and_
         sum(bool(u.any()) for u in untaught.values()) / 6
     )
     least = torch.stack([row.min() for row in logp.values()]) / math.log(10)
-    # The middle of the six lies between the third and the fourth.
+    # The median of six values lies between the third and the fourth.
     third, fourth = least.sort().values[2:4].tolist()
     assert third - 0.25 <= math.log10(cut["hapo/demonstration/least_probability_median"]) <= fourth + 0.25
     assert math.log10(cut["hapo/demonstration/least_probability_q05"]) == pytest.approx(least.min().item(), abs=0.25)
 
 
-def test_every_token_is_taught_where_the_loss_is_a_logarithm_or_a_likelihood(actor):
+def test_a_loss_that_is_a_logarithm_or_a_likelihood_teaches_every_token(actor):
     for block in ({"loss": {"exponent": 0.0}}, {"objective": {"name": "srft"}}):
         data, log_probs = a_batch(demonstrations=[1])
         data["hapo_likelihood_weight"] = torch.ones(8)
@@ -241,13 +241,13 @@ def test_every_token_is_taught_where_the_loss_is_a_logarithm_or_a_likelihood(act
         assert found["hapo/demonstration/least_probability_median"] < 1e-6
 
 
-def test_a_step_without_a_demonstration_says_nothing_of_them(actor):
+def test_a_step_without_demonstrations_has_no_metrics_of_them(actor):
     data, log_probs = a_batch()
     metrics = hapo_loss(config=actor(), hapo=HapoConfig(), model_output={"log_probs": log_probs}, data=data)[1]
     assert demonstration_means(as_the_trainer_sees_it([[[metrics]]], data)) == {}
 
 
-def test_verl_averages_what_is_said_of_demonstrations_over_the_updates_of_a_step(actor):
+def test_verl_averages_demonstration_metrics_over_the_updates_of_a_step(actor):
     data, log_probs = a_batch(demonstrations=[1])
     metrics = hapo_loss(config=actor(), hapo=HapoConfig(), model_output={"log_probs": log_probs}, data=data)[1]
     names = demonstration_means(as_the_trainer_sees_it([[[metrics]]], data))
@@ -281,7 +281,7 @@ def _rank(rank, config, port, results):
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_over_gloo_give_the_loss_and_gradient_of_one(actor, unused_port):
+def test_two_ranks_over_gloo_give_the_loss_and_gradient_of_one_rank(actor, unused_port):
     config = actor()
     results = mp.Manager().dict()
     mp.spawn(_rank, args=(config, unused_port, results), nprocs=2)

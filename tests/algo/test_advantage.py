@@ -13,7 +13,7 @@ from hapo_verl.algo.advantage import appended_advantage, group_advantage, scored
 def test_one_demonstration_among_seven_failures():
     score_B = torch.tensor([0.0] * 7 + [1.0])
     advantage_B = group_advantage(score_B, torch.zeros(8, dtype=torch.int64), scale_by_std=True)
-    # mean 1/8, deviation √(1/8) with N − 1
+    # The mean is 1/8, and the deviation with N − 1 is √(1/8).
     assert advantage_B[7].item() == pytest.approx(0.875 / 0.125**0.5, rel=1e-5)
     assert advantage_B[0].item() == pytest.approx(-0.125 / 0.125**0.5, rel=1e-5)
 
@@ -37,7 +37,7 @@ def test_equal_scores_give_exactly_zero(reward):
     assert torch.equal(advantage_B, torch.zeros(10))
 
 
-def test_only_the_last_output_of_a_session_counts_and_the_others_inherit():
+def test_only_the_last_output_of_a_session_counts_and_the_others_get_its_advantage():
     # Session 0 wrote two outputs, the first with a score that must not matter.
     score_B = torch.tensor([9.0, 1.0, 0.0, 0.0])
     session_B, output_B = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 0, 0])
@@ -48,9 +48,9 @@ def test_only_the_last_output_of_a_session_counts_and_the_others_inherit():
 @pytest.mark.parametrize(
     ("scores", "teacher", "others"),
     [
-        # 1 / (1/3) after eight failures; the failures say nothing about each other
+        # 1 / (1/3) after eight failures; the failures get no advantage.
         ([0.0] * 8, 1 / (1 / 3), 0.0),
-        # mean_on 1/2; deviation of nine rows, five of them 1
+        # The policy's mean is 1/2; the deviation is over nine rows, five of them 1.
         ([1.0] * 4 + [0.0] * 4, 0.5 / (20 / 9 / 8) ** 0.5, None),
         ([1.0] * 8, 0.0, 0.0),
     ],
@@ -91,7 +91,7 @@ def test_a_demonstration_without_a_group_gets_exactly_zero():
     assert advantage_B.isfinite().all()
 
 
-def test_sessions_take_appended_rows_apart():
+def test_session_advantages_exclude_appended_rows_from_the_baseline():
     score_B = torch.tensor([0.0, 0.0, 1.0])
     group_B, session_B, output_B = torch.zeros(3, dtype=torch.int64), torch.arange(3), torch.zeros(3, dtype=torch.int64)
     appended_B = torch.tensor([False, False, True])
@@ -114,7 +114,7 @@ def test_a_batch_without_rows_has_no_advantages():
 
 
 @pytest.mark.parametrize("apart", [True, False])
-def test_a_row_without_a_score_gets_nothing_and_changes_nothing(apart):
+def test_a_row_without_a_score_gets_zero_and_changes_no_other_row(apart):
     score, group = torch.tensor([0.0, 1.0, math.nan, 1.0, 0.0, 0.0]), torch.tensor([0, 0, 0, 0, 1, 1])
     demonstration, known = torch.tensor([False, False, False, True, False, False]), torch.tensor([0, 1, 3, 4, 5])
     found = scored_advantage(score, group, demonstration, apart=apart, scale_by_std=True)

@@ -1,4 +1,4 @@
-"""The numbers of rollouts: against enumeration of all choices, Beta functions, simulation, and the gradient itself."""
+"""The numbers of rollouts compared with enumeration of all choices, Beta functions, simulation, and the gradient."""
 
 import itertools
 import math
@@ -43,19 +43,19 @@ def test_simulated_groups_have_a_signal_as_often_as_computed():
         assert np.mean((successes > 0) & (successes < 6)) == pytest.approx(signal(6, a, b), abs=0.004)
 
 
-def test_under_a_uniform_prior_a_group_of_n_has_a_signal_in_all_but_two_of_n_plus_one_cases():
+def test_under_a_uniform_prior_a_signal_has_probability_n_minus_1_over_n_plus_1():
     for n in range(1, 20):
         assert signal(n, 1.0, 1.0) == pytest.approx((n - 1) / (n + 1))
 
 
-def test_a_gain_of_a_certain_prompt_keeps_its_digits():
+def test_the_gain_of_an_almost_certain_prompt_keeps_its_precision():
     # 1 - G(n) is 1 to the last bit here, so a difference of two of them would be noise or 0.
     first = next(gains(1e-12, 1e3))
     assert first == pytest.approx(2e-12 / 1001, rel=1e-9)
 
 
 @pytest.mark.parametrize(("a", "b"), PRIORS)
-def test_each_further_rollout_gains_less_and_never_nothing(a, b):
+def test_each_further_rollout_gains_less_but_more_than_zero(a, b):
     values = list(itertools.islice(gains(a, b), 64))
     assert all(later < earlier for earlier, later in itertools.pairwise(values))
     assert min(values) > 0
@@ -65,7 +65,7 @@ def choices(prompts, total, least, most):
     return [n for n in itertools.product(range(least, most + 1), repeat=prompts) if sum(n) == total]
 
 
-def test_no_other_choice_is_better():
+def test_no_other_allocation_is_better():
     rng = random.Random(0)
     for _ in range(150):
         prompts, least = rng.randint(1, 4), rng.randint(1, 3)
@@ -82,21 +82,21 @@ def test_no_other_choice_is_better():
         assert expected(chosen) == pytest.approx(best, rel=1e-12, abs=1e-15)
 
 
-def test_a_doubtful_prompt_gets_the_rollouts_of_those_that_are_certain():
+def test_an_uncertain_prompt_gets_the_rollouts_of_certain_ones():
     solved, hopeless, doubtful = (40.0, 0.01), (0.01, 40.0), (3.0, 3.0)
     assert allocate([solved, doubtful, hopeless], total=18, least=2, most=14) == [2, 14, 2]
-    # Rare success needs many rollouts to show, and even odds few.
+    # A rare success needs many rollouts to occur, and even odds need few.
     even, rare = allocate([(50.0, 50.0), (5.0, 95.0)], total=16, least=2, most=14)
     assert even < rare
 
 
 @pytest.mark.parametrize("prior", PRIORS)
-def test_prompts_that_are_alike_share_alike_and_the_first_ones_get_what_is_left(prior):
+def test_equal_prompts_get_equal_numbers_and_the_first_ones_get_the_remainder(prior):
     assert allocate([prior] * 4, total=32, least=2, most=16) == [8] * 4
     assert allocate([prior] * 4, total=34, least=2, most=16) == [9, 9, 8, 8]
 
 
-def test_bounds_hold_and_a_total_outside_of_them_is_an_error():
+def test_bounds_hold_and_a_total_outside_them_is_an_error():
     assert allocate([(1.0, 1.0)] * 3, total=24, least=8, most=8) == [8, 8, 8]
     assert allocate([(1.0, 1.0), (1e-9, 1.0)], total=16, least=4, most=8) == [8, 8]
     assert allocate([], total=0, least=2, most=16) == []
@@ -107,10 +107,10 @@ def test_bounds_hold_and_a_total_outside_of_them_is_an_error():
 
 @pytest.mark.parametrize("scale_by_std", [False, True])
 @pytest.mark.parametrize("rollouts", [2, 3, 5])
-def test_a_groups_expected_gradient_has_the_direction_of_its_success_for_any_number_of_rollouts(rollouts, scale_by_std):
+def test_a_groups_expected_gradient_points_along_its_success_rates_gradient(rollouts, scale_by_std):
     policy = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     reward = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
-    # Of log π(action) and of the success rate, with respect to the logits.
+    # Gradients of log π(action) and of the success rate with respect to the logits.
     score = torch.eye(3, dtype=torch.float64) - policy
     success = policy * (reward - policy @ reward)
     gradient = torch.zeros(3, dtype=torch.float64)

@@ -17,7 +17,7 @@ def tokenizer():
     return tiny_model.make_tokenizer("0123456789")
 
 
-def test_the_answer_to_a_chat_and_to_a_text_end_where_generation_stops(tokenizer):
+def test_answers_to_a_chat_and_to_a_text_end_where_generation_stops(tokenizer):
     chat = TurnFormat.of(tokenizer, generation_config=None, template_kwargs={})
     text = TurnFormat.of_text(tokenizer, end_tokens=[tokenizer.eos_token_id])
     for turn in (chat, text):
@@ -27,7 +27,7 @@ def test_the_answer_to_a_chat_and_to_a_text_end_where_generation_stops(tokenizer
         assert turn.single_turn("4<|im_start|>2", max_tokens=9) == Refusal("malformed")
 
 
-def test_several_turns_are_malformed_where_no_tools_are(tokenizer):
+def test_several_turns_without_tools_are_malformed(tokenizer):
     turn = TurnFormat.of(tokenizer, generation_config=None, template_kwargs={})
     say = [
         {"role": "assistant", "content": "4"},

@@ -1,4 +1,4 @@
-"""The tokens of a demonstration: exact, complete and with one end, or else refused with a reason."""
+"""The tokens of a demonstration are exact and complete with one end token, or it is refused with a reason."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def test_the_text_is_followed_by_one_end_of_sequence():
     assert tokens_of("ab") == [97, 98, END]
 
 
-def test_an_end_of_sequence_that_the_text_brings_is_not_doubled():
+def test_an_end_of_sequence_at_the_end_of_the_text_is_not_doubled():
     assert tokens_of("ab$$") == [97, 98, END]
 
 
@@ -40,12 +40,12 @@ def test_an_end_of_sequence_inside_the_text_is_refused_and_nothing_is_cut():
     assert tokens_of("a$b") == Refusal("malformed")
 
 
-def test_the_longest_demonstration_fits_with_its_end_of_sequence_and_one_more_token_does_not():
+def test_the_limit_includes_the_end_of_sequence():
     assert tokens_of("abc", max_tokens=4) == [97, 98, 99, END]
     assert tokens_of("abc", max_tokens=3) == Refusal("overlong")
 
 
-def test_only_ends_of_sequence_are_empty():
+def test_a_text_of_only_an_end_of_sequence_is_empty():
     assert tokens_of("$") == Refusal("empty")
 
 
@@ -60,7 +60,7 @@ def test_a_thought_that_does_not_fit_the_chat_template_is_a_reason_of_its_own():
     assert tokens_of("", calls="(c)$", generation_prompt="assistant\n<think>\n") == Refusal("thought")
 
 
-def test_control_tokens_in_the_text_are_malformed_and_in_what_the_template_writes_they_are_not():
+def test_control_tokens_are_malformed_in_the_text_but_not_in_template_output():
     controls = {"control_tokens": [ord("#"), END]}
     assert tokens_of("a#b", **controls) == tokens_of("a#", **controls) == Refusal("malformed")
     assert tokens_of("a#", calls="(c)", **controls) == Refusal("malformed")
@@ -73,7 +73,7 @@ def test_a_chance_overlap_with_the_generation_prompt_is_kept():
     assert tokens_of("\nx", generation_prompt="assistant\n") == [*map(ord, "\nx"), END]
 
 
-def test_calls_stand_behind_the_text_up_to_where_generation_stops():
+def test_calls_follow_the_text_up_to_where_generation_stops():
     assert tokens_of("ab", calls="(c)$\n") == [*map(ord, "ab(c)"), END]
     assert tokens_of("ab", calls="(c)") == [*map(ord, "ab(c)"), END]
     assert tokens_of("", calls="(c)") == [*map(ord, "(c)"), END]
@@ -81,7 +81,7 @@ def test_calls_stand_behind_the_text_up_to_where_generation_stops():
     assert tokens_of("a$b", calls="(c)") == tokens_of("a$", calls="(c)") == Refusal("malformed")
 
 
-def test_behind_a_stop_that_is_no_end_of_turn_nothing_is_written():
+def test_nothing_is_written_after_a_stop_token_that_is_not_an_end_of_turn():
     stop = {"stop_tokens": [ord(")")]}
     assert tokens_of("a(c)", **stop) == [*map(ord, "a(c)")]
     assert tokens_of("a", calls="(c)(d)$", **stop) == [*map(ord, "a(c)")]
@@ -147,7 +147,7 @@ FIRST, SECOND = call("f", '{"x": [1, null]}', id="7"), call("g", {"y": {"z": Non
         ),
     ],
 )
-def test_messages_are_turns_of_the_assistant_with_the_answers_to_each(messages, turns):
+def test_messages_become_assistant_turns_with_the_tool_answers_to_each(messages, turns):
     assert demonstration_turns(messages) == turns
 
 
@@ -199,7 +199,7 @@ def response_of(turns, max_tokens=100):
     return demonstration_response(turns, write=lambda turn: tokens_of(turn.text), answer=answer, max_tokens=max_tokens)
 
 
-def test_the_policys_own_tokens_train_and_the_answers_do_not():
+def test_the_policys_own_tokens_train_and_tool_answers_do_not():
     response = response_of([Turn("a", (), ("xy", "z")), Turn("bc")])
     assert response == Response([97, END, *map(ord, "xyz"), *map(ord, "bc"), END], [1, 1, 0, 0, 0, 1, 1, 1], 2, 2)
     assert response.num_turns == 4
@@ -219,5 +219,5 @@ def test_a_turn_ends_with_the_templates_own_stop_token():
     assert turn_end_token([5, 7, 3], end_tokens={7, 9}, default=9) == 7
 
 
-def test_a_template_that_closes_with_no_stop_token_gets_the_tokenizers():
+def test_a_template_that_closes_without_a_stop_token_gets_the_tokenizers():
     assert turn_end_token([5, 3], end_tokens={7, 9}, default=9) == 9

@@ -24,7 +24,7 @@ UNIFORM = {"prior_success": 1.0, "prior_failure": 1.0}
 
 PAPER = firing_probabilities("paper", 8, Situation())
 
-# hapo at N = 8, γ = 0.8: probability of firing at true success rate p.
+# The paper's gate at N = 8 and γ = 0.8: (true success rate p, probability of firing).
 FIRING = [(0.5, 0.9648), (0.7, 0.7447), (0.8, 0.4967), (0.85, 0.3428), (0.9, 0.1869), (0.95, 0.0572), (0.99, 0.0027)]
 
 
@@ -38,7 +38,7 @@ def test_confidence_equal_to_the_threshold_does_not_fire():
 
 
 @pytest.mark.parametrize(("success_rate", "expected"), FIRING)
-def test_firing_probability_is_the_table_of_the_specification(success_rate, expected):
+def test_firing_probability_equals_the_table_of_the_specification(success_rate, expected):
     assert expected_firing(success_rate, PAPER) == pytest.approx(expected, abs=5e-5)
 
 
@@ -71,7 +71,7 @@ def test_a_hundred_thousand_simulated_groups_fire_as_often_as_computed(gate, suc
 def test_a_thompson_draw_of_one_group_is_worse_than_the_mean():
     draws = [thompson_probability(s, 8, threshold=0.8, **UNIFORM) for s in range(9)]
     assert expected_firing(0.9, draws) == pytest.approx(0.370, abs=5e-4)
-    # Of these .058 fall on groups in which all succeed, which no gate but `always` injects.
+    # 0.058 of this is for groups in which all succeed; only the gate `always` injects into these.
     assert expected_firing(0.9, firing_probabilities("thompson", 8, Situation())) == pytest.approx(0.312, abs=5e-4)
 
 

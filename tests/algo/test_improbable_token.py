@@ -1,4 +1,4 @@
-"""A demonstration with one token that the policy would never write: the paper's loss cannot teach it, its logarithm can.
+"""A demonstration with one token that the policy never writes: the paper's loss cannot teach it, its logarithm can.
 
 The policy is a table with a distribution over 32 tokens at each of four positions, and only the exact tokens of the
 demonstration are rewarded. Three of them are likely; the last one has probability 1e-7, like ` ####` under an instruct
@@ -80,7 +80,7 @@ def test_the_logarithm_teaches_a_token_of_probability_1e_7(mode):
 
 
 @pytest.mark.parametrize("mode", ["append", "replace"])
-def test_the_papers_loss_does_not_and_its_gate_fires_for_ever(mode):
+def test_the_papers_loss_does_not_teach_it_and_its_gate_keeps_firing(mode):
     success, fired = train(DemonstrationShape("power", 0.1, 1.0), mode)
     assert success < 1e-5
     assert fired == STEPS
@@ -96,7 +96,7 @@ def test_the_papers_loss_does_not_and_its_gate_fires_for_ever(mode):
         (DemonstrationShape("chord", 0.1, 1.0), False),
     ],
 )
-def test_a_shape_learns_it_where_its_weight_does_not_vanish_with_the_probability(shape, learns):
+def test_a_shape_learns_it_if_its_weight_does_not_vanish_with_the_probability(shape, learns):
     success, _ = train(shape, "append")
     assert (success > 0.9) == learns
     assert learns or success < 1e-3

@@ -26,12 +26,12 @@ def test_a_group_with_a_row_that_has_no_score_is_not_judged():
     assert judge([0, math.nan, 0, 0], [Situation()]) == [Judgement(gated=False)]
 
 
-def test_a_budget_that_is_spent_replaces_nobody():
+def test_an_exhausted_budget_replaces_no_rollout():
     (found,) = judge([0, 0, 0, 0], [Situation(admitted=False)])
     assert (found.fired, found.admitted, found.worst) == (True, False, None)
 
 
-def test_the_seed_decides_among_equals_and_nothing_else():
+def test_only_the_seed_decides_among_equal_rollouts():
     equal = [Rollout(0.0, False, truncated=False, length=5)] * 4
     worst = {judged(equal, 4, [Situation()], gate="always", seed=str(seed))[0].worst for seed in range(50)}
     assert worst == {0, 1, 2, 3}
@@ -49,7 +49,7 @@ def test_what_is_logged_adds_up():
     assert (found["hapo/gate/threshold"], found["hapo/on_policy_reward"]) == (0.8, 0.4)
 
 
-def test_a_gate_learns_from_the_groups_that_it_can_judge_and_from_no_others():
+def test_a_gate_learns_only_from_groups_that_it_can_judge():
     state = GateState(HapoConfig.parse({"gate": {"name": "posterior"}}), total_steps=1, resume_key="", data_key="")
     state.know([11, 12], ["a", "a"])
     found = state.judge(rollouts(0, 0, 0, 1, math.nan, 1, 1, 1), 4, [11, 12], step=1, seed=0)

@@ -70,7 +70,7 @@ def test_real_is_the_papers_loss_and_gradient(tau):
     torch.testing.assert_close(gradient(term, logp_BT), gradient(expected, logp_BT), rtol=1e-7, atol=1e-12)
 
 
-def test_real_on_the_first_step_knows_the_counts_only():
+def test_reals_weights_of_the_first_step_depend_only_on_the_counts():
     weight_B = Real().likelihood_weight(rows_of(*[recorded()[1]] * 2)) * 4 / 16
     # Group 7 has one success and two failures, group 2 two and one, the others one class.
     assert weight_B[[0, 1, 5]].tolist() == pytest.approx([1, -2 / 3, -2 / 3])
@@ -114,7 +114,7 @@ def test_srft_is_its_formula():
     torch.testing.assert_close(gradient(term, logp_BT), gradient(expected, logp_BT), rtol=1e-10, atol=1e-12)
 
 
-def test_advantages_that_the_objectives_leave():
+def test_advantages_as_the_objectives_change_them():
     rows = torch.tensor([3.0, -1.0]), torch.tensor([True, False]), torch.tensor([4, 12])
     assert Objective().advantage(*rows).tolist() == [3.0, -1.0]
     assert Srft().advantage(*rows).tolist() == [3.0, 0.0]
@@ -124,7 +124,7 @@ def test_advantages_that_the_objectives_leave():
 
 
 @pytest.mark.parametrize("demonstrations", [[], [1], [0, 4, 9], range(12)])
-def test_chord_is_its_two_means_and_no_less_with_rows_of_one_kind(demonstrations):
+def test_chord_is_the_sum_of_its_two_means_also_with_rows_of_one_kind(demonstrations):
     logp_BT, old_BT = recorded()
     logp_BT.requires_grad_()
     advantage_B = torch.randn(12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -159,7 +159,7 @@ def test_weights_do_not_depend_on_the_order_of_rows(name):
 
 
 @pytest.mark.parametrize("mode", ["token-sum", "seq-mean-token-sum"])
-def test_what_is_masked_does_not_reach_the_likelihood(mode):
+def test_masked_tokens_do_not_change_the_likelihood(mode):
     logp_BT = torch.where(MASK, recorded()[0], float("nan")).requires_grad_()
     term = likelihood_loss(logp_BT, torch.ones(12, dtype=torch.float64), MASK, Aggregation(mode=mode))
     slope = gradient(term, logp_BT)
@@ -167,7 +167,7 @@ def test_what_is_masked_does_not_reach_the_likelihood(mode):
     torch.testing.assert_close(slope, MASK.double() * (-1 if mode == "token-sum" else -1 / 12))
 
 
-def test_every_file_of_the_folder_is_a_method_and_the_base_weighs_nothing():
+def test_every_file_of_the_folder_is_a_method_and_the_base_has_no_weights():
     assert list(objectives()) == ["surrogate", "chord", "real", "srft"]
     assert not Objective().weighs_likelihood
     with pytest.raises(NotImplementedError, match="surrogate weighs no likelihood"):

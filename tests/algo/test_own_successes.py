@@ -1,4 +1,4 @@
-"""The policy's remembered successes: exact tokens back, the right one kept, never more bytes than allowed."""
+"""The policy's remembered successes: tokens are exact, the right success is kept, and the byte limit holds."""
 
 import gc
 import io
@@ -27,7 +27,7 @@ def responses(draw, largest=2**32 - 1, most=40):
     return Response(tokens, mask, draw(st.integers(0, 9)), draw(st.integers(0, 9)))
 
 
-# Steps of a run: of each the successes by prompt.
+# The steps of a run, each with its successes as (prompt, response).
 runs = st.lists(st.lists(st.tuples(st.integers(0, 5), responses(largest=300, most=12)), max_size=6), max_size=8)
 
 
@@ -45,11 +45,11 @@ def after(run, limit=MIB, **settings):
 
 @settings(max_examples=50, deadline=None)
 @given(responses(), st.integers(-1, 2**40))
-def test_what_is_packed_comes_back_to_the_last_token(response, step):
+def test_packed_tokens_are_unpacked_unchanged(response, step):
     assert unpacked(packed(OwnSuccess(response, step))) == OwnSuccess(response, step)
 
 
-def test_a_token_takes_the_bits_of_the_largest_id():
+def test_a_token_takes_as_many_bits_as_the_largest_id():
     small, large = (packed(OwnSuccess(of_one_turn(*[token] * 1000), 1)) for token in (1, 151_935))
     assert len(small) < 1000 / 8 + 32
     assert len(large) < 18 * 1000 / 8 + 32
@@ -83,7 +83,7 @@ def test_the_order_in_which_a_steps_successes_come_does_not_matter(run, limit, r
 
 @settings(max_examples=50, deadline=None)
 @given(runs, st.integers(0, 2000))
-def test_the_bound_holds_after_every_step_and_what_is_kept_is_what_was_written_last(run, limit):
+def test_the_bound_holds_after_every_step_and_the_newest_successes_are_kept(run, limit):
     successes = OwnSuccesses(limit)
     unlimited = OwnSuccesses(2**40)
     for step, observed in enumerate(run, start=1):
@@ -93,22 +93,22 @@ def test_the_bound_holds_after_every_step_and_what_is_kept_is_what_was_written_l
         steps = [unpacked(data).step for data in successes._packed.values()]
         assert steps == sorted(steps)
     if all(len(packed(OwnSuccess(response, 1))) + PER_PROMPT <= limit for observed in run for _, response in observed):
-        # Nothing was too large for the limit: what is left is the end of what there would be without one.
+        # No success was larger than the limit, so the kept ones are the newest of those without a limit.
         kept, every = list(successes._packed), list(unlimited._packed)
         assert kept == every[len(every) - len(kept) :]
 
 
-def test_the_oldest_makes_room_and_is_counted():
+def test_the_oldest_success_is_evicted_and_counted():
     one = len(packed(OwnSuccess(of_one_turn(7, 7), 1))) + PER_PROMPT
     successes = OwnSuccesses(2 * one)
     for step, key in ((1, 10), (2, 11), (3, 10), (4, 12)):
         successes.observe([(key, of_one_turn(7, 7))], step)
-    # Prompt 10 was solved again in step 3, so 11 is the oldest.
+    # Prompt 10 was solved again in step 3, so prompt 11 is the oldest.
     assert [bool(successes.recall(key, 5)) for key in (10, 11, 12)] == [True, False, True]
     assert (len(successes), successes.evicted, successes.nbytes) == (2, 1, 2 * one)
 
 
-def test_what_could_never_fit_takes_nobodys_place():
+def test_a_success_larger_than_the_limit_evicts_no_other():
     successes = OwnSuccesses(PER_PROMPT + 30)
     successes.observe([(1, of_one_turn(7))], 1)
     successes.observe([(2, of_one_turn(*range(1000)))], 2)
@@ -119,7 +119,7 @@ def test_what_could_never_fit_takes_nobodys_place():
 
 @settings(max_examples=50, deadline=None)
 @given(runs, st.integers(1, 4))
-def test_nothing_is_recalled_behind_the_age_limit_and_everything_up_to_it(run, age):
+def test_successes_are_recalled_up_to_the_age_limit_and_not_beyond(run, age):
     limited, unlimited = after(run, max_age=age), after(run)
     for step in range(len(run) + 1, len(run) + 7):
         for key in range(6):
@@ -132,7 +132,7 @@ def test_nothing_is_recalled_behind_the_age_limit_and_everything_up_to_it(run, a
 
 @settings(max_examples=50, deadline=None)
 @given(runs, runs, st.integers(0, 4000), st.one_of(st.none(), st.integers(1, 4)))
-def test_a_memory_that_was_saved_and_loaded_goes_on_as_one_that_was_not(run, rest, limit, age):
+def test_a_memory_continues_the_same_after_saving_and_loading(run, rest, limit, age):
     kept = after(run, limit, max_age=age)
     file = io.BytesIO()
     np.savez(file, allow_pickle=False, **kept.arrays())
@@ -147,7 +147,7 @@ def test_a_memory_that_was_saved_and_loaded_goes_on_as_one_that_was_not(run, res
             each.observe(observed, step)
 
 
-def test_a_memory_that_is_loaded_under_a_lower_limit_forgets_the_oldest():
+def test_a_memory_loaded_with_a_lower_limit_forgets_the_oldest():
     kept = after([[(1, of_one_turn(7))], [(2, of_one_turn(7))]])
     smaller = OwnSuccesses(kept.nbytes - 1)
     smaller.restore(kept.arrays())
@@ -171,7 +171,7 @@ def test_arrays_that_hold_no_successes_are_refused(change):
 
 
 def test_a_hundred_thousand_prompts_of_a_thousand_tokens_fit_into_256_mib():
-    """Counted on a hundredth of them; Python takes no more than what is counted."""
+    """The bytes are counted for a hundredth of the prompts; Python uses no more than the counted bytes."""
     rng, keys = np.random.default_rng(0), random.Random(0)
     drawn = [of_one_turn(*rng.integers(0, 151_936, 1000).tolist()) for _ in range(20)]
     gc.collect()

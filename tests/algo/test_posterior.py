@@ -1,4 +1,4 @@
-"""Beta posteriors of prompts: compared with counting by hand, in any order, and after saving to a file."""
+"""Beta posteriors of prompts compared with counting by hand, in any order, and after saving to a file."""
 
 import io
 import random
@@ -59,7 +59,7 @@ def test_the_order_of_a_steps_prompts_does_not_matter():
         assert all((states[0][name] == other[name]).all() for name in other)
 
 
-def test_a_prompt_twice_in_a_step_is_discounted_once(posterior):
+def test_a_prompt_that_occurs_twice_in_a_step_is_discounted_once(posterior):
     posterior.observe(keys_of("a"), [4], [8], **SETTINGS)
     posterior.observe(keys_of("a", "a"), [1, 2], [8, 8], **SETTINGS)
     assert posterior.success_K[posterior.slots(keys_of("a"))] == 0.5 * 4 + 1 + 2
@@ -75,7 +75,7 @@ def test_a_prompt_of_another_data_set_is_refused(posterior):
         posterior.priors(keys_of("z"), strength=2.0, discount=0.5)
 
 
-def test_a_file_without_code_brings_everything_back(posterior):
+def test_everything_is_restored_from_a_file_without_code(posterior):
     posterior.observe(keys_of("a", "c"), [6, 1], [8, 8], **SETTINGS)
     file = io.BytesIO()
     np.savez(file, **posterior.arrays())

@@ -1,4 +1,4 @@
-"""The schedules of thresholds and budgets: closed forms compared with enumeration of steps, budgets with counting."""
+"""The schedules of thresholds and budgets: closed forms are compared with enumeration, budgets with counting."""
 
 import random
 
@@ -25,7 +25,7 @@ def test_the_annealed_threshold_falls_from_its_start_to_zero():
     power=st.floats(0.25, 4),
     rollouts=st.integers(2, 32),
 )
-def test_from_the_hard_off_step_on_not_even_a_group_of_failures_fires(threshold, horizon, power, rollouts):
+def test_from_the_hard_off_step_on_the_gate_does_not_fire_even_for_a_failed_group(threshold, horizon, power, rollouts):
     off = hard_off_step(threshold, horizon=horizon, power=power, rollouts=rollouts, **UNIFORM)
 
     def fires(step):
@@ -33,7 +33,7 @@ def test_from_the_hard_off_step_on_not_even_a_group_of_failures_fires(threshold,
         return injection_bound(rollouts, threshold=gamma, **UNIFORM) >= 0
 
     assert not any(fires(step) for step in range(off, min(off + 50, horizon + 2)))
-    # One step earlier still fires, except where threshold and least confidence meet within rounding.
+    # The gate still fires one step earlier, unless threshold and least confidence are equal within rounding.
     assert off < 2 or fires(off - 2)
 
 
@@ -45,7 +45,7 @@ def test_the_hard_off_step_of_the_defaults():
     assert off in (175, 176)
 
 
-def test_the_adaptive_threshold_follows_the_failures_that_are_left():
+def test_the_adaptive_threshold_follows_the_remaining_failure_rate():
     state = RunningSuccess()
     assert adaptive(0.8, state) == 0.8
     state = state.after(0.2, memory=0.5)
@@ -53,7 +53,7 @@ def test_the_adaptive_threshold_follows_the_failures_that_are_left():
     state = state.after(0.6, memory=0.5)
     assert state == RunningSuccess(first=0.2, mean=0.4)
     assert adaptive(0.8, state) == pytest.approx(0.8 * 0.6 / 0.8)
-    # Worse than at the start is not helped more than at the start.
+    # If success falls below its start, the threshold does not rise above its start.
     assert adaptive(0.8, RunningSuccess(first=0.5, mean=0.1)) == 0.8
     assert adaptive(0.8, RunningSuccess(first=1.0, mean=1.0)) == 0.0
 
@@ -72,7 +72,7 @@ def test_a_budget_is_never_exceeded_and_never_wasted(share, submissions, seed):
         assert share * submitted - 1 < total <= share * submitted
 
 
-def test_every_prompt_is_as_likely_to_be_admitted():
+def test_every_prompt_is_equally_likely_to_be_admitted():
     counts = [0] * 10
     for seed in range(2000):
         for place, chosen in enumerate(admitted(10, 0.3, submitted=0, rng=random.Random(seed))):

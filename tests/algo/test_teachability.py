@@ -1,4 +1,4 @@
-"""Untaught tokens: the bound compared with the weights themselves, the counts with counting by hand."""
+"""Untaught tokens: the bound is compared with the weights themselves, and the counts with counting by hand."""
 
 import math
 
@@ -25,7 +25,7 @@ SHAPES = st.one_of(
 
 @settings(max_examples=300, deadline=None)
 @given(SHAPES, st.floats(1e-6, 50.0))
-def test_below_the_bound_every_weight_is_under_a_hundredth_of_the_largest_and_up_to_the_maximum_none_is(shape, nats):
+def test_the_bound_is_where_the_weight_is_a_hundredth_of_the_largest(shape, nats):
     bound, largest = untaught_below(shape), shape.largest_weight
     grid = torch.linspace(-60.0, 0.0, 6001, dtype=torch.float64)
     weights = shape.weight(grid)
@@ -40,10 +40,10 @@ def test_below_the_bound_every_weight_is_under_a_hundredth_of_the_largest_and_up
     assert below < 0.01 * largest < above
 
 
-def test_the_papers_loss_teaches_no_token_below_two_and_a_half_in_ten_thousand_and_its_logarithm_teaches_all():
+def test_the_papers_loss_teaches_no_token_below_2_5e_4_and_its_logarithm_teaches_all():
     assert math.exp(untaught_below(PAPER)) == pytest.approx(2.5e-4, rel=0.01)
     assert untaught_below(DemonstrationShape("power", 0.1, 0.0)) == -math.inf
-    # A token that the policy knows needs no push, even where its weight is a hundredth of the largest.
+    # A token that the policy already writes counts as taught, even if its weight is a hundredth of the largest.
     assert untaught_below(DemonstrationShape("power", 0.001, 0.0)) == -math.inf
 
 
@@ -54,7 +54,7 @@ def counted(probabilities, mask, demonstrations, shape=PAPER):
 
 def test_tokens_and_demonstrations_are_counted_and_nothing_else():
     probabilities = [[0.5, 1e-7, 1e-5], [0.9, 0.8, 1e-9], [1e-8, 0.5, 0.5], [0.5, 0.5, 0.5]]
-    # The third row is the policy's own, the fourth has no token that trains; a tool wrote the last of the second.
+    # Row 3 is the policy's own, and row 4 has no trained token. The last token of row 2 is a tool token.
     counts = counted(probabilities, [[1, 1, 1], [1, 1, 0], [1, 1, 1], [0, 0, 0]], [True, True, False, True])
     assert counts[: len(COUNTS)].tolist() == [5, 2, 2, 1]
     found = describe(counts.tolist())
@@ -67,14 +67,14 @@ def test_tokens_and_demonstrations_are_counted_and_nothing_else():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_quantiles_of_parts_that_were_added_up_are_those_of_the_whole_to_within_a_bin(seed):
+def test_quantiles_of_added_parts_are_those_of_the_whole_to_within_a_bin(seed):
     generator = torch.Generator().manual_seed(seed)
     logp_BT = -25 * torch.rand(400, 30, generator=generator).pow(3)
     mask_BT, demonstration_B = torch.ones(400, 30).bool(), torch.rand(400, generator=generator) < 0.7
     parts = logp_BT.split([1, 7, 92, 300]), mask_BT.split([1, 7, 92, 300]), demonstration_B.split([1, 7, 92, 300])
     total = sum(count(*part, untaught_below=-8.0) for part in zip(*parts, strict=True))
     assert torch.equal(total, count(logp_BT, mask_BT, demonstration_B, untaught_below=-8.0))
-    # verl averages over ranks and mini-batches: any multiple says the same.
+    # verl averages over ranks and mini-batches, so any multiple of the counts must give the same result.
     found, again = describe(total.tolist()), describe((total / 6).tolist())
     assert found == pytest.approx(again)
     least_D = logp_BT.amin(1)[demonstration_B] / math.log(10)
@@ -86,13 +86,13 @@ def test_quantiles_of_parts_that_were_added_up_are_those_of_the_whole_to_within_
 @pytest.mark.parametrize(
     ("least", "reported"), [(1.0, (10**-0.25, 1.0)), (1e-30, (1e-12, 1e-12)), (3e-7, (1e-7, 1e-6))]
 )
-def test_one_demonstration_is_reported_where_it_lies(least, reported):
+def test_a_single_demonstration_is_reported_to_within_a_bin(least, reported):
     found = describe(counted([[1.0, least]], [[1, 1]], [True]).tolist())
     for name in ("least_probability_median", "least_probability_q05"):
         assert reported[0] * (1 - 1e-9) <= found[name] <= reported[1] * (1 + 1e-9)
 
 
-def test_without_a_demonstration_nothing_is_said():
+def test_without_a_demonstration_there_are_no_metrics():
     counts = counted([[0.5, 0.5]], [[1, 1]], [False])
     assert counts.shape == (COUNTED,)
     assert not counts.any()

@@ -1,7 +1,7 @@
 """The effect of the gates on the expected gradient of a policy with three actions, enumerated with the product's code.
 
-A is the demonstrator's solution, B another right one, C is wrong. A rollout has one token, N = 8, and advantages are
-not divided by the deviation. `hapo_verl/algo/THEORY.md` explains the numbers.
+A is the demonstrator's solution, B is another right one, and C is wrong. A rollout has one token, N = 8, and advantages
+are not divided by the deviation. `hapo_verl/algo/THEORY.md` explains the numbers.
 """
 
 import math
@@ -101,7 +101,7 @@ def relative_bias(pi, gate, mode, **settings):
         ((0.05, 0.45, 0.50), "zero", 0.0011, 0.0004),
     ],
 )
-def test_the_papers_gate_keeps_its_bias_and_appending_takes_most_of_it_away(pi, gate, replace, append):
+def test_the_papers_gate_stays_biased_and_appending_removes_most_of_the_bias(pi, gate, replace, append):
     digits = 4 if replace < 0.01 or append < 0.01 else 3
     assert relative_bias(pi, gate, "replace") == pytest.approx(replace, abs=0.6 * 10**-digits + 4e-4)
     assert relative_bias(pi, gate, "append") == pytest.approx(append, abs=6 * 10 ** -(digits + 1))
@@ -117,7 +117,7 @@ def test_the_papers_gate_keeps_its_bias_and_appending_takes_most_of_it_away(pi, 
         ((0.05, 0.45, 0.50), "zero", 0.0016, 0.0013),
     ],
 )
-def test_the_logarithm_pushes_harder_and_its_bias_is_larger_too(pi, gate, replace, append):
+def test_the_logarithm_pushes_harder_and_its_bias_is_larger(pi, gate, replace, append):
     for mode, expected in (("replace", replace), ("append", append)):
         digits = 4 if expected < 0.01 else 3
         assert relative_bias(pi, gate, mode, shape=LOGARITHM) == pytest.approx(expected, abs=6 * 10 ** -(digits + 1))
@@ -127,7 +127,7 @@ def test_the_logarithm_pushes_harder_and_its_bias_is_larger_too(pi, gate, replac
 @pytest.mark.parametrize(
     ("exponent", "biases"), [(0.0, (0.0513, 0.0715, 0.0782, 0.0790)), (1.0, (0.0171, 0.0065, 0.0008, 0.0))]
 )
-def test_the_rarer_the_demonstrators_way_the_more_the_logarithm_and_the_less_the_paper_teaches_it(exponent, biases):
+def test_rarer_demonstrations_weigh_more_in_the_logarithm_and_less_in_the_paper(exponent, biases):
     """At p = .9, with the demonstrator's action at probability .05, .01, .001 and 1e-5."""
     shape = DemonstrationShape("power", 0.1, exponent)
     for q, expected in zip((0.05, 0.01, 0.001, 1e-5), biases, strict=True):
@@ -147,7 +147,7 @@ def test_the_rarer_the_demonstrators_way_the_more_the_logarithm_and_the_less_the
         ("chord", 0.1, 1.0, 0.25, 0.5, 1e-7, 2.5e-3),
     ],
 )
-def test_the_weights_are_those_of_the_table(name, shaping, exponent, largest, where, rare, untaught):
+def test_the_weights_equal_those_of_the_table(name, shaping, exponent, largest, where, rare, untaught):
     shape = DemonstrationShape(name, shaping, exponent)
 
     def weight(q):
@@ -156,14 +156,14 @@ def test_the_weights_are_those_of_the_table(name, shaping, exponent, largest, wh
 
     assert shape.largest_weight == pytest.approx(largest, rel=1e-3)
     assert weight(where) == pytest.approx(largest, rel=1e-3)
-    # At the maximum it is flat or, where that is at an end, falls away from it.
+    # The weight does not rise on either side of its maximum.
     assert all(weight(q) <= weight(where) * (1 + 1e-12) for q in (0.5 * where, min(1.0, 2 * where + 1e-9)))
     assert weight(1e-7) == pytest.approx(rare, rel=0.02)
     assert math.exp(untaught_below(shape)) == pytest.approx(untaught, rel=0.02)
 
 
-def test_dividing_by_the_demonstrations_tokens_too_shrinks_every_row_alike():
-    """verl's token-mean counts every token of the batch; at a success rate of .9 this is most of the remaining bias."""
+def test_counting_the_demonstrations_tokens_too_shrinks_every_row_equally():
+    """verl's token-mean counts every token of the batch; at a success rate of .9 that is most of the remaining bias."""
     pi = (0.05, 0.85, 0.10)
     assert relative_bias(pi, "paper", "append", divide_by_all_rows=True) == pytest.approx(0.059, abs=6e-4)
 
@@ -199,7 +199,7 @@ def test_sampled_groups_agree_with_the_enumeration(gate, mode):
 
 @pytest.mark.parametrize("shape", [PAPER, LOGARITHM])
 @pytest.mark.parametrize("mode", ["replace", "append"])
-def test_an_annealed_run_is_grpo_from_its_hard_off_step_on_to_the_last_bit(mode, shape):
+def test_an_annealed_run_equals_grpo_bit_for_bit_from_its_hard_off_step_on(mode, shape):
     prior = {"prior_success": 1.0, "prior_failure": 1.0}
     off = hard_off_step(0.8, horizon=200, power=1.0, rollouts=N, **prior)
     logits = torch.tensor([0.05, 0.45, 0.50]).log()
@@ -223,7 +223,7 @@ def test_a_budget_bounds_the_bias_of_any_gate_at_any_policy(gate, share):
     for pi in ((0.05, 0.05, 0.90), (0.05, 0.85, 0.10), (0.3, 0.3, 0.4)):
         logits = torch.tensor(pi, dtype=torch.float64).log()
         on_policy = expected_gradient(pi, "never", "replace")
-        # A budget admits a group independently of its outcome.
+        # A budget admits a group independently of the group's outcome.
         mixed = share * expected_gradient(pi, gate, "replace") + (1 - share) * on_policy
         bound = 0.0
         for actions, probability in outcomes(pi):
@@ -240,12 +240,12 @@ EARLIER = (0.8, 0.2)
 
 
 def own(pi):
-    """What the policy's own success is, where the policy has not changed since."""
+    """The probabilities that the policy's own success is A or B, if the policy has not changed since."""
     return pi[A] / (pi[A] + pi[B]), pi[B] / (pi[A] + pi[B])
 
 
 def bias_along_and_across(pi, mode, shape, shown):
-    """The bias relative to the on-policy gradient: its part in that direction, and what points elsewhere."""
+    """The bias relative to the on-policy gradient: the part along that gradient and the part orthogonal to it."""
     on_policy = expected_gradient(pi, "never", "replace")
     difference = expected_gradient(pi, "paper", mode, shape=shape, shown=shown) - on_policy
     along = (difference @ on_policy / on_policy.norm() ** 2).item()
@@ -260,14 +260,14 @@ def bias_along_and_across(pi, mode, shape, shown):
         ((0.05, 0.85, 0.10), (-0.028, 0.071), (0.008, 0.0), (-0.021, 0.056)),
     ],
 )
-def test_a_policys_own_success_pulls_along_its_gradient_until_the_policy_has_changed(pi, teacher, itself, earlier):
+def test_a_policys_own_success_pulls_along_its_gradient_until_the_policy_changes(pi, teacher, itself, earlier):
     for shown, expected in (((1.0, 0.0), teacher), (own(pi), itself), (EARLIER, earlier)):
         assert bias_along_and_across(pi, "append", LIKELIHOOD, shown) == pytest.approx(expected, abs=6e-4)
     for mode in ("append", "replace"):
         assert bias_along_and_across(pi, mode, LIKELIHOOD, own(pi))[1] < 1e-7
 
 
-def test_a_weight_that_depends_on_the_token_turns_the_pull_of_the_own_success_a_little():
+def test_a_weight_that_depends_on_the_token_slightly_rotates_the_own_successs_pull():
     for pi, mode, shape, teacher, itself in (
         ((0.05, 0.45, 0.50), "append", LOGARITHM, 0.1619, 0.0118),
         ((0.05, 0.85, 0.10), "append", LOGARITHM, 0.0477, 0.0022),
@@ -278,7 +278,7 @@ def test_a_weight_that_depends_on_the_token_turns_the_pull_of_the_own_success_a_
         assert bias_along_and_across(pi, mode, shape, own(pi))[1] == pytest.approx(itself, abs=6e-5)
 
 
-def test_a_failure_that_the_own_success_replaces_makes_the_step_shorter():
+def test_replacing_a_failure_by_the_own_success_makes_the_step_shorter():
     along, across = bias_along_and_across((0.05, 0.85, 0.10), "replace", LIKELIHOOD, own((0.05, 0.85, 0.10)))
     assert along == pytest.approx(-0.168, abs=6e-4)
     assert across < 1e-7

@@ -10,7 +10,7 @@ OPEN, OVER, PLAIN = "assistant\n<think>\n", "assistant\n<think>\n\n</think>\n\n"
 @pytest.mark.parametrize(
     ("prompt", "text", "written"),
     [
-        # Begun by the template: once, whatever the demonstration repeats of it.
+        # The template has opened the thought: the tag is there once, even if the demonstration repeats it.
         (OPEN, "<think>\na</think>b", "a</think>b"),
         (OPEN, "<think>a</think>b", "a</think>b"),
         (OPEN, "\n<think>\na</think>b", "a</think>b"),
@@ -22,14 +22,14 @@ OPEN, OVER, PLAIN = "assistant\n<think>\n", "assistant\n<think>\n\n</think>\n\n"
         ("assistant<think>", "<think>\na</think>b", "\na</think>b"),
         ("[THINK]", "[THINK]a[/THINK]b", "a[/THINK]b"),
         ("<seed:think>", "<seed:think>a</seed:think>b", "a</seed:think>b"),
-        # ... and never closed, or closed and opened in another order.
+        # The thought is never closed, or tags are in the wrong order.
         (OPEN, "b", None),
         (OPEN, "<think>b", None),
         (OPEN, "<think><think>a</think>b", None),
         (OPEN, "a</think>b</think>", None),
         (OPEN, "a</think>b<think>c", None),
         (OPEN, "", None),
-        # Over before the policy begins: no other.
+        # The template has already closed the thought: no second one is allowed.
         (OVER, "b", "b"),
         (OVER, "\nb", "\nb"),
         (OVER, "<think>\n\n</think>\n\nb", "b"),
@@ -38,14 +38,14 @@ OPEN, OVER, PLAIN = "assistant\n<think>\n", "assistant\n<think>\n\n</think>\n\n"
         (OVER, "<think>\na</think>\nb", None),
         (OVER, "a</think>b", None),
         (OVER, "b<think>", None),
-        # Left to the policy: balanced or none.
+        # The template opens no thought: the tags are balanced, or there are none.
         (PLAIN, "b", "b"),
         (PLAIN, "<think>\na</think>b", "<think>\na</think>b"),
         (PLAIN, "\n<think>a</think>b", "\n<think>a</think>b"),
         (PLAIN, "a</think>b", None),
         (PLAIN, "<think>b", None),
         (PLAIN, "<think><think>a</think></think>b", None),
-        # Tags of other names are text, and repeated neither.
+        # Tags with other names are text, and a repeated one is not doubled.
         ("x\n<answer>\n", "<answer>\nb</answer>", "b</answer>"),
         ("<start_of_turn>model\n", "<start_of_turn>", "<start_of_turn>"),
         ("<|assistant|>", "<|assistant|>", "<|assistant|>"),
@@ -53,13 +53,13 @@ OPEN, OVER, PLAIN = "assistant\n<think>\n", "assistant\n<think>\n\n</think>\n\n"
         (PLAIN, "a < think> b", "a < think> b"),
     ],
 )
-def test_a_turn_has_every_tag_once_and_ends_outside_of_a_thought(prompt, text, written):
+def test_a_turn_has_every_tag_once_and_ends_outside_a_thought(prompt, text, written):
     assert continued(text, prompt) == written
 
 
 @pytest.mark.parametrize("tag", THOUGHTS)
 @pytest.mark.parametrize("space", ["", "\n", "\n\n"])
-def test_repeating_what_the_template_wrote_changes_nothing(tag, space):
+def test_repeating_the_templates_tag_changes_nothing(tag, space):
     text = f"a{THOUGHTS[tag]}\n\nb"
     assert continued(tag + space + text, tag + space) == continued(text, tag + space) == text
     empty = f"{tag}{space}{THOUGHTS[tag]}{space}"

@@ -30,7 +30,7 @@ def with_what_they_need(names):
         try:
             found[name] = metadata.distribution(name)
         except metadata.PackageNotFoundError:
-            continue  # for another platform
+            continue  # It is for another platform.
         wanted = [line for line in found[name].requires or [] if "extra ==" not in line]
         queue += [re.split(r"[^\w.-]", line)[0].lower() for line in wanted]
     return found.values()
@@ -85,12 +85,12 @@ def test_the_command_ends_well_with_its_table_last(rehearsal):
     assert (out / "gpu.md").read_text().rstrip() in (out / "gpu.txt").read_text()
 
 
-def test_a_peer_that_takes_the_process_down_costs_its_row(rehearsal):
+def test_a_peer_that_crashes_the_process_loses_only_its_own_row(rehearsal):
     _, out, _ = rehearsal
     table = (out / "gpu.md").read_text()
     assert "- head headline: flash-attn cross entropy took the process down (exit code 134); left out" in table
     assert "| flash-attn cross entropy | left out: an earlier case died in it, or waited 60 s for it |" in table
-    # Known from the first bench on: the one after it was started once.
+    # The crash was remembered after the first bench: no later bench started this peer again.
     assert table.count("took the process down") == 1
 
 
@@ -117,7 +117,7 @@ def test_a_bench_times_ours_and_names_every_peer(rehearsal, bench, cases):
             assert {row["name"] for row in case["rows"]} >= HEADS
 
 
-def test_red_tests_head_the_table_and_are_the_exit_code(tmp_path):
+def test_failed_tests_are_the_tables_first_line(tmp_path):
     options = type("Options", (), {"out": tmp_path, "rehearse": True, "minutes": 1})
     run = gpu.Run(options)
     run.stage(gpu.Stage("tests", 1.0, ("-c", "print('1 failed'); raise SystemExit(1)")), 60)
@@ -137,7 +137,7 @@ def test_red_tests_head_the_table_and_are_the_exit_code(tmp_path):
         ("2 failed, 30 passed in 60.00s", "RED: tests returned 2; see gpu.txt. Nothing below is to be reported."),
     ],
 )
-def test_tests_whose_time_is_up_are_red_only_if_one_failed_until_then(tmp_path, last, note):
+def test_tests_that_run_out_of_time_are_red_only_if_one_has_failed(tmp_path, last, note):
     run = gpu.Run(type("Options", (), {"out": tmp_path, "rehearse": True, "minutes": 1}))
     run.stage(gpu.Stage("tests", 1.0, ("-c", f"print({last!r}); raise SystemExit({gpu.INTERRUPTED})")), 60)
     assert run.notes == [note]
@@ -149,7 +149,7 @@ def test_a_folder_that_is_too_large_is_refused_in_one_line(tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["gpu_bundle.py", "--wheels", str(tmp_path), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match=r"out: 1\.\d MiB: at most 1 can be carried\. Take wheels away\."):
         gpu_bundle.main()
-    # What is in it is what git knows, kernels and tests among it.
+    # The folder contains the tracked files, including kernels and tests.
     assert (tmp_path / "out/kernels/hapo_kernels/launch.py").exists()
     assert (tmp_path / "out/tests/kernels/exactness.py").exists()
     assert os.access(tmp_path / "out/run.sh", os.R_OK)

@@ -1,4 +1,4 @@
-"""The bench that writes the table of launch settings: rehearsed on a CPU, and its choice with made-up times."""
+"""The bench that writes the table of launch settings: a rehearsal on a CPU, and its choice with made-up times."""
 
 import json
 import math
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import launch_settings
 
 REPOSITORY = Path(__file__).parents[2]
-# As before any measurement: the first candidate of each kernel.
+# The table before any measurement: the first candidate of each kernel.
 SM_90 = TABLE["sm_90"]._replace(
     chosen={
         kernel: {dtype: Chosen(TABLE["sm_90"].candidates[kernel][0], NOT_MEASURED) for dtype in entries}
@@ -82,7 +82,7 @@ def times_of(speeds, monkeypatch, *, deadline=math.inf):
     return launch_settings.run(FRESH, "sm_90", "cuda:0", SOURCE, timer=timer, tiny=False, deadline=deadline)
 
 
-def test_the_fastest_candidate_is_chosen_and_the_table_says_where_it_comes_from(monkeypatch, tmp_path):
+def test_the_fastest_candidate_is_chosen_and_the_table_names_its_source(monkeypatch, tmp_path):
     table, rows = times_of(lambda number: 1.0 if number == 1 else 2.0, monkeypatch)
     for kernel, entries in table["sm_90"].chosen.items():
         assert set(entries.values()) == {Chosen(SM_90.candidates[kernel][1], SOURCE)}
@@ -95,13 +95,13 @@ def test_the_fastest_candidate_is_chosen_and_the_table_says_where_it_comes_from(
 
 
 @pytest.mark.parametrize(("gain", "number"), [(0.01, 0), (0.03, 2)])
-def test_what_is_there_stays_unless_another_is_faster_by_more_than_noise(gain, number, monkeypatch):
+def test_an_entry_stays_unless_another_is_faster_by_more_than_noise(gain, number, monkeypatch):
     table, _ = times_of(lambda at: 1.0 - gain * (at == 2), monkeypatch)
     for kernel, entries in table["sm_90"].chosen.items():
         assert {entry.launch for entry in entries.values()} == {SM_90.candidates[kernel][number]}
 
 
-def test_what_the_time_does_not_reach_keeps_its_entry(monkeypatch):
+def test_a_kernel_that_is_not_measured_in_time_keeps_its_entry(monkeypatch):
     table, rows = times_of(lambda _: 1.0, monkeypatch, deadline=time.monotonic() - 1)
     assert not rows
     assert table == FRESH

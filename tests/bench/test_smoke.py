@@ -20,7 +20,7 @@ def smoke(bench, folder):
     return json.loads((folder / f"{bench}-smoke.json").read_text())
 
 
-def test_the_advantage_bench_measures_every_way(tmp_path):
+def test_the_advantage_bench_measures_every_implementation(tmp_path):
     pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed")
     content = smoke("advantage", tmp_path)
     assert len(content["ways"]) == 6
@@ -28,7 +28,7 @@ def test_the_advantage_bench_measures_every_way(tmp_path):
 
 
 @pytest.mark.long
-def test_the_cost_of_a_step_is_measured_on_both_sides_part_by_part(tmp_path):
+def test_the_cost_of_each_part_of_a_step_is_measured_for_hapo_and_verl(tmp_path):
     pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed")
     content = smoke("step_cost", tmp_path)
     table = (tmp_path / "step_cost-smoke.md").read_text()
@@ -38,29 +38,29 @@ def test_the_cost_of_a_step_is_measured_on_both_sides_part_by_part(tmp_path):
             assert side["1"][part]["cpu s"] > 0, part
             assert "scaled" not in side["1"][part]
     hapo, verl = (content["cases"]["256"][side]["2"] for side in ("hapo", "verl"))
-    # 34 rows in 2 puts against 32 in 32.
+    # HAPO sends 34 rows in 2 puts, verl 32 rows in 32 puts.
     assert 0 < hapo["worker"]["wire MiB"] < 1.2 * verl["worker"]["wire MiB"]
     assert [row["gpus"] for row in content["share of a step"]] == [8, 64, 512]
 
 
 @pytest.mark.long
-def test_rows_without_a_gradient_are_not_paid_for(tmp_path):
+def test_rows_without_a_gradient_cost_no_time(tmp_path):
     pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed")
     content = smoke("idle_rows", tmp_path)
     assert "| 1/9 | hapo |" in (tmp_path / "idle_rows-smoke.md").read_text()
     seconds = {(row["share"], row["side"]): row for row in content["rows"]}
     assert len(seconds) == 16
-    # CPU time of this process alone; .1 and .26 where nothing else ran.
+    # CPU time of this process only; it was 0.1 and 0.26 on an idle machine.
     assert seconds["1/9", "hapo"]["x verl, cpu"] < 0.4
     assert seconds["1/9", "hapo"]["cpu"] < seconds["1", "hapo"]["cpu"]
-    # No pass for old log-probs, where one of verl's scores every row.
+    # HAPO runs no pass for old log-probs; verl's pass scores every row.
     assert seconds["1", "hapo"]["old_log_prob"] < 0.1 * seconds["1", "verl grpo"]["old_log_prob"]
 
 
 @pytest.mark.parametrize(
     ("study", "cell"), [pytest.param("gates", "paper/append", marks=pytest.mark.long), ("methods", "dapo")]
 )
-def test_the_study_trains_reports_and_goes_on_where_it_stopped(tmp_path, study, cell):
+def test_the_study_trains_reports_and_resumes_where_it_stopped(tmp_path, study, cell):
     out = ["--smoke", "--processes", "1", "--out", tmp_path]
     command = [sys.executable, REPOSITORY / "bench" / "study.py", study, *out]
     for done in ("0 of 2", "2 of 2"):

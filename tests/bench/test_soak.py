@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import soak
 
 STEPS = 20
-# A step a second.
+# One step per second.
 TIMES = [float(second) for second in range(1, STEPS + 1)]
 
 
@@ -18,12 +18,12 @@ def samples(held):
     return [(second + 0.5, {"worker 7": held(second) * soak.MIB}) for second in range(STEPS + 5)]
 
 
-def test_medians_are_those_of_each_tenth_from_the_fifth_on():
+def test_there_is_a_median_for_each_tenth_of_the_run_after_the_warm_up():
     medians = soak.windows(samples(lambda second: second), TIMES, STEPS)
     assert medians == {"worker 7": [4.5, 6.5, 8.5, 10.5, 12.5, 14.5, 16.5, 18.5]}
 
 
-def test_a_process_that_was_there_before_training_only_is_left_out():
+def test_a_process_that_ended_before_training_is_left_out():
     assert soak.windows([(0.5, {"probe 3": 1})], TIMES, STEPS) == {}
 
 

@@ -1,4 +1,4 @@
-"""TRL's own tests with our trainer: what a test counts as, and that the stand-ins are what the tests ask for."""
+"""TRL's own tests with our trainer: how a test is counted, and that the stand-ins provide what the tests need."""
 
 import sys
 from pathlib import Path
@@ -26,11 +26,11 @@ SKIPPED = {"outcome": "skipped", "error": "Skipped: test requires vllm"}
         (SKIPPED, SKIPPED, "skipped"),
     ],
 )
-def test_only_what_we_refuse_in_one_line_is_no_failure(theirs, ours, kind):
+def test_only_a_refusal_in_one_line_is_not_a_failure(theirs, ours, kind):
     assert trl_own_tests.kind(theirs, ours) == kind
 
 
-def test_a_table_names_each_failure_that_is_ours_alone():
+def test_a_table_names_each_failure_that_only_our_trainer_has():
     outcomes = {
         "one": {"trl": PASSED, "hapo": PASSED, "demonstrated": FAILED | {"judged": 4, "injected": 3}},
         "two": {"trl": PASSED, "hapo": REFUSED, "demonstrated": REFUSED},
@@ -43,7 +43,7 @@ def test_a_table_names_each_failure_that_is_ours_alone():
 
 
 def test_a_demonstration_ends_within_eight_tokens():
-    """A token is a byte here, and most of TRL's tests allow eight."""
+    """A token is a byte here, and most of TRL's tests allow eight tokens."""
     rows = trl_stand_ins.load_dataset("trl-internal-testing/zen", "standard_prompt_only", split="train")
     assert len(rows) == 17
     assert all(row["demonstration"] is None or len(row["demonstration"]) < 8 for row in rows)

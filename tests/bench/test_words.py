@@ -25,7 +25,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_row_a_preset_with_a_value_a_seed(folder):
+def test_each_preset_has_a_row_with_one_value_per_seed(folder):
     header, _, *rows = words.table(words.runs(folder)).splitlines()
     assert header.startswith("| preset | seeds |")
     assert rows == [
@@ -34,7 +34,7 @@ def test_a_row_a_preset_with_a_value_a_seed(folder):
     ]
 
 
-def test_runs_of_other_lengths_are_other_rows(folder):
+def test_runs_of_different_lengths_have_separate_rows(folder):
     (folder / "plus-9steps-seed1.json").write_text(json.dumps(result("plus", 1, 0.9, steps=9)))
     _, _, *rows = words.table(words.runs(folder)).splitlines()
     assert [row.split("|")[1:6:2] for row in rows] == [
@@ -49,6 +49,6 @@ def test_a_transcript_has_every_problem_before_and_after():
     assert text == "Q?  [4]\n--- before\n2 + 2 = 5\n--- after\n2 + 2 = 4\n#### 4\n"
 
 
-def test_the_committed_table_is_that_of_the_committed_results():
+def test_the_committed_table_agrees_with_the_committed_results():
     assert words.table(words.runs(RESULTS)) in (RESULTS / "README.md").read_text()
     assert (RESULTS / "curves.png").exists()

@@ -1,4 +1,4 @@
-"""vLLM's CPU build under verl: what is replaced is there, and samples are those of the softmax."""
+"""vLLM's CPU build under verl: the functions that we replace exist, and samples follow the softmax."""
 
 import importlib
 
@@ -30,7 +30,7 @@ def test_the_draw_is_inverted_at_the_right_entry(monkeypatch):
     assert vllm.sample_by_inversion(impossible_first).tolist() == [1, 1, 1, 2]
 
 
-def test_rows_of_a_large_vocabulary_are_drawn_apart():
+def test_rows_of_a_large_vocabulary_are_drawn_independently():
     torch.manual_seed(0)
     drawn = vllm.sample_by_inversion(torch.zeros(64, 49_152, dtype=torch.bfloat16))
     assert drawn.dtype == torch.int64
@@ -39,7 +39,7 @@ def test_rows_of_a_large_vocabulary_are_drawn_apart():
     assert drawn.max() < 49_152
 
 
-def test_a_weight_stored_by_column_keeps_its_values_takes_new_ones_and_is_copied_once():
+def test_a_weight_stored_by_column_keeps_its_values_and_can_be_loaded_again():
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(6, 4), requires_grad=False)
     before, x = weight.detach().clone(), torch.randn(3, 4)
@@ -48,7 +48,7 @@ def test_a_weight_stored_by_column_keeps_its_values_takes_new_ones_and_is_copied
     assert weight.stride() == (1, 6)
     torch.testing.assert_close(weight.data, before, rtol=0, atol=0)
     torch.testing.assert_close(torch.nn.functional.linear(x, weight), x @ before.T)
-    # As vLLM loads a weight, whole and in parts.
+    # vLLM loads a weight like this, whole or in parts.
     weight.data.copy_(-before)
     torch.testing.assert_close(torch.nn.functional.linear(x, weight), -x @ before.T)
     weight.data.narrow(0, 2, 3).copy_(before[2:5])
@@ -84,14 +84,14 @@ REPLACED = [
 ]
 
 
-def test_each_function_of_vllm_is_replaced_on_a_cpu_and_nowhere_else(monkeypatch):
+def test_each_function_of_vllm_is_replaced_only_on_a_cpu(monkeypatch):
     platforms = pytest.importorskip("vllm.platforms")
     if not platforms.current_platform.is_cpu():
         pytest.skip("vLLM's CPU build is not installed")
     before = {}
     for module, name in REPLACED:
         before[module] = getattr(importlib.import_module(module), name)
-        # Put back after the test.
+        # monkeypatch restores this after the test.
         monkeypatch.setattr(importlib.import_module(module), name, before[module])
     monkeypatch.setenv("VERL_PLATFORM", "cuda")
     vllm.register()

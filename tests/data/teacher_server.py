@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server that misbehaves as told, and counts requests and answers."""
+"""An OpenAI-compatible server that can simulate errors, and counts requests and answers."""
 
 import json
 import threading
@@ -37,7 +37,7 @@ class Server:
         try:
             self.act(handler, question, self.script(question, number))
         except (BrokenPipeError, ConnectionResetError):
-            pass  # the client has gone
+            pass  # The client has disconnected.
         finally:
             with self.lock:
                 self.waiting -= 1

@@ -14,7 +14,7 @@ from hapo_verl.data.parquet import DataError, read_parquet, write_parquet
 
 
 def judge(limit=6):
-    """A judge with one token per character; a text is a success if it ends in the row's answer with the right turns."""
+    """A judge with one token per character; a text succeeds if it ends in the answer and has the right turns."""
 
     def respond(value, row):
         turns = demonstration_turns(value)
@@ -58,7 +58,7 @@ CALLED = [message("?"), message("3", "tool"), message("= 4")]
         ("target", [message("?", "tool"), message("is 4")], Refusal("malformed")),
     ],
 )
-def test_the_shortest_that_fits_and_succeeds_is_chosen_else_the_farthest_reason(column, value, chosen):
+def test_the_shortest_success_that_fits_is_chosen_else_the_best_failures_reason(column, value, chosen):
     assert judge().choose({"answer": "4", column: value}, column) == chosen
 
 
@@ -66,7 +66,7 @@ def test_the_shortest_that_fits_and_succeeds_is_chosen_else_the_farthest_reason(
     ("column", "value", "chosen"),
     [
         ("target", CALLED, CALLED),
-        ("target_lst", [CALLED, {"content": "4"}], CALLED),  # the row's answer takes a call
+        ("target_lst", [CALLED, {"content": "4"}], CALLED),  # The row's answer needs a tool call.
         (
             "demos",
             [CALLED, [message("?"), message("", "tool"), message("4")]],
@@ -78,7 +78,7 @@ def test_messages_with_calls_stay_messages(column, value, chosen):
     assert judge().choose({"answer": "4", "num_turns": 4, column: value}, column) == chosen
 
 
-def test_where_one_row_keeps_messages_all_rows_do():
+def test_if_one_row_keeps_messages_all_rows_do():
     rows = [{"demos": [CALLED]}, {"demos": ["4"]}, {"demos": None}]
     kept, rejected = verified(rows, [CALLED, "4", Refusal("missing")], "demos")
     assert [row["demonstration"] for row in kept] == [CALLED, [message("4")], None]
@@ -86,7 +86,7 @@ def test_where_one_row_keeps_messages_all_rows_do():
     assert [row["demonstration"] for row in verified(rows[1:2], ["4"], "demos")[0]] == ["4"]
 
 
-def test_a_column_is_found_by_its_name_and_asked_for_where_there_are_two():
+def test_a_column_is_found_by_its_name_and_two_are_an_error():
     assert column_of(["prompt", "demos"], None) == "demos"
     assert column_of(["target", "target_lst"], "target_lst") == "target_lst"
     for names, asked, text in [
@@ -109,7 +109,7 @@ def test_a_reward_function_that_raises_is_named_with_the_row():
     )
 
 
-def test_processes_answer_as_one_does_and_in_order():
+def test_several_processes_give_the_results_of_one_in_order():
     rows = [{"answer": "4", "demos": ["4" * length]} for length in range(1, 40)]
     alone = list(choices(rows, "demos", partial(judge, 20), workers=1))
     assert list(choices(rows, "demos", partial(judge, 20), workers=2)) == alone
@@ -118,7 +118,7 @@ def test_processes_answer_as_one_does_and_in_order():
 
 
 def write_tokenizer(folder):
-    # Not at the top: the processes of the test above import this file, and torch is not for them.
+    # This import is not at module level: the processes of the test above import this file and must not load torch.
     sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "quickstart"))
     import tiny_model
 
@@ -132,7 +132,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 """
 
 
-def test_luffys_file_becomes_verls_with_a_report_of_what_was_left_out(tmp_path, capsys):
+def test_luffys_file_is_converted_for_verl_with_a_report_of_left_out_rows(tmp_path, capsys):
     rows = [
         {
             "data_source": "openr1",
@@ -240,7 +240,7 @@ def test_demonstrations_with_calls_are_judged_as_the_run_with_these_tools_would(
         "actor_rollout_ref.rollout.multi_turn.function_tool: no such key. Use one of enable, "
         in capsys.readouterr().err
     )
-    # Without a loop that calls tools.
+    # The single-turn loop calls no tools.
     assert kept("single") == [None, "12", None]
 
 

@@ -26,7 +26,7 @@ def test_the_demonstration_is_the_human_solution_without_the_calculators_notes()
         ({"question": None}, "no question"),
         ({"answer": ""}, "no answer"),
         ({"answer": "it is 4"}, "no #### line"),
-        # Half of a surrogate pair, which no file of UTF-8 can hold.
+        # Half of a surrogate pair cannot be encoded in UTF-8.
         ({"question": "\ud800?"}, "no question"),
         ({"answer": "\udc00 #### 4"}, "no answer"),
     ],
@@ -88,7 +88,7 @@ def test_a_line_that_is_not_utf8_is_named_with_the_way_to_convert_it(tmp_path, c
     assert capsys.readouterr().err.splitlines()[-1] == f"hapo_verl.data: --input {path}, {problem}"
 
 
-def test_a_byte_order_mark_in_front_and_the_line_ends_of_windows_are_read(tmp_path):
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes('{"question": "caf\u00e9?"}\r\n\r\n{"question": "2?"}'.encode("utf-8-sig"))
     assert list(read_jsonl(path)) == [{"question": "caf\u00e9?"}, {"question": "2?"}]
@@ -102,7 +102,7 @@ def test_a_missing_file_is_one_line_and_exit_code_one(tmp_path, capsys):
     )
 
 
-def test_the_command_writes_verls_parquet_with_the_demonstration_and_says_what_it_kept(tmp_path, capsys):
+def test_the_command_writes_verls_parquet_with_demonstrations_and_reports_counts(tmp_path, capsys):
     source = tmp_path / "train.jsonl"
     source.write_text(json.dumps(EGGS) + "\n\n" + json.dumps({"question": "?", "answer": "4"}) + "\n")
     assert main(["gsm8k", "--input", str(source), "--output", str(tmp_path / "out")]) == 0

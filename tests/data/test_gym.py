@@ -26,7 +26,7 @@ def test_worked_solutions_become_demonstrations_that_the_reward_accepts(tmp_path
     assert "kept              20  of 20" in capsys.readouterr().out
 
 
-def test_a_task_without_worked_solutions_says_so_and_has_no_column(tmp_path, capsys):
+def test_a_task_without_worked_solutions_is_reported_and_gets_no_column(tmp_path, capsys):
     path = tmp_path / "train.parquet"
     assert main(["reasoning-gym", "--task", "basic_arithmetic", "--size", "5", "--output", str(path)]) == 0
     rows = list(read_parquet(path))
@@ -63,7 +63,7 @@ def test_a_solution_that_its_own_task_scores_wrong_is_no_demonstration(monkeypat
         (" 12\n", "12"),
     ],
 )
-def test_the_final_answer_is_what_the_response_marks_last(text, answer):
+def test_the_final_answer_is_the_last_one_that_the_response_marks(text, answer):
     assert gym.final_answer(text) == answer
 
 

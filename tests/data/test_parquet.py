@@ -14,7 +14,7 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     assert list(read_parquet(tmp_path / "deep" / "train.parquet")) == rows
 
 
-def test_what_is_not_parquet_is_one_line(tmp_path):
+def test_a_file_that_is_not_parquet_is_refused_in_one_line(tmp_path):
     path = tmp_path / "train.parquet"
     with pytest.raises(DataError) as error:
         list(read_parquet(path))
@@ -25,7 +25,7 @@ def test_what_is_not_parquet_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(("place", "text"), [(10, "damaged \\("), (-5, "not a parquet file \\(")])
-def test_a_damaged_file_is_one_line(tmp_path, place, text):
+def test_a_damaged_file_is_refused_in_one_line(tmp_path, place, text):
     path = tmp_path / "train.parquet"
     write_parquet([{"prompt": [{"role": "user", "content": "1?"}], "demonstration": "1"}] * 3, path)
     content = bytearray(path.read_bytes())
@@ -37,20 +37,20 @@ def test_a_damaged_file_is_one_line(tmp_path, place, text):
 
 
 @pytest.mark.parametrize("value", ["x", "\ud800", 10**400, [1]])
-def test_a_value_that_a_parquet_file_cannot_hold_is_one_line_and_leaves_no_file(tmp_path, value):
+def test_a_value_that_parquet_cannot_hold_is_refused_in_one_line_and_leaves_no_file(tmp_path, value):
     with pytest.raises(DataError, match=r"cannot be written \(.*\)\. A column has one type\.$") as error:
         write_parquet([{"a": 1}, {"a": value}], tmp_path / "out.parquet")
     assert len(str(error.value).splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_to_write_is_an_error_and_leaves_no_file(tmp_path):
+def test_writing_no_rows_is_an_error_and_leaves_no_file(tmp_path):
     with pytest.raises(DataError, match="no row is left to write"):
         write_parquet([], tmp_path / "train.parquet")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_half_of_a_new_one(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file_and_no_part_of_a_new_one(tmp_path, monkeypatch):
     path = tmp_path / "train.parquet"
     write_parquet([{"a": 1}], path)
 
@@ -65,7 +65,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_half_of_a_new_one(tmp_path, m
     assert pandas.read_parquet(path)["a"].tolist() == [1]
 
 
-def test_a_file_with_any_byte_flipped_is_read_or_one_line(tmp_path):
+def test_a_file_with_any_byte_flipped_is_read_or_refused_in_one_line(tmp_path):
     path, damaged = tmp_path / "whole.parquet", tmp_path / "damaged.parquet"
     write_parquet([{"prompt": [{"role": "user", "content": "1?"}], "demonstration": "1"}] * 3, path)
     whole, lines = path.read_bytes(), []

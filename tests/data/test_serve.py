@@ -1,4 +1,4 @@
-"""A server that `teach` starts: it gets model and port, is waited for, and has ended whenever `teach` ends."""
+"""The server that `teach` starts gets model and port, is waited for, and always ends when `teach` ends."""
 
 import os
 import signal
@@ -61,7 +61,7 @@ def gone(pid, seconds=30):
     return not is_alive(pid)
 
 
-def test_a_server_is_ready_inside_and_gone_with_its_children_behind(tmp_path, command):
+def test_a_server_is_ready_in_the_context_and_ends_with_its_children_after_it(tmp_path, command):
     log = tmp_path / "logs" / "server.log"
     with served("model", ["--dtype", "float32"], log, limit=60, command=command) as endpoint:
         assert endpoint.startswith("http://127.0.0.1:")
@@ -75,7 +75,7 @@ def test_a_server_is_ready_inside_and_gone_with_its_children_behind(tmp_path, co
     assert gone(child)
 
 
-def test_one_that_ends_or_is_too_slow_is_one_line_with_its_output(tmp_path, command):
+def test_a_server_that_ends_or_is_too_slow_is_one_line_with_its_output(tmp_path, command):
     log = tmp_path / "server.log"
     with pytest.raises(DataError) as error, served("broken", [], log, limit=60, command=command):
         pass
@@ -90,7 +90,7 @@ def test_one_that_ends_or_is_too_slow_is_one_line_with_its_output(tmp_path, comm
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death")
-def test_it_does_not_outlive_a_parent_that_is_killed(tmp_path, command):
+def test_a_server_ends_when_its_parent_is_killed(tmp_path, command):
     log = tmp_path / "server.log"
     code = (
         "import sys, time; from pathlib import Path; from hapo_verl.data.serve import served\n"

@@ -1,4 +1,4 @@
-"""A teacher behind a real server: requests, retries, the kept answers, and that no answer is paid for twice."""
+"""A teacher behind a real server: requests, retries, the kept answers, and no answer is paid for twice."""
 
 import asyncio
 import json
@@ -105,7 +105,7 @@ def misbehave(question, number):
     return trouble[question] if question in trouble and number == 0 else "= 4"
 
 
-def test_every_trouble_on_the_way_ends_in_the_right_answer_and_no_prompt_is_lost(tmp_path):
+def test_after_any_error_the_right_answer_arrives_and_no_prompt_is_lost(tmp_path):
     questions = ["timeout", "busy", "broken", "half", "cut", "no choice", "odd", "fine"]
     with serving(misbehave) as server:
         prompts, teacher = taught(server.endpoint, rows_of(questions), tmp_path / "j", timeout=0.5)
@@ -115,14 +115,14 @@ def test_every_trouble_on_the_way_ends_in_the_right_answer_and_no_prompt_is_lost
             "answers": 8, "timeout": 1, "status 429": 1, "status 500": 1, "connection": 1, "half an answer": 3,
         }  # fmt: skip
         assert server.most_waiting <= 4
-        # Once more: nothing is asked.
+        # A second run asks nothing.
         before = dict(server.asked)
         again, _ = taught(server.endpoint, rows_of(questions), tmp_path / "j")
         assert texts(again) == texts(prompts)
         assert dict(server.asked) == before
 
 
-def test_a_wrong_an_overlong_an_empty_and_a_cut_answer_are_named_and_are_none(tmp_path):
+def test_unusable_answers_are_reported_with_a_reason_and_not_kept(tmp_path):
     answers = {
         "wrong": "= 5",
         "long": "it is = 4",
@@ -155,13 +155,13 @@ def test_a_wrong_an_overlong_an_empty_and_a_cut_answer_are_named_and_are_none(tm
     assert all(server.asked[question] == 1 for question in answers)
 
 
-def test_a_reward_that_raises_is_an_error_of_that_answer_alone():
+def test_a_reward_that_raises_is_an_error_of_that_answer_only():
     verdict = judge().verdict({}, "= 4")
     assert verdict == Refusal("error")
     assert judge().verdict({"answer": "4"}, "= 4") == Response([ord(c) for c in "= 4"], [1] * 3, 1)
 
 
-def test_the_shortest_the_first_or_the_likeliest_verified_answer_is_kept(tmp_path):
+def test_the_shortest_the_first_or_the_most_likely_verified_answer_is_kept(tmp_path):
     answers = ["so = 4", "= 5", "= 4", "~ 4", "is 4"]
 
     def script(question, number):
@@ -181,7 +181,7 @@ def test_the_shortest_the_first_or_the_likeliest_verified_answer_is_kept(tmp_pat
             teach_.chosen(prompts, "likeliest", lambda asked: [-len(of.text) == -4 for _, of in asked])[0].text
             == "is 4"
         )
-        # Of equally likely ones the shorter.
+        # The shorter of two equally likely answers is chosen.
         assert teach_.chosen(prompts, "likeliest", least)[0].text == "~ 4"
         server.asked.clear()
         taught(server.endpoint, rows, tmp_path / "b", samples=5, rule="first")
@@ -196,7 +196,7 @@ def test_equal_prompts_are_asked_once_and_judged_for_each_row(tmp_path):
     assert {n: c.text for n, c in teach_.chosen(prompts, "first", None).items()} == {0: "= 4", 1: "= 5"}
 
 
-def test_a_system_message_is_the_teachers_alone_and_nulls_of_parquet_are_not_sent():
+def test_only_the_teacher_gets_the_system_message_and_nulls_are_not_sent():
     rows = [{"prompt": [{"role": "user", "content": "?", "tool_calls": None}]}]
     (prompt,) = prompts_of(rows, system="Be brief.")
     assert prompt.messages == [message("Be brief.", "system"), message("?", "user")]
@@ -204,7 +204,7 @@ def test_a_system_message_is_the_teachers_alone_and_nulls_of_parquet_are_not_sen
         prompts_of([{"prompt": "?"}])
 
 
-def test_a_thought_that_the_server_has_parsed_out_goes_back_in_front_where_asked(tmp_path):
+def test_a_thought_that_the_server_parsed_out_is_put_back_if_requested(tmp_path):
     choices = [{"index": 0, "finish_reason": "stop", "message": {"content": "4", "reasoning_content": "2 + 2"}}]
     rows = rows_of(["?"])
     with serving(lambda question, number: ("choices", choices)) as server:
@@ -217,7 +217,7 @@ def test_a_thought_that_the_server_has_parsed_out_goes_back_in_front_where_asked
 
 @pytest.mark.parametrize("budget", [0, 15, 16, 39, 40, 100])
 def test_a_budget_is_never_exceeded_and_is_used_as_far_as_requests_fit(tmp_path, budget):
-    # A request may cost 1 + 6 tokens, and costs 5.
+    # A request may cost up to 1 + 6 tokens, and costs 5.
     rows = rows_of("abcdefgh")
     with serving(lambda question, number: "= 4", tokens=5) as server:
         prompts, teacher = taught(server.endpoint, rows, tmp_path / "j", budget=budget)
@@ -225,12 +225,12 @@ def test_a_budget_is_never_exceeded_and_is_used_as_far_as_requests_fit(tmp_path,
         assert sum(server.asked.values()) == expected
         assert teacher.budget.spent == 5 * expected <= budget
         assert [reason for p in prompts for of in p.reasons.values() for reason in of] == ["budget"] * (8 - expected)
-        # The journal remembers what is gone.
+        # The journal records the spent tokens.
         taught(server.endpoint, rows, tmp_path / "j", budget=budget)
         assert sum(server.asked.values()) == expected
 
 
-def test_what_timed_out_may_have_been_computed_and_counts_in_full(tmp_path):
+def test_a_request_that_timed_out_counts_in_full_since_it_may_have_been_computed(tmp_path):
     with serving(lambda question, number: ("hold", threading.Event())) as server:
         prompts, teacher = taught(server.endpoint, rows_of("a"), tmp_path / "j", timeout=0.2, retries=2, budget=15)
     assert teacher.budget.spent == 14
@@ -238,7 +238,7 @@ def test_what_timed_out_may_have_been_computed_and_counts_in_full(tmp_path):
     assert prompts[0].reasons == {0: ["budget"]}
 
 
-def test_a_server_that_asks_to_wait_is_not_asked_by_anyone_before(tmp_path):
+def test_no_worker_asks_before_the_time_that_the_server_requested(tmp_path):
     times = []
 
     def script(question, number):
@@ -248,11 +248,11 @@ def test_a_server_that_asks_to_wait_is_not_asked_by_anyone_before(tmp_path):
     with serving(script) as server:
         taught(server.endpoint, rows_of("abcdefghijkl"), tmp_path / "j", concurrency=2, first_wait=0.01)
     assert len(times) == 13
-    # The other worker may have asked once or twice before the answer was there.
+    # The other worker may have asked once or twice before the answer arrived.
     assert sum(at - times[0] >= 0.8 for at in times) >= 10
 
 
-def test_waits_between_tries_grow(tmp_path):
+def test_waits_between_retries_grow(tmp_path):
     times = []
 
     def script(question, number):
@@ -268,7 +268,7 @@ def test_waits_between_tries_grow(tmp_path):
 
 
 @pytest.mark.parametrize(("code", "headers"), [(401, {}), (403, {}), (404, {}), (429, {"code": "insufficient_quota"})])
-def test_what_no_other_request_would_change_ends_the_run_with_a_line_without_the_key(tmp_path, code, headers):
+def test_a_permanent_error_ends_the_run_with_a_line_without_the_key(tmp_path, code, headers):
     with (
         serving(lambda question, number: ("status", code, dict(headers), f"no such key {KEY}")) as server,
         pytest.raises(DataError) as error,
@@ -285,7 +285,7 @@ def test_a_server_that_is_not_there_ends_the_run(tmp_path, unused_port):
         taught(f"http://127.0.0.1:{unused_port}/v1", rows_of(map(str, range(99))), tmp_path / "j", retries=0)
 
 
-def test_a_server_that_refuses_everything_is_quoted(tmp_path):
+def test_the_error_of_a_server_that_refuses_everything_is_quoted(tmp_path):
     with (
         serving(lambda question, number: ("status", 400, {}, f"max_tokens is too large {KEY}")) as server,
         pytest.raises(DataError, match=r"refused \(400: .*max_tokens is too large \(the key\)"),
@@ -293,8 +293,8 @@ def test_a_server_that_refuses_everything_is_quoted(tmp_path):
         taught(server.endpoint, rows_of(map(str, range(99))), tmp_path / "j")
 
 
-def test_where_one_request_ends_the_run_the_answers_on_their_way_are_waited_for(tmp_path):
-    # Both have arrived before the first is told.
+def test_if_one_request_ends_the_run_pending_answers_are_still_waited_for(tmp_path):
+    # Both requests have arrived before the first one is answered.
     both = threading.Barrier(2, timeout=30)
 
     def script(question, number):
@@ -313,7 +313,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_line_that_a_kill_has_cut_off_is_no_answer_and_spoils_no_other(tmp_path):
+def test_a_journal_line_cut_off_by_a_kill_is_ignored_and_harms_no_other(tmp_path):
     path = tmp_path / "j"
     journal = Journal(path)
     journal.append({"request": "a", "text": "1", "tokens": 3})
@@ -332,7 +332,7 @@ def test_a_line_that_a_kill_has_cut_off_is_no_answer_and_spoils_no_other(tmp_pat
     journal.close()
 
 
-def test_a_request_is_another_one_where_anything_that_is_sent_differs():
+def test_requests_differ_if_anything_that_is_sent_differs():
     body = {"model": "m", "temperature": 0.7, "messages": [message("?", "user")]}
     keys = [
         request_key(body, 0),
@@ -344,15 +344,15 @@ def test_a_request_is_another_one_where_anything_that_is_sent_differs():
     assert request_key(dict(reversed(body.items())), 0) == keys[0]
 
 
-def test_only_prompts_whose_group_failed_at_last_are_asked_for(tmp_path):
+def test_only_prompts_whose_latest_group_failed_are_asked(tmp_path):
     trace = tmp_path / "run" / "trace"
     trace.mkdir(parents=True)
     visits = [
-        (1, 0, "s", [False]), (2, 0, "s", [True]),  # solved in the end
-        (1, 1, "s", [True]), (2, 1, "s", [False, False]),  # not any more
-        (1, 2, "s", []),  # not judged
+        (1, 0, "s", [False]), (2, 0, "s", [True]),  # It succeeded at the last visit.
+        (1, 1, "s", [True]), (2, 1, "s", [False, False]),  # It failed at the last visit.
+        (1, 2, "s", []),  # It was not judged.
         (1, 0, "t", [False]),
-        (1, 9, "s", [False]),  # of another file
+        (1, 9, "s", [False]),  # This row is not in the file.
     ]  # fmt: skip
     written = [{"step": s, "index": i, "data_source": d, "successes": w} for s, i, d, w in visits]
     (trace / "groups.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written) + '{"step": 3, "ind')
@@ -406,7 +406,7 @@ def everything_written(folder):
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_killed_run_goes_on_where_it_was_loses_no_prompt_and_pays_for_none_twice(tmp_path, key):
+def test_a_killed_run_resumes_without_losing_a_prompt_or_paying_for_one_twice(tmp_path, key):
     rows, command = prepared(tmp_path, 40)
     journal, output = tmp_path / "out" / "taught.journal.jsonl", tmp_path / "out" / "taught.parquet"
     release, concurrency = threading.Event(), 4
@@ -414,7 +414,7 @@ def test_a_killed_run_goes_on_where_it_was_loses_no_prompt_and_pays_for_none_twi
 
     def script(question, number):
         seen.append(question)
-        # In the first life the 21st request and all behind it wait, until the client is dead.
+        # During the first launch request 21 and all later ones are held until the client is killed.
         return question[::-1] if len(seen) <= 20 or release.is_set() else ("hold", threading.Event())
 
     def start():
@@ -437,10 +437,10 @@ def test_a_killed_run_goes_on_where_it_was_loses_no_prompt_and_pays_for_none_twi
         second = start()
         said, _ = second.communicate(timeout=300)
         assert second.returncode == 0, said
-        # Of 40 rows every fifth has a demonstration, so 32 are asked, two answers each.
+        # Every fifth of 40 rows has a demonstration, so 32 rows are asked for two answers each.
         wanted = [row["prompt"][0]["content"] for i, row in enumerate(rows) if i % 5]
         assert {question: server.answered[question] for question in wanted} == dict.fromkeys(wanted, 2)
-        # Asked again was only what had no answer when the client died.
+        # Only the requests without an answer at the time of the kill were sent again.
         assert sum(server.asked.values()) == 2 * len(wanted) + concurrency
         assert sum(asked_before.values()) == 20 + concurrency
     assert {
@@ -467,7 +467,7 @@ def until(condition, process, seconds=240):
 
 
 @pytest.mark.long
-def test_an_interrupted_run_waits_for_what_it_has_asked_and_nothing_is_asked_twice(tmp_path, key):
+def test_an_interrupted_run_waits_for_pending_answers_and_asks_nothing_twice(tmp_path, key):
     _, command = prepared(tmp_path, 40)
     release, concurrency = threading.Event(), 4
     seen = []
@@ -484,7 +484,7 @@ def test_an_interrupted_run_waits_for_what_it_has_asked_and_nothing_is_asked_twi
             call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
         until(lambda: server.waiting == concurrency and len(seen) == 14, first)
-        # As a terminal does it: to the whole group.
+        # Like a terminal, send the signal to the whole process group.
         os.killpg(first.pid, signal.SIGINT)
         time.sleep(0.5)
         release.set()
@@ -498,7 +498,7 @@ def test_an_interrupted_run_waits_for_what_it_has_asked_and_nothing_is_asked_twi
     assert len(server.asked) == 32
 
 
-def test_what_cannot_work_is_one_line_before_anything_is_asked(tmp_path, key, capsys):
+def test_wrong_arguments_are_refused_in_one_line_before_anything_is_asked(tmp_path, key, capsys):
     _, command = prepared(tmp_path, 5)
     endpoint = ["--endpoint", "http://127.0.0.1:1/v1"]
     (tmp_path / "raising.py").write_text("def compute_score(**kwargs):\n    raise KeyError('entry')\n")
@@ -515,8 +515,8 @@ def test_what_cannot_work_is_one_line_before_anything_is_asked(tmp_path, key, ca
     assert not (tmp_path / "out").exists()
 
 
-def test_likeliest_asks_the_policy_itself(tmp_path):
-    """Compared with transformers' own loss of the same tokens, on the quickstart's tiny model."""
+def test_the_likelihood_of_an_answer_is_computed_by_the_policy_itself(tmp_path):
+    """It is compared with log-probabilities by transformers, on the quickstart's tiny model."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

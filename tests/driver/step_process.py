@@ -17,31 +17,31 @@ from hapo_verl.protocol.rows import plain_values
 from tests.actor.engine_process import VOCABULARY, Case, _engine, on_ranks
 
 PROMPTS, ROLLOUTS, STEPS, LONGEST = 8, 4, 5, 7
-# Three of eight groups fail as a whole, two succeed.
+# Successes of each group: in three of the eight groups all rollouts fail, in two all succeed.
 MIXED = (0, 4, 1, 0, 3, 4, 0, 2)
-# As many rollouts as in groups of four.
+# Sizes of groups with the same total as eight groups of four.
 UNEVEN = (2, 4, 8, 2, 6, 4, 2, 4)
-# Nothing is left out.
+# With these overrides nothing is left out.
 WHOLE = "hapo.skip_idle_rows=false", "hapo.old_log_probs=all"
 
 
 class Run(NamedTuple):
-    """Some steps of a trainer, with overrides of its launch beside those that all runs share."""
+    """Some steps of a trainer, with overrides of its launch in addition to those that all runs share."""
 
     overrides: tuple[str, ...]
-    # What becomes of the demonstrations: "replace" and "append" where a group fails, "always"; None: not injected.
+    # Injection of demonstrations: "replace" or "append" in failed groups, "always" in all groups, None in no group.
     injection: str | None = None
-    # Of each group of a step the rollouts that succeed.
+    # The number of successful rollouts of each group of a step.
     successes: tuple[int, ...] = MIXED
-    # Rollouts of each group.
+    # The number of rollouts of each group.
     sizes: tuple[int, ...] = (ROLLOUTS,) * PROMPTS
-    # Steps in which all of them do.
+    # Steps in which all rollouts succeed.
     silent: tuple[int, ...] = ()
     trainer: str = "hapo"
     packed: bool = True
     optimizer: str = "SGD"
     steps: int = STEPS
-    # Folder of a model; None: a random one.
+    # Folder of a model; with None the model is random.
     model: str | None = None
 
     def whole(self):
@@ -152,7 +152,7 @@ def _config(one):
         chosen = [*one.overrides, "algorithm.adv_estimator=grpo"]
     return composed(
         [
-            # Of overrides that name the same key the last counts.
+            # If two overrides name the same key, the last one counts.
             f"actor_rollout_ref.rollout.n={ROLLOUTS}",
             f"data.train_batch_size={PROMPTS}",
             f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS}",
@@ -183,10 +183,10 @@ def _worker(one, config, folder):
     hapo = check_launch(config) if one.trainer == "hapo" else None
     head = "off" if hapo is None else hapo.kernels.head
     worker: Any = object.__new__(TrainingWorker)
-    # Adam divides a gradient by itself: where it is nearly 0, ε decides whether the last bits are all that is left of it.
+    # Adam divides a gradient by its own size. With a small ε, rounding errors of a gradient near 0 would become large.
     adam = {"optimizer": "AdamW", "weight_decay": 0.1, "override_optimizer_config": {"eps": 1e-3}}
     optim = {"SGD": {"optimizer": "SGD", "weight_decay": 0.0}, "AdamW": adam}[one.optimizer]
-    # A gradient that is clipped has lost its scale.
+    # Gradients are not clipped, since clipping would hide a wrong scale.
     worker.engine = _engine(Case(packed=one.packed, model=one.model), head, folder, clip_grad=1e9, lr=0.02, **optim)
     worker.device_name, worker.profiler = "cpu", DistProfiler(rank=dist.get_rank())
     worker.model_config = {"use_remove_padding": one.packed}
@@ -199,7 +199,7 @@ def _worker(one, config, folder):
         infer_micro_batch_size_per_gpu=rollout.log_prob_micro_batch_size_per_gpu,
         use_fused_kernels=False,
     )
-    # Tokens in the place of flops.
+    # Tokens are counted instead of flops.
     worker.flops_counter = SimpleNamespace(
         estimate_flops=lambda lengths, seconds, images_seqlens=None: (float(sum(lengths)), 1.0)
     )

@@ -1,4 +1,4 @@
-"""The estimator in verl's registry: it follows verl's contract if demonstrations are known, and else refuses."""
+"""The estimator in verl's registry follows verl's contract if demonstrations are known, and otherwise refuses."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The trainer's side of the gates: what is attached to prompts, remembered, saved and refused."""
+"""The trainer's part of the gates: what it attaches to prompts, remembers, saves and refuses."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def groups(situations, successes):
     ]
 
 
-def test_the_papers_gate_attaches_constants():
+def test_the_papers_gate_attaches_the_same_values_in_every_step():
     keeper = a_gatekeeper(gate={"threshold": 0.7})
     expected = {"threshold": 0.7, "prior_success": 1.0, "prior_failure": 1.0, "admitted": True, "key": None}
     assert submit(keeper, step=1) == submit(keeper, step=50) == [expected] * 8
@@ -43,12 +43,12 @@ def test_the_papers_gate_attaches_constants():
 @pytest.mark.parametrize(
     ("horizon", "step", "threshold"), [(None, 1, 0.8), (None, 51, 0.4), (20, 11, 0.4), (20, 21, 0)]
 )
-def test_the_annealed_threshold_falls_with_the_updates_that_were_made(horizon, step, threshold):
+def test_the_annealed_threshold_falls_with_the_number_of_updates(horizon, step, threshold):
     keeper = a_gatekeeper("annealed", gate={"horizon": horizon})
     assert submit(keeper, step=step)[0]["threshold"] == pytest.approx(threshold)
 
 
-def test_the_adaptive_threshold_falls_with_the_success_that_was_observed():
+def test_the_adaptive_threshold_falls_with_observed_success():
     keeper = a_gatekeeper("adaptive", gate={"memory": 0.5})
     keeper.observe(groups(submit(keeper), [0] * 8))
     assert submit(keeper)[0]["threshold"] == 0.8
@@ -56,13 +56,13 @@ def test_the_adaptive_threshold_falls_with_the_success_that_was_observed():
     assert submit(keeper)[0]["threshold"] == pytest.approx(0.4)
 
 
-def test_groups_that_were_not_gated_teach_nothing():
+def test_groups_that_were_not_gated_do_not_change_the_threshold():
     keeper = a_gatekeeper("adaptive")
     keeper.observe([{"key": None, "successes": [], "firing": None}])
     assert submit(keeper)[0]["threshold"] == 0.8
 
 
-def test_a_prompt_that_succeeded_before_has_a_prior_that_says_so():
+def test_a_prompts_prior_reflects_its_earlier_successes():
     keeper = a_gatekeeper("posterior", gate={"strength": 2.0, "discount": 0.5})
     first = submit(keeper)
     assert {(s["prior_success"], s["prior_failure"]) for s in first} == {(1.0, 1.0)}
@@ -73,7 +73,7 @@ def test_a_prompt_that_succeeded_before_has_a_prior_that_says_so():
 
 
 @pytest.mark.parametrize("name", ["adaptive", "posterior", "thompson"])
-def test_a_resumed_gate_goes_on_as_one_that_was_never_stopped(name, tmp_path):
+def test_a_resumed_gate_continues_like_one_that_never_stopped(name, tmp_path):
     keeper = a_gatekeeper(name)
     for successes in ([0, 1, 2, 3, 4, 5, 6, 7], [8, 8, 1, 0, 3, 3, 3, 3]):
         keeper.observe(groups(submit(keeper), successes))
@@ -115,7 +115,7 @@ def test_the_state_of_another_gate_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK but no archive", b"\x80\x04pickled"])
-def test_a_file_that_is_no_state_is_refused_in_one_line(content, tmp_path):
+def test_a_file_that_is_not_a_state_is_refused_in_one_line(content, tmp_path):
     (tmp_path / STATE_FILE).write_bytes(content)
     with pytest.raises(ConfigError, match="not a gate's state"):
         a_gatekeeper("posterior").load(tmp_path)
@@ -127,19 +127,19 @@ def test_objects_in_the_file_are_never_unpickled(tmp_path):
         a_gatekeeper("posterior").load(tmp_path)
 
 
-def test_a_missing_state_is_said(tmp_path, caplog):
+def test_a_missing_state_is_reported(tmp_path, caplog):
     a_gatekeeper("posterior").load(tmp_path)
     assert "the gate posterior starts anew" in caplog.text
 
 
-def test_rows_that_share_an_id_and_rows_without_one_are_said(caplog):
+def test_rows_that_share_an_id_and_rows_without_one_are_reported(caplog):
     a_gatekeeper("posterior", rows=[*ROWS, ROWS[0]])
     assert "1 of 9 rows share data_source and extra_info.index" in caplog.text
     a_gatekeeper("posterior", rows=[{"data_source": "math", "extra_info": None, "prompt": ROWS[0]["prompt"]}, *ROWS])
     assert "1 of 9 prompts have no extra_info.index" in caplog.text
 
 
-def test_a_prompt_without_an_index_is_known_by_its_text():
+def test_a_prompt_without_an_index_is_identified_by_its_text():
     bare = [{"data_source": "math", "prompt": row["prompt"]} for row in ROWS]
     keys = [row_name(row, "prompt")[0] for row in bare]
     assert len(set(keys)) == 8
@@ -148,7 +148,7 @@ def test_a_prompt_without_an_index_is_known_by_its_text():
 
 
 @pytest.mark.parametrize(("step", "admitted"), [(1, 4), (6, 2), (11, 0)])
-def test_a_budget_falls_to_zero_and_holds_however_a_step_is_cut(step, admitted):
+def test_a_budget_falls_to_zero_and_holds_for_any_split_of_a_step(step, admitted):
     budget = {"share": 0.5, "horizon": 10}
     assert sum(s["admitted"] for s in submit(a_gatekeeper(budget=budget), step=step)) == admitted
     keeper = a_gatekeeper(budget=budget)
@@ -165,16 +165,16 @@ def a_block(*, dynamic=True, micro=8, prompts=16):
 @pytest.mark.parametrize(
     ("rows", "appended", "dp_size", "block", "expected"),
     [
-        (144, 16, 1, a_block(), (1, 18)),  # every group of one mini-batch injected: no padding at all
+        (144, 16, 1, a_block(), (1, 18)),  # Every group of the mini-batch is injected, so there is no padding.
         (129, 1, 1, a_block(), (1, 17)),
-        (136, 8, 1, a_block(prompts=4), (4, 5)),  # four mini-batches stay four
+        (136, 8, 1, a_block(prompts=4), (4, 5)),  # Four mini-batches stay four.
         (144, 16, 16, a_block(), (1, 18)),
-        (136, 8, 16, a_block(), (1, 18)),  # 17 * 8 rows cannot be shared by 16 ranks
+        (136, 8, 16, a_block(), (1, 18)),  # 17 * 8 rows cannot be divided by 16 ranks.
         (136, 8, 1, a_block(dynamic=False, micro=16), (1, 18)),
-        (125, 5, 1, a_block(), (1, 16)),  # failed sessions made room for the demonstrations
+        (125, 5, 1, a_block(), (1, 16)),  # Failed sessions have left room for the demonstrations.
     ],
 )
-def test_appended_rows_make_mini_batches_larger_and_not_more(rows, appended, dp_size, block, expected):
+def test_appended_rows_make_mini_batches_larger_without_adding_any(rows, appended, dp_size, block, expected):
     assert grown_mini_batch(block, rows, appended, dp_size) == expected
     updates, prompts = expected
     assert rows <= updates * prompts * 8

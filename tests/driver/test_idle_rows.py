@@ -28,7 +28,7 @@ def paper(*overrides, **settings):
 
 
 def luffy(*overrides, **settings):
-    # Its aggregation divides by the longest response of the run, 8,192 tokens where nothing is said.
+    # LUFFY's aggregation divides by the run's response length, 8,192 tokens by default.
     return Run(("+hapo=luffy", f"{_ACTOR}.loss_scale_factor=2", *overrides), "always", **settings)
 
 
@@ -43,7 +43,7 @@ def real(*overrides, **settings):
 HEAD = "hapo.kernels.head=policy_head", "hapo.kernels.policy_loss=reference"
 # Steps in which nothing has a gradient: weight decay and moments move the parameters there too.
 SILENT = {"optimizer": "AdamW", "silent": (1, 2)}
-# What differs most in `make test`, each further combination in `make test-long`; a run takes 3 to 5 s.
+# `make test` runs the most different settings, `make test-long` all other combinations; a run takes 3 to 5 s.
 ALONE = [
     plus(f"{_ACTOR}.loss_agg_mode=token-mean"),
     plus(*TWICE),
@@ -111,7 +111,7 @@ def largest(ours, theirs):
 
 def assert_same_steps(one, ours, whole):
     """Check that parameters after every step, and metrics with the same name, are equal."""
-    # Adam divides a gradient by its own size, and what rounding made of it too.
+    # Adam divides a gradient by its own size, which makes rounding errors larger.
     rounding = 1e-5 if one.optimizer == "AdamW" else 2e-6
     moved = largest(whole["parameters"][-1], whole["parameters"][0])
     assert moved > 5e-3
@@ -124,31 +124,31 @@ def assert_same_steps(one, ours, whole):
 
 
 @pytest.mark.parametrize("one", ALONE, ids=str)
-def test_the_parameters_are_those_of_all_rows(alone, one):
+def test_the_parameters_equal_those_of_training_on_all_rows(alone, one):
     assert_same_steps(one, alone[one][0], alone[one.whole()][0])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("one", MORE_ALONE, ids=str)
-def test_the_parameters_are_those_of_all_rows_in_more_settings(more_alone, one):
+def test_the_parameters_equal_those_of_training_on_all_rows_in_more_settings(more_alone, one):
     assert_same_steps(one, more_alone[one][0], more_alone[one.whole()][0])
 
 
 @pytest.mark.parametrize("one", PAIRED, ids=str)
-def test_on_two_ranks_too(paired, one):
+def test_the_parameters_are_equal_on_two_ranks(paired, one):
     for ours, whole in zip(paired[one], paired[one.whole()], strict=True):
         assert_same_steps(one, ours, whole)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("one", MORE_PAIRED, ids=str)
-def test_on_two_ranks_in_more_settings(more_paired, one):
+def test_the_parameters_are_equal_on_two_ranks_in_more_settings(more_paired, one):
     for ours, whole in zip(more_paired[one], more_paired[one.whole()], strict=True):
         assert_same_steps(one, ours, whole)
 
 
 @pytest.mark.parametrize("pair", [GRPO, UNEVEN_GRPO], ids=["even groups", "uneven groups"])
-def test_without_demonstrations_they_are_those_of_verls_own_grpo(alone, pair):
+def test_without_demonstrations_the_parameters_equal_verls_own_grpo(alone, pair):
     ours, verls = (alone[one][0] for one in pair)
     moved = largest(verls["parameters"][-1], verls["parameters"][0])
     assert moved > 5e-3
@@ -162,7 +162,7 @@ def passes(result):
 
 
 @pytest.mark.parametrize("one", [plus(f"{_ACTOR}.loss_agg_mode=token-mean"), plus(*HEAD), dapo(), real()], ids=str)
-def test_of_a_single_update_no_pass_is_run_and_only_rows_with_a_gradient_are_trained_on(alone, one):
+def test_a_single_update_skips_old_log_probs_and_trains_only_rows_with_a_gradient(alone, one):
     (result,) = alone[one]
     scored, trained = passes(result)
     assert scored == []
@@ -170,7 +170,7 @@ def test_of_a_single_update_no_pass_is_run_and_only_rows_with_a_gradient_are_tra
     assert trained[-1] == len(result["moving"]) if one != real() else trained[-1] < PROMPTS * ROLLOUTS
 
 
-def test_several_updates_are_scored_once_and_of_the_same_rows(alone):
+def test_several_updates_share_one_old_log_prob_pass_over_the_same_rows(alone):
     (result,) = alone[plus(*TWICE)]
     scored, trained = passes(result)
     assert scored == trained

@@ -53,7 +53,7 @@ def metrics():
         ("hapo/gate/firing_rate_at_S/0", 1.0),
         ("hapo/gate/firing_rate_at_S/4", 1.0),
         ("hapo/gate/firing_rate_at_S/8", 0.0),
-        # S = 0 always fires, S = 8 never, at p = 1/2 all but S = 7 and S = 8: 1 - 9/256
+        # The gate always fires at S = 0 and never at S = 8. At p = 1/2 it fires unless S is 7 or 8: 1 - 9/256.
         ("hapo/gate/firing_rate_expected", (1 + 1 + (1 - 9 / 256) + 0) / 4),
         ("hapo/gate/threshold", 0.8),
         ("hapo/gate/not_admitted", 0.0),
@@ -73,11 +73,11 @@ def metrics():
         ("hapo/refused/overlong", 0.0),
     ],
 )
-def test_each_metric_is_what_one_counts_by_hand(metrics, name, value):
+def test_each_metric_equals_the_count_by_hand(metrics, name, value):
     assert metrics[name] == pytest.approx(value)
 
 
-def test_verl_averages_every_one_of_them_over_the_updates_of_a_step(metrics):
+def test_verl_averages_every_metric_over_the_updates_of_a_step(metrics):
     aggregator = MetricsAggregator()
     assert {name: aggregator._get_aggregation_type(name) for name in metrics} == dict.fromkeys(metrics, "weighted_avg")
 
@@ -96,7 +96,7 @@ NOTHING = {
 }
 
 
-def test_where_no_group_has_a_signal_it_is_said_what_to_look_at():
+def test_if_no_group_has_a_signal_the_message_says_what_to_check():
     assert silence(NOTHING) == (
         "none of 4 groups has a signal: the rollouts of each got the same reward (0 in 3, 1 in 1 of them), and no "
         "demonstration was injected (2 rejected, 1 missing). Read a few responses beside what the reward function expects "
@@ -111,6 +111,6 @@ def test_where_no_group_has_a_signal_it_is_said_what_to_look_at():
 
 
 @pytest.mark.parametrize("other", [a_group(0, "injected"), a_group(4, "not_fired")])
-def test_one_group_with_a_signal_is_enough(other):
+def test_one_group_with_a_signal_gives_no_message(other):
     assert silence(NOTHING | {"e": other}) is None
     assert silence({}) is None

@@ -26,11 +26,11 @@ def test_no_group_is_cut_and_no_row_lost_on_any_number_of_ranks(sizes, updates, 
     mini_batches, prompts = grown_mini_batch(block, sum(sizes), appended, dp_size, sizes)
     rows = mini_batches * prompts * 8
     group_of = [group for group, size in enumerate(sizes) for _ in range(size)]
-    group_of += range(100, 100 + rows - len(group_of))  # padding, each row a group of its own
+    group_of += range(100, 100 + rows - len(group_of))  # Each padding row is a group of its own.
     loads = [rng.randint(1, 50) for _ in group_of]
     order = order_of_whole_groups(group_of, loads, mini_batches, dp_size)
     assert sorted(order) == list(range(rows))
-    # As verl cuts: a slice a rank, then mini-batches within it.
+    # verl gives each rank a slice, and divides the slice into mini-batches.
     of_rank, of_step = rows // dp_size, rows // dp_size // mini_batches
     step_of_group = {}
     for position, row in enumerate(order):
@@ -38,7 +38,7 @@ def test_no_group_is_cut_and_no_row_lost_on_any_number_of_ranks(sizes, updates, 
         assert step_of_group.setdefault(group_of[row], step) == step
 
 
-def test_groups_of_equal_size_are_spread_by_load():
+def test_groups_of_equal_size_are_balanced_by_load():
     bin_of = pack([8] * 6, [60, 10, 10, 10, 20, 10], bins=2, capacity=24)
     assert bin_of is not None
     assert sorted(
@@ -47,7 +47,7 @@ def test_groups_of_equal_size_are_spread_by_load():
 
 
 @pytest.mark.parametrize(("sizes", "capacity"), [([9], 8), ([5, 5, 5], 9)])
-def test_what_does_not_fit_is_said(sizes, capacity):
+def test_groups_that_do_not_fit_are_reported(sizes, capacity):
     assert pack(sizes, sizes, bins=2, capacity=capacity) is None
 
 
@@ -60,7 +60,7 @@ def test_what_does_not_fit_is_said(sizes, capacity):
     st.one_of(st.none(), st.integers(1, 6)),
     st.randoms(use_true_random=False),
 )
-def test_rows_to_keep_stay_in_their_mini_batch_and_slices_are_equal(mini_batches, dp_size, of_slice, share, micro, rng):
+def test_kept_rows_stay_in_their_mini_batch_and_slices_are_equal(mini_batches, dp_size, of_slice, share, micro, rng):
     rows = mini_batches * dp_size * of_slice
     keep, lengths = [rng.random() < share for _ in range(rows)], [rng.randint(1, 50) for _ in range(rows)]
     order, of_update, of_micro = reduced(keep, lengths, mini_batches, dp_size, micro)
@@ -69,36 +69,36 @@ def test_rows_to_keep_stay_in_their_mini_batch_and_slices_are_equal(mini_batches
     before = mini_batch_of(rows, mini_batches, dp_size)
     after = mini_batch_of(len(order), mini_batches, dp_size)
     assert [before[row] for row in order] == after
-    # A rank's part of an update is whole micro-batches, or is as it was.
+    # A rank's part of an update consists of whole micro-batches, or is unchanged.
     if of_micro is not None:
         assert of_micro <= micro
         assert of_update // dp_size % of_micro == 0
     else:
         assert micro is None or len(order) == rows
-    # No more than the fullest mini-batch needs, to a row a rank, or a row a micro-batch.
+    # There are as many rows as the fullest mini-batch needs, up to one more per rank or per micro-batch.
     needed = max(1, *(-(-sum(keep[row] for row in range(rows) if before[row] == m) // dp_size) for m in before))
     micro_batches = of_update // dp_size // of_micro if of_micro else 1
     assert len(order) == rows or of_update // dp_size < needed + micro_batches
-    # What fills up is shorter than what is left out.
+    # The rows that fill up are not longer than those that are left out.
     for m in set(before):
         filled = [lengths[row] for row in order if before[row] == m and not keep[row]]
         left_out = [lengths[row] for row in range(rows) if before[row] == m and row not in order]
         assert not filled or not left_out or max(filled) <= min(left_out)
 
 
-def test_ranks_get_about_equal_loads_of_what_is_kept():
+def test_ranks_get_about_equal_loads_of_kept_rows():
     keep = [True, True, True, True, False, False, False, False]
     order, of_update, _ = reduced(keep, [100, 90, 20, 10, 5, 5, 5, 5], 1, 2)
     assert of_update == 4
     assert sorted([sorted(order[:2]), sorted(order[2:])]) == [[0, 3], [1, 2]]
 
 
-def test_where_every_row_is_kept_the_batch_stays_as_it_was():
+def test_if_every_row_is_kept_the_batch_is_unchanged():
     assert reduced([True] * 12, list(range(12)), 2, 3) == (list(range(12)), 6, None)
     assert reduced([True] * 12, list(range(12)), 2, 3, micro_batch=2) == (list(range(12)), 6, None)
 
 
-def test_fixed_micro_batches_become_smaller_rather_than_full():
-    # 17 rows in micro-batches of at most 16: two of 9.
+def test_fixed_micro_batches_are_made_smaller_instead_of_filled_up():
+    # 17 rows in micro-batches of at most 16 rows become two micro-batches of 9.
     order, of_update, micro = reduced([row < 17 for row in range(64)], [1] * 64, 1, 1, micro_batch=16)
     assert (len(order), of_update, micro) == (18, 18, 9)

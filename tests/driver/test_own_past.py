@@ -1,4 +1,4 @@
-"""The policy's own successes in the trainer: which rows are kept, what a prompt is given, what a checkpoint holds."""
+"""The policy's own successes in the trainer: which rows are kept, what a prompt gets, what a checkpoint contains."""
 
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ def of(*tokens):
 
 
 def recalled(keeper, step):
-    """Of each prompt tokens and step of what is attached to it."""
+    """For each prompt the tokens and the step of the attached success, or None."""
     successes = [unpacked(situation["own"]) if situation["own"] else None for situation in submit(keeper, step=step)]
     return [success and (success.response.tokens, success.step) for success in successes]
 
@@ -39,14 +39,14 @@ def keys(keeper):
     return [situation["key"] for situation in submit(keeper)]
 
 
-def test_a_prompt_is_given_its_own_success_and_no_other_prompt_is():
+def test_a_prompt_is_given_only_its_own_success():
     keeper = a_keeper()
     assert recalled(keeper, 1) == [None] * 8
     keeper.own_past.observe([(keys(keeper)[3], of(5, 6, 7)), (keys(keeper)[3], of(5, 7))], 1)
     assert recalled(keeper, 2) == [([5, 7], 1) if prompt == 3 else None for prompt in range(8)]
 
 
-def test_a_column_alone_attaches_and_keeps_nothing(tmp_path):
+def test_with_only_a_column_nothing_is_attached_or_kept(tmp_path):
     keeper = a_keeper("column")
     assert keeper.own_past is None
     assert all(situation["key"] is None and "own" not in situation for situation in submit(keeper))
@@ -54,14 +54,14 @@ def test_a_column_alone_attaches_and_keeps_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_success_that_is_too_old_is_not_given_any_more():
+def test_a_success_that_is_too_old_is_not_given():
     keeper = a_keeper(own_max_age=2)
     keeper.own_past.observe([(keys(keeper)[0], of(5))], 1)
     assert [recalled(keeper, step)[0] for step in (2, 3, 4)] == [([5], 1), ([5], 1), None]
 
 
 @pytest.mark.parametrize("gate", ["paper", "posterior"])
-def test_a_resumed_run_gives_the_same_successes_and_a_gate_with_a_state_keeps_it(gate, tmp_path):
+def test_a_resumed_run_gives_the_same_successes_and_keeps_the_gates_state(gate, tmp_path):
     keeper = a_keeper(gate=gate, own_max_age=5)
     for step, prompt in ((1, 0), (2, 1), (3, 0)):
         keeper.own_past.observe([(keys(keeper)[prompt], of(step, 7, 8))], step)
@@ -71,13 +71,13 @@ def test_a_resumed_run_gives_the_same_successes_and_a_gate_with_a_state_keeps_it
     assert resumed.own_past.metrics() == keeper.own_past.metrics()
     for step in (4, 7, 8, 9):
         assert submit(resumed, step=step) == submit(keeper, step=step)
-        # That of prompt 1 is of step 2.
+        # The success of prompt 1 is from step 2.
         assert (recalled(keeper, step)[1] is None) == (step > 7)
         for each in (keeper, resumed):
             each.own_past.observe([(keys(each)[step % 4 + 4], of(9))], step)
 
 
-def test_a_checkpoint_holds_arrays_of_numbers_alone(tmp_path):
+def test_a_checkpoint_holds_only_arrays_of_numbers(tmp_path):
     keeper = a_keeper()
     keeper.own_past.observe([(keys(keeper)[0], of(5))], 1)
     keeper.save(tmp_path)
@@ -104,12 +104,12 @@ def test_a_file_without_successes_is_refused_in_one_line(content, tmp_path):
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_checkpoint_without_the_file_starts_anew_and_says_so(tmp_path, caplog):
+def test_a_checkpoint_without_the_file_starts_empty_and_is_reported(tmp_path, caplog):
     a_keeper().load(tmp_path)
     assert f"has no {OWN_PAST_FILE}; the policy's own past starts anew" in caplog.text
 
 
-def test_prompts_that_share_an_index_are_said(caplog):
+def test_prompts_that_share_an_index_are_reported(caplog):
     a_keeper(rows=[*ROWS, ROWS[0]])
     assert "1 of 9 rows share data_source and extra_info.index" in caplog.text
 
@@ -118,7 +118,7 @@ def a_tag(length, *, solved=True, padding=False):
     return {"response_len": length, "is_padding": padding} | ({OWN_SUCCESS: [1, 0]} if solved else {})
 
 
-def test_of_each_group_only_the_shortest_successes_that_are_whole_are_fetched():
+def test_only_the_shortest_complete_successes_of_each_group_are_fetched():
     rows = [
         ("a", a_tag(4), True),
         ("a", a_tag(3), True),
@@ -133,7 +133,7 @@ def test_of_each_group_only_the_shortest_successes_that_are_whole_are_fetched():
 
 
 def remember(monkeypatch, rows, *, rejected=(), padding=()):
-    """What the trainer keeps of a batch: rows of uid, response, mask, and tag."""
+    """What the trainer keeps of a batch whose rows have uid, response, mask and tag."""
     queue = Queue()
     names = [f"{uid}_{number}_0" for number, (uid, *_) in enumerate(rows)]
     for name, (_, response, mask, _) in zip(names, rows, strict=True):
@@ -152,7 +152,7 @@ def remember(monkeypatch, rows, *, rejected=(), padding=()):
     return [unpacked(own) if own else None for own in found], metrics
 
 
-def test_the_exact_tokens_and_the_mask_of_a_row_are_kept(monkeypatch):
+def test_a_rows_exact_tokens_and_mask_are_kept(monkeypatch):
     rows = [
         ("a", [5, 6, 7, 8, 2], [1, 1, 0, 1, 1], {"response_len": 5, OWN_SUCCESS: [2, 1]}),
         ("a", [5, 6, 2], [1, 1, 1], {"response_len": 3}),

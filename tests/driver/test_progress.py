@@ -1,4 +1,4 @@
-"""Progress of a trainer: another place, step or finished prompt is progress, and polling is not."""
+"""Progress of a trainer: a new place in the code, step or finished prompt is progress, and polling is not."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ import pytest
 
 from hapo_verl.driver.progress import Progress
 
-# A trainer and its replay buffer as they lie in verl, by name: the first polls in the second.
+# A trainer and its replay buffer with the names that they have in verl; the trainer polls the buffer.
 TRAINER = """
 def fit(self):
     self.step()
@@ -40,7 +40,7 @@ def functions(code, file):
 
 @pytest.fixture
 def running():
-    """A trainer of these functions in a separate thread; it waits in its buffer, then at its gate."""
+    """A trainer with these functions in a separate thread; it waits in its buffer, then at its gate."""
     buffer = type("Buffer", (), functions(BUFFER, "replay_buffer.py"))()
     buffer.done, buffer.polls = threading.Event(), 0
     buffer.finished_keys, buffer.running_keys, buffer.failure_keys = (
@@ -76,7 +76,7 @@ def marks(progress, count=20):
     return found
 
 
-def test_polling_is_no_progress_and_a_prompt_that_is_finished_is_one(running):
+def test_polling_is_not_progress_and_a_finished_prompt_is(running):
     before = marks(running.progress)
     assert len(before) == 1
     assert running.buffer.polls > 10
@@ -86,7 +86,7 @@ def test_polling_is_no_progress_and_a_prompt_that_is_finished_is_one(running):
     assert after not in before
 
 
-def test_prompts_that_fail_and_are_sampled_anew_are_no_progress(running):
+def test_prompts_that_fail_and_are_resampled_are_not_progress(running):
     (before,) = marks(running.progress)
     for prompt in (4, 5):
         running.buffer.failure_keys["train"] = {prompt}
@@ -94,7 +94,7 @@ def test_prompts_that_fail_and_are_sampled_anew_are_no_progress(running):
         assert marks(running.progress) == {before}
 
 
-def test_the_text_says_step_place_and_prompts(running):
+def test_the_text_names_step_place_and_prompts(running):
     running.buffer.running_keys["train"].remove(2)
     running.buffer.failure_keys["train"].add(2)
     texts = {running.progress.position().text for _ in range(20)}
@@ -118,6 +118,6 @@ def test_the_next_part_of_a_step_and_the_next_step_are_progress(running):
     assert marks(running.progress).isdisjoint({sampling, updating, second})
 
 
-def test_a_trainer_without_a_buffer_or_a_step_has_a_place_all_the_same():
+def test_a_trainer_without_a_buffer_or_a_step_still_has_a_place():
     position = Progress(object()).position()
     assert position.text.startswith("step None: ")

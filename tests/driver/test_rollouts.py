@@ -1,4 +1,4 @@
-"""Rollouts that are spread by the prompts' posteriors: what reaches the workers, what is logged, what a resumed run does."""
+"""Rollouts allocated by the prompts' posteriors: what the workers get, what is logged, and what a resumed run does."""
 
 import asyncio
 from types import SimpleNamespace
@@ -26,26 +26,26 @@ def a_rollouts(**keys):
 
 
 def experienced(**settings):
-    """A keeper that has seen the first prompts fail, the last ones succeed, and those between do both."""
+    """A keeper that has seen the first prompts fail, the last ones succeed, and the middle ones do both."""
     keeper = a_gatekeeper("posterior", **settings)
     for _ in range(3):
         keeper.observe(groups(submit(keeper), [0, 0, 0, 3, 4, 8, 8, 8]))
     return keeper
 
 
-def test_prompts_that_nothing_is_known_of_get_the_same_number():
+def test_unknown_prompts_get_the_same_number_of_rollouts():
     assert a_rollouts().allocate(submit(a_gatekeeper("posterior"))) == [N] * 8
 
 
-def test_even_odds_need_fewer_rollouts_than_rare_ones():
+def test_prompts_with_even_odds_get_fewer_rollouts_than_rarely_solved_ones():
     rollouts = a_rollouts().allocate(submit(experienced()))
     assert sum(rollouts) == 8 * N
     even, rare = rollouts[3:5], [*rollouts[:3], *rollouts[5:]]
     assert 2 <= min(even) <= max(even) < N <= min(rare) <= max(rare) <= 2 * N
 
 
-def test_prompts_that_are_certain_give_their_rollouts_away():
-    # So weak a prior that three visits without a success leave no doubt.
+def test_prompts_with_a_certain_outcome_give_rollouts_to_others():
+    # The prior is so weak that the outcome is certain after three visits.
     keeper = experienced(gate={"strength": 0.001})
     rollouts = a_rollouts().allocate(submit(keeper))
     assert sum(rollouts) == 8 * N
@@ -53,7 +53,7 @@ def test_prompts_that_are_certain_give_their_rollouts_away():
     assert max(rollouts[:3] + rollouts[5:]) < N
 
 
-def test_the_bounds_are_those_of_the_keys():
+def test_the_bounds_follow_the_configured_keys():
     situations = submit(experienced())
     assert a_rollouts(most=N).allocate(situations) == [N] * 8
     assert a_rollouts(least=N).allocate(situations) == [N] * 8
@@ -61,12 +61,12 @@ def test_the_bounds_are_those_of_the_keys():
     assert {min(narrow), max(narrow), sum(narrow)} == {7, 9, 8 * N}
 
 
-def test_a_resumed_run_allocates_as_one_that_was_never_stopped(tmp_path):
+def test_a_resumed_run_allocates_like_one_that_never_stopped(tmp_path):
     keeper = experienced()
     keeper.save(tmp_path)
     resumed = a_gatekeeper("posterior", rows=ROWS[::-1])
     resumed.load(tmp_path)
-    # One has allocated before, the other has not.
+    # One allocator has been used before, the other has not.
     before = a_rollouts()
     before.allocate(submit(a_gatekeeper("posterior")))
     for step, successes in ((4, [0, 1, 2, 3, 4, 5, 6, 8]), (5, [8] * 8)):
@@ -82,11 +82,11 @@ def logged():
     numbers = rollouts.allocate(situations)
     successes = [0, 1, 0, 2, numbers[4], 0, 1, numbers[7]]
     of_groups = [{"successes": [i < s for i in range(n)]} for n, s in zip(numbers, successes, strict=True)]
-    # The sessions of a prompt have all failed.
+    # All sessions of one prompt have failed.
     return rollouts.metrics([*of_groups, {"successes": []}]), numbers, situations
 
 
-def test_each_metric_is_what_one_counts_by_hand(logged):
+def test_each_metric_equals_the_count_by_hand(logged):
     metrics, numbers, situations = logged
 
     def expected(of):
@@ -103,7 +103,7 @@ def test_each_metric_is_what_one_counts_by_hand(logged):
     assert metrics["hapo/rollouts/signals_expected"] > metrics["hapo/rollouts/signals_expected_uniform"]
 
 
-def test_verl_averages_every_one_of_them_over_the_updates_of_a_step(logged):
+def test_verl_averages_every_metric_over_the_updates_of_a_step(logged):
     aggregator = MetricsAggregator()
     assert {aggregator._get_aggregation_type(name) for name in logged[0]} == {"weighted_avg"}
 
@@ -129,7 +129,7 @@ def submitted(monkeypatch, rollouts):
 
 
 def sessions(batch, monkeypatch):
-    """Sessions of each prompt that verl's agent loop worker starts, as two workers share a batch."""
+    """The sessions that verl's agent loop worker starts for each prompt, if two workers share a batch."""
     started, settled = [], asyncio.Event()
     worker = object.__new__(HapoAgentLoopWorker)
     rollout = {"n": N, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "calculate_log_probs": True}
@@ -156,7 +156,7 @@ def sessions(batch, monkeypatch):
     return started
 
 
-def test_verls_worker_starts_as_many_sessions_and_waits_for_as_many(monkeypatch):
+def test_verls_worker_starts_and_awaits_the_allocated_number_of_sessions(monkeypatch):
     rollouts = a_rollouts()
     numbers = rollouts.allocate(submit(experienced(), step=4))
     started = sessions(submitted(monkeypatch, rollouts), monkeypatch)
@@ -164,7 +164,7 @@ def test_verls_worker_starts_as_many_sessions_and_waits_for_as_many(monkeypatch)
     assert started == [(f"u{i}", session, n) for i, n in enumerate(numbers) for session in range(n)]
 
 
-def test_uniform_attaches_nothing(monkeypatch):
+def test_uniform_allocation_attaches_nothing(monkeypatch):
     batch = submitted(monkeypatch, None)
     assert "__rollout_n__" not in batch
     assert len(sessions(batch, monkeypatch)) == len(ROWS) * N

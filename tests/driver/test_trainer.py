@@ -1,6 +1,6 @@
-"""What the trainer reads of a batch and writes back: verl's comparison and correction over the sampled rows alone.
+"""What the trainer reads from a batch and writes back: verl's comparison and correction on the sampled rows only.
 
-TransferQueue is a dictionary here, and log-probs come from nowhere; verl's own methods are called as they are.
+TransferQueue is a dictionary here, and log-probs are made up; verl's own methods are called unchanged.
 """
 
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ SAMPLED = [i for i, flag in enumerate(DEMONSTRATIONS) if not flag]
 
 
 class Queue:
-    """Rows by key, what was read of them and what was written."""
+    """Rows by key, and records of what was read and written."""
 
     def __init__(self, rows):
         self.rows, self.read, self.written = rows, [], []
@@ -98,7 +98,7 @@ def old_log_probs(queue, trainer):
     return metrics
 
 
-def test_rollout_and_actor_are_compared_over_the_sampled_rows_as_verl_would(queue):
+def test_rollout_and_actor_are_compared_on_the_sampled_rows_like_in_verl(queue):
     metrics = old_log_probs(queue, a_trainer())
     verls = calculate_debug_metrics(
         sampled_rows(queue, "response_mask", "responses", "rollout_log_probs", "old_log_probs")
@@ -106,7 +106,7 @@ def test_rollout_and_actor_are_compared_over_the_sampled_rows_as_verl_would(queu
     assert {name: metrics[name] for name in verls} == verls
 
 
-def test_a_demonstrations_rollout_log_probs_become_its_old_ones_and_nobody_elses(queue):
+def test_only_a_demonstrations_rollout_log_probs_become_its_old_log_probs(queue):
     before = {key: row["rollout_log_probs"].clone() for key, row in queue.rows.items()}
     old_log_probs(queue, a_trainer())
     for key, demonstration in zip(KEYS, DEMONSTRATIONS, strict=True):
@@ -114,7 +114,7 @@ def test_a_demonstrations_rollout_log_probs_become_its_old_ones_and_nobody_elses
         assert torch.equal(row["rollout_log_probs"], row["old_log_probs"] if demonstration else before[key])
 
 
-def test_no_token_of_the_rollout_is_read_twice(queue):
+def test_each_token_of_a_rollout_is_read_once(queue):
     trainer = a_trainer()
     old_log_probs(queue, trainer)
     assert queue.read.count("rollout_log_probs") == 1
@@ -128,7 +128,7 @@ def test_without_rollout_log_probs_nothing_is_compared(queue):
 
 
 def corrected(queue, **correction):
-    """Fields that rollout correction changes, its metrics, and verl's correction of the sampled rows alone."""
+    """The fields that rollout correction changes, its metrics, and verl's correction of the sampled rows only."""
     trainer = a_trainer(**correction)
     old_log_probs(queue, trainer)
     names = ["response_mask", "rollout_log_probs", "old_log_probs"]
@@ -141,12 +141,12 @@ def corrected(queue, **correction):
     return fields, verls.batch
 
 
-def test_a_mask_that_no_rejection_changes_is_not_written_again(queue):
+def test_a_mask_without_rejections_is_not_written_again(queue):
     fields, _ = corrected(queue)
     assert fields == {}
 
 
-def test_weights_and_rejected_tokens_are_verls_and_demonstrations_keep_all_of_theirs(queue):
+def test_weights_and_rejections_equal_verls_and_demonstrations_keep_all_tokens(queue):
     fields, verls = corrected(queue, rollout_is="token", rollout_rs="token_k1", rollout_rs_threshold="0.7_1.4")
     assert set(fields) == {"response_mask", "rollout_is_weights"}
     masks, weights = (fields[name].unbind() for name in ("response_mask", "rollout_is_weights"))
@@ -164,7 +164,7 @@ def test_weights_and_rejected_tokens_are_verls_and_demonstrations_keep_all_of_th
     assert 0 < kept[0] < kept[1]
 
 
-def test_a_step_without_a_single_reward_ends_the_run_with_what_to_look_at():
+def test_a_step_without_any_reward_ends_the_run_with_what_to_check():
     trainer = object.__new__(HapoTrainerSync)
     trainer.global_steps = 3
     with pytest.raises(RewardError) as error:

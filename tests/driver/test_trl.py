@@ -1,4 +1,4 @@
-"""verl's worker, driver and actor make of given completions what TRL's trainer made of them (`golden_step.json`)."""
+"""verl's worker, driver and actor give the same results on given completions as TRL's trainer (`golden_step.json`)."""
 
 import asyncio
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ def steps(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", golden_step.CASES)
-def test_rows_advantages_loss_and_gradient_are_those_of_trls_trainer(steps, name):
+def test_rows_advantages_loss_and_gradient_equal_those_of_trls_trainer(steps, name):
     golden_step.assert_same(steps[name], golden_step.recorded()[name])
 
 

@@ -93,12 +93,12 @@ def test_a_busy_actor_is_alive_and_a_killed_one_is_named_with_its_cause(actors):
         ray.get(working)
 
 
-def test_an_engine_is_dead_when_its_server_says_so(server):
+def test_an_engine_is_dead_if_its_server_reports_it(server):
     address, answer = server
     watch = Watch(interval=0.2, advice=ADVICE)
     watch._engines = {"engine": address}
     assert watch.dead() == {}
-    answer["status"] = 404  # another engine's server
+    answer["status"] = 404  # This is the server of another engine.
     assert watch.dead() == {}
     answer["status"] = 503
     assert watch.dead() == {"engine": f"{address}/health answers 503"}
@@ -112,7 +112,7 @@ def test_a_slow_server_is_not_dead(server):
     assert [watch.dead() for _ in range(3)] == [{}, {}, {}]
 
 
-def test_a_server_is_dead_when_it_refuses_for_longer_than_ray_needs_to_say_why(unused_port, monkeypatch):
+def test_a_server_is_dead_if_it_refuses_for_longer_than_ray_needs_to_name_the_cause(unused_port, monkeypatch):
     monkeypatch.setattr("hapo_verl.driver.watch.REFUSED_SECONDS", 0.5)
     address = f"127.0.0.1:{unused_port}"
     watch = Watch(interval=0.2, advice=ADVICE)
@@ -123,7 +123,7 @@ def test_a_server_is_dead_when_it_refuses_for_longer_than_ray_needs_to_say_why(u
     assert watch.dead() == {"engine": f"{address} refuses connections"}
 
 
-def test_the_run_ends_once_with_a_line_that_names_all_that_died(actors, capsys):
+def test_the_run_ends_once_with_a_line_that_names_every_dead_process(actors, capsys):
     first, second, third = actors(), actors(), actors()
     ray.get([actor.process.remote() for actor in (first, second, third)])
     ends: queue.Queue[None] = queue.Queue()
@@ -157,7 +157,7 @@ def stopping(actors):
     return watch, actor, ends
 
 
-def test_a_stopped_watch_takes_no_end_for_a_death(stopping, capsys):
+def test_a_stopped_watch_does_not_report_a_normal_end_as_a_death(stopping, capsys):
     watch, actor, ends = stopping
     ray.kill(actor)
     watch.stop()
@@ -165,7 +165,7 @@ def test_a_stopped_watch_takes_no_end_for_a_death(stopping, capsys):
     assert (ends, capsys.readouterr().err) == ([], "")
 
 
-def test_a_death_that_the_trainer_saw_before_ray_tells_of_it_is_named(stopping, capsys):
+def test_a_death_that_the_trainer_sees_before_ray_reports_it_is_named(stopping, capsys):
     watch, actor, ends = stopping
     threading.Timer(3, ray.kill, [actor]).start()
     watch.stop(failed=True)
@@ -173,7 +173,7 @@ def test_a_death_that_the_trainer_saw_before_ray_tells_of_it_is_named(stopping, 
     assert capsys.readouterr().err.startswith("hapo: worker died (")
 
 
-def test_a_trainer_that_failed_by_itself_is_not_held_up_for_long(stopping, capsys, monkeypatch):
+def test_a_trainer_that_fails_by_itself_is_not_delayed_for_long(stopping, capsys, monkeypatch):
     monkeypatch.setattr("hapo_verl.driver.watch.FAILED_SECONDS", 3.0)
     watch, _, ends = stopping
     started = time.monotonic()
@@ -224,7 +224,7 @@ def standing(actors, tmp_path):
     ray.kill(busy)
 
 
-def test_a_trainer_that_stands_still_is_said_once_with_the_stacks_of_all_processes(standing, tmp_path, capsys):
+def test_a_trainer_that_hangs_is_reported_once_with_the_stacks_of_all_processes(standing, tmp_path, capsys):
     watch, place, ends = standing
     watch, _work = watch(BUSY_SECONDS + 2, None)
     watch.start()
@@ -233,7 +233,7 @@ def test_a_trainer_that_stands_still_is_said_once_with_the_stacks_of_all_process
     time.sleep(2)
     assert capsys.readouterr().err == ""
     assert ends.empty()
-    # An idle actor counts as busy where the machine lets it answer too late.
+    # An idle actor counts as busy if a loaded machine makes it answer too late.
     assert re.fullmatch(
         r"hapo: no progress for \d+ s in step 1: fit > update; busy: training worker 0(, reward worker 0)?; Ray has \d of 1 CPUs free. "
         rf"Stacks of all processes: {file}. The run goes on.\n",
@@ -241,15 +241,15 @@ def test_a_trainer_that_stands_still_is_said_once_with_the_stacks_of_all_process
     )
     text = file.read_text()
     assert text.startswith("step 1: fit > update\n\ntrainer: ")
-    # This process says that it does not answer, for it is no process of Ray's; the blocked actor shows where it is.
+    # This process is reported as not answering, since it is not a process of Ray; the blocked actor shows where it is.
     assert re.search(r"training worker 0, process \d+: .*\n(.*\n)*.* in work\n", text)
     assert re.search(r"reward worker 0, process \d+: ", text)
-    # Progress, and standing still again, is another line.
+    # If there is progress and then another hang, that is reported in another line.
     place[0] = ("there", 2)
     assert eventually(lambda: capsys.readouterr().err, 90).startswith("hapo: no progress for ")
 
 
-def test_the_run_ends_when_it_stood_still_for_too_long(standing, capsys):
+def test_the_run_ends_when_it_hangs_for_too_long(standing, capsys):
     watch, _, ends = standing
     watch, _work = watch(None, 1.5)
     started = time.monotonic()
@@ -261,7 +261,7 @@ def test_the_run_ends_when_it_stood_still_for_too_long(standing, capsys):
     assert said.count("\n") == 1
 
 
-def test_a_trainer_that_moves_on_is_never_said_to_stand_still(standing, capsys):
+def test_a_trainer_that_makes_progress_is_never_reported_as_hanging(standing, capsys):
     watch, place, ends = standing
     watch, _work = watch(4.0, 5.0)
     watch.start()

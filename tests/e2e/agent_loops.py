@@ -5,11 +5,11 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 
 
 class FailingLoop(SingleTurnAgentLoop):
-    """verl's single-turn loop in which a training session fails where the policy opens with the digit 3."""
+    """verl's single-turn loop in which a training session fails if the policy begins with the digit 3."""
 
     async def run(self, sampling_params, **kwargs):
         output = await super().run(sampling_params, **kwargs)
-        # Greedy validation may open every answer alike, and verl cannot validate without a single answer.
+        # In greedy validation every answer may begin the same, and verl cannot validate if all sessions fail.
         is_training = sampling_params["temperature"] > 0
         if is_training and output.response_ids[:1] == self.tokenizer.encode("3", add_special_tokens=False):
             raise RuntimeError("this session fails on purpose")
@@ -17,7 +17,7 @@ class FailingLoop(SingleTurnAgentLoop):
 
 
 class ScriptedLoop(AgentLoopBase):
-    """Answers that depend on the prompt and the session only, right in some sessions: the same in every run."""
+    """Answers that depend only on the prompt and the session, and are right in some sessions of every run."""
 
     async def run(self, sampling_params, **kwargs):
         prompt_ids = await self.ct_build_initial_tokens(list(kwargs["raw_prompt"]))

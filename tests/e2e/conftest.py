@@ -1,4 +1,4 @@
-"""verl's genuine trainer with Ray and vLLM on this machine's CPU, on the quickstart's task, started by the tests."""
+"""Fixtures that start verl's unmodified trainer with Ray and vLLM on this machine's CPU, on the quickstart's task."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DIGITS, PROMPTS, ROLLOUTS = 3, 8, 8
 WHOLE = "hapo.skip_idle_rows=false", "hapo.old_log_probs=all"
 TRACE_ALL = "hapo.trace_groups=null", "hapo.trace_limit=null"
 
-# A demonstration that cannot be used, for the rows whose index leaves this remainder modulo 8; the others can.
+# Unusable demonstrations by the row's index modulo 8; demonstrations of other rows are usable.
 UNUSABLE = {0: (None, "missing"), 1: ("1234567", "overlong"), 2: ("12", "rejected"), 3: (" ", "empty")}
 
 
@@ -70,7 +70,7 @@ def _lines(path: Path) -> list[dict]:
 
 
 def expected_to_move(groups: list[dict]) -> dict[str, Counter]:
-    """The numbers of own rows (False) and demonstrations (True) with a gradient, by group, without groups that have none.
+    """The numbers of own rows (False) and demonstrations (True) with a gradient, for groups with any.
 
     Own rows are compared with each other only, as `on_policy` does.
     """
@@ -82,7 +82,7 @@ def expected_to_move(groups: list[dict]) -> dict[str, Counter]:
 
 
 def moved(run: Run) -> dict[str, Counter]:
-    """The same numbers of the rows that reached the loss with an advantage."""
+    """The same numbers, counted from the rows that reached the loss with an advantage."""
     found: dict[str, Counter] = {}
     for row in run.loss_rows:
         if any(row["advantages"]):
@@ -99,7 +99,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def able(model, tmp_path_factory) -> Path:
-    """The model, when it has learned half of the answers."""
+    """The model after it has learned half of the answers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tests.recipes.plain import plain_loop
@@ -118,8 +118,9 @@ def able(model, tmp_path_factory) -> Path:
 def prepared(tmp_path_factory, model):
     """A run that is ready to start: `prepared("name", *overrides, unusable=...)` gives its launch and its folder.
 
-    `rows` are those of the training data; `demonstration` makes a row's own out of its answer and index; `environment` is
-    added to the run's. A run of HAPO's trainer trains on every row, so that all of them are seen, unless `whole` is False.
+    `rows` is the number of training rows; `demonstration` makes a row's demonstration from its answer and index;
+    `environment` is added to the run's. HAPO's trainer trains on every row, so that tests see all rows, unless `whole`
+    is False.
     """
 
     def prepare(
@@ -213,7 +214,7 @@ class KilledAndResumed(NamedTuple):
 
     killed: Run
     resumed: Run
-    saved: int  # the last step of the first launch that has a checkpoint
+    saved: int  # The last step of the first launch that has a checkpoint.
     checkpoints: Path
 
     def steps(self) -> Iterator[tuple[int, Run]]:
@@ -224,7 +225,7 @@ class KilledAndResumed(NamedTuple):
 
 @pytest.fixture(scope="session")
 def killed_and_resumed(prepared, tmp_path_factory):
-    """Runs a launch, kills its processes after the step `after`, and runs it again to its end.
+    """Runs a launch, kills its processes after step `after`, and runs it again to its end.
 
     `change` is called with each run before it starts, `between` with the last checkpoint before the second launch.
     """

@@ -11,7 +11,7 @@ def _fail(module):
     original = worker._update_weights
 
     def update(self, weights, *args, **kwargs):
-        # The first is that of the start; the weights that the error's frames hold make verl's clean-up fail as well.
+        # The first update is at the start. The error's frames keep references to weights, so verl's clean-up fails too.
         if next(updates) == 2:
             raise ValueError("these weights fail on purpose")
         return original(self, weights, *args, **kwargs)

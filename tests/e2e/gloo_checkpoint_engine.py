@@ -1,7 +1,8 @@
-"""A checkpoint engine for a machine without a GPU: verl's own beside `naive` move weights over NCCL, NIXL or Mooncake.
+"""A checkpoint engine for a machine without a GPU: verl's own, except `naive`, use NCCL, NIXL or Mooncake.
 
 `actor_rollout_ref.rollout.checkpoint_engine.backend=gloo` with
-`...checkpoint_engine.custom_backend_module=tests.e2e.gloo_checkpoint_engine`. One tensor a broadcast: for tests.
+`...checkpoint_engine.custom_backend_module=tests.e2e.gloo_checkpoint_engine` select it. It broadcasts one tensor at a
+time, which is enough for tests.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ LAST = pickle.dumps(None)
 
 @CheckpointEngineRegistry.register("gloo")
 class GlooCheckpointEngine(CheckpointEngine):
-    """Rank 0 of the actor broadcasts to the workers of the rollout; its other ranks take no part."""
+    """Rank 0 of the actor broadcasts to the rollout workers; the actor's other ranks do not take part."""
 
     def __init__(self, bucket_size: int, is_master: bool = False) -> None:
         self._store: dist.TCPStore | None = None
@@ -54,7 +55,7 @@ class GlooCheckpointEngine(CheckpointEngine):
         self, weights: Iterator[tuple[str, torch.Tensor]], global_steps: int | None = None
     ) -> dict[str, Any]:
         number = -1
-        # Every rank goes through the weights: to gather a sharded one takes all of them.
+        # Every rank iterates over the weights, because all ranks are needed to gather a sharded weight.
         for number, (name, tensor) in enumerate(weights):
             if self._group is not None:
                 tensor = tensor.detach().contiguous()
@@ -62,7 +63,7 @@ class GlooCheckpointEngine(CheckpointEngine):
                 self._group.broadcast([tensor.view(-1).view(torch.uint8)], dist.BroadcastOptions()).wait()
         if self._group is not None:
             self._store.set(str(number + 1), LAST)
-            # The store lives in this process: it must not end before everybody has read the end.
+            # The store lives in this process, which must not end before every worker has read the end marker.
             self._group.barrier().wait()
         return {}
 

@@ -1,4 +1,4 @@
-"""DAPO's preset with demonstrations as rows of their own, in the asynchronous trainer."""
+"""DAPO's preset with demonstrations as additional rows, in the asynchronous trainer."""
 
 from collections import Counter, defaultdict
 
@@ -43,7 +43,7 @@ def skipping(trainer):
 
 
 def test_the_colocated_asynchronous_trainer_injects_and_filters(asynchronous):
-    # An all-failed group without a demonstration has no signal and is filtered; one that was rescued is kept.
+    # A failed group without a demonstration has no signal and is filtered; one with a demonstration is kept.
     assert [group["outcome"] for group in asynchronous.groups] == ["injected"] * (STEPS * PROMPTS)
     assert sum(s.get("training/filter_groups/evicted_samples", 0) for s in asynchronous.steps) > 0
     assert all("training/off_policy/trajectory_staleness/mean" in s for s in asynchronous.steps)
@@ -59,7 +59,7 @@ def test_our_head_computes_the_log_probabilities_that_vllm_sampled_with(asynchro
     assert all(np.isfinite(logged["actor/grad_norm"]) for logged in asynchronous.steps)
 
 
-def test_every_rollout_stays_and_the_demonstration_is_one_row_more(asynchronous):
+def test_every_rollout_stays_and_the_demonstration_is_an_additional_row(asynchronous):
     rows = defaultdict(list)
     for row in asynchronous.loss_rows:
         rows[row["uid"]].append(row)
@@ -75,14 +75,14 @@ def test_every_rollout_stays_and_the_demonstration_is_one_row_more(asynchronous)
         assert demonstrations[0]["advantages"][0] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_appended_rows_make_the_two_mini_batches_larger_and_no_third_one(asynchronous):
-    # 8 x 9 rows in two mini-batches are two of 40; verl's own multiple of 32 would make a third out of padding.
+def test_appended_rows_make_the_two_mini_batches_larger_and_add_no_third(asynchronous):
+    # 8 x 9 rows are padded to two mini-batches of 40 rows; padding to verl's multiple of 32 would add a third.
     assert len(asynchronous.loss_rows) == STEPS * 80
     trained = Counter(row["uid"] for row in asynchronous.loss_rows if any(row["response_mask"]))
     assert set(trained.values()) == {ROLLOUTS + 1}
 
 
-def test_rows_without_a_gradient_are_left_out_there_too(skipping):
+def test_rows_without_a_gradient_are_left_out_in_the_asynchronous_trainer(skipping):
     assert [group["outcome"] for group in skipping.groups] == ["injected"] * (STEPS * PROMPTS)
     assert sum(s.get("training/filter_groups/evicted_samples", 0) for s in skipping.steps) > 0
     assert moved(skipping) == expected_to_move(skipping.groups)

@@ -1,4 +1,4 @@
-"""DAPO's preset as its paper has it, in the synchronous trainer."""
+"""DAPO's preset as in its paper, in the synchronous trainer."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.e2e.test_limits import HAPO, SCRIPTED
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 
-def test_every_trained_group_has_a_signal_and_others_were_sampled_anew(trainer):
+def test_every_trained_group_has_a_signal_and_other_groups_were_resampled(trainer):
     run = trainer("dapo", "+hapo=dapo", *SCRIPTED, "trainer.save_freq=-1", *HAPO, steps=2, whole=False)
     assert len(run.groups) == 2 * PROMPTS
     for group in run.groups:

@@ -1,4 +1,4 @@
-"""What a run loses when a part of it is killed: nothing but the step it was in.
+"""If a part of a run is killed, the run loses only the steps after its last checkpoint.
 
 One training run with a checkpoint every second step, in four launches: an agent loop worker is killed, then vLLM's
 engine, then the driver; the last launch reaches the end. The gate remembers prompts, of which there are two batches:
@@ -18,7 +18,7 @@ from hapo_verl.driver.gatekeeper import STATE_FILE, Gatekeeper
 from tests.e2e.conftest import PROMPTS, ROLLOUTS, TrainingError, name_of
 from tests.e2e.test_limits import SCRIPTED
 
-# Four launches in one fixture.
+# One fixture runs four launches.
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(3600)]
 STEPS, SAVED_EVERY, MINUTE = 16, 2, 60
 GATE = {"gate": {"name": "posterior", "threshold": 0.3}, "budget": {"share": 0.75}}
@@ -38,12 +38,12 @@ SETTINGS = [
 
 
 DRIVER = "the process that was started"
-# Of a Ray node: they look for their raylet for a little more than a minute.
+# Agents of a Ray node, which wait for their raylet for a little more than a minute.
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 class Death:
-    """A launch in which a process is killed after its second step, and what came of it."""
+    """A launch in which a process is killed after the second step, and the result."""
 
     def __init__(self, prepare, checkpoints, *, name, victim):
         overrides = [*SETTINGS, f"trainer.default_local_dir={checkpoints}"]
@@ -101,7 +101,7 @@ def trained(deaths):
     }
 
 
-def test_every_launch_goes_on_behind_the_last_checkpoint(deaths):
+def test_every_launch_continues_after_the_last_checkpoint(deaths):
     assert deaths[-1].error is None
     assert deaths[0].steps[0] == 1
     assert deaths[-1].steps[-1] == STEPS
@@ -124,8 +124,8 @@ def test_every_step_is_trained_and_no_demonstration_is_lost_or_counted_twice(dea
     assert rows
 
 
-def test_the_gate_decides_as_if_nothing_had_happened(deaths):
-    """Step by step, from the outcomes of the steps before: as in a run without a death."""
+def test_the_gate_decides_as_in_a_run_without_a_death(deaths):
+    """Each step's decisions follow from the outcomes of the steps before it."""
     hapo = HapoConfig.parse(GATE)
     keeper = Gatekeeper(hapo, total_steps=STEPS)
     rows = deaths[0].run.train.to_dict("records")

@@ -1,4 +1,4 @@
-"""What leaves verl's trainer waiting for ever, with every process alive, ends the run with a line that says why."""
+"""If verl's trainer would wait forever with every process alive, the run ends with a line that says why."""
 
 import signal
 import time
@@ -10,12 +10,12 @@ from tests.e2e.test_limits import HAPO, SCRIPTED
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 MINUTE = 60
-# Longer than any part of the start takes on a busy machine.
+# Each part of the start takes less time than this, even on a busy machine.
 REPORT, LIMIT = 150, 180
 
 
 class Hang:
-    """A launch that hangs behind its first steps, and what came of it."""
+    """A launch that hangs after its first steps, and the result."""
 
     def __init__(self, prepare, name, *overrides, stopped=None, environment=None):
         launch, self.run = prepare(
@@ -37,7 +37,7 @@ class Hang:
         self.lines = [line[line.index("hapo: ") :] for line in log.splitlines() if "hapo: " in line]
 
 
-def test_an_engine_that_cannot_load_new_weights_ends_the_run_within_a_minute_with_its_error(prepared):
+def test_an_engine_that_cannot_load_weights_ends_the_run_within_a_minute(prepared):
     environment = {"VERL_USE_EXTERNAL_MODULES": "tests.e2e.failing_update"}
     hang = Hang(prepared, "failing_update", environment=environment)
     assert hang.error is not None
@@ -49,7 +49,7 @@ def test_an_engine_that_cannot_load_new_weights_ends_the_run_within_a_minute_wit
     assert line.endswith("No checkpoint is saved, for trainer.save_freq=-1: start it again from step 1.")
 
 
-def test_a_worker_that_stands_still_is_said_and_ends_the_run_with_all_stacks(prepared):
+def test_a_worker_that_hangs_is_reported_and_ends_the_run_with_all_stacks(prepared):
     limits = [f"hapo.stall_report={REPORT}", f"hapo.stall_limit={LIMIT}"]
     hang = Hang(prepared, "stopped_worker", *limits, stopped="ray::WorkerDict")
     assert hang.error is not None

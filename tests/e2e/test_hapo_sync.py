@@ -51,7 +51,7 @@ def by_uid(rows, key):
     return groups
 
 
-def test_every_prompt_was_trained_on_though_sessions_failed(run):
+def test_every_prompt_was_trained_on_although_sessions_failed(run):
     assert len(run.groups) == STEPS * PROMPTS
     sizes = Counter(len(group["scores"]) for group in run.groups)
     assert max(sizes) == ROLLOUTS
@@ -82,7 +82,7 @@ def test_logged_counts_equal_a_recomputation_from_the_groups(run):
 
 
 def test_how_improbable_the_demonstrations_are_is_logged(run):
-    """A model from random weights gives each of its 17 tokens about the same probability, which the paper's loss teaches."""
+    """A random model gives each of its 17 tokens about the same probability, which the paper's loss can teach."""
     for logged in run.steps:
         assert logged["hapo/injected/group_share"] > 0
         quantile, median = (logged[f"hapo/demonstration/least_probability_{name}"] for name in ("q05", "median"))
@@ -91,7 +91,7 @@ def test_how_improbable_the_demonstrations_are_is_logged(run):
         assert not any("hapo_count" in name for name in logged)
 
 
-def test_one_demonstration_a_group_reached_the_loss_with_exactly_its_tokens(run, model):
+def test_one_demonstration_per_group_reached_the_loss_with_exactly_its_tokens(run, model):
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows_of = by_uid(run.loss_rows, lambda row: row["uid"])
     answers = {
@@ -108,7 +108,7 @@ def test_one_demonstration_a_group_reached_the_loss_with_exactly_its_tokens(run,
             assert row["response_mask"] == [1] * len(expected)
 
 
-def test_the_loser_is_gone_and_nothing_else(run):
+def test_only_the_replaced_rollout_is_missing(run):
     dumped = by_uid(run.dumped, lambda row: row["uid"].split("_")[0])
     for group in run.groups:
         rows = dumped[group["uid"]]
@@ -119,7 +119,7 @@ def test_the_loser_is_gone_and_nothing_else(run):
         assert sorted(row["score"] for row in rows) == expected
 
 
-def test_advantages_in_the_loss_are_verls_grpo_of_the_rows_after_injection(run):
+def test_advantages_in_the_loss_equal_verls_grpo_on_the_rows_after_injection(run):
     dumped = by_uid(run.dumped, lambda row: row["uid"].split("_")[0])
     rows_of = by_uid(run.loss_rows, lambda row: row["uid"])
     for group in run.groups:
@@ -134,7 +134,7 @@ def test_advantages_in_the_loss_are_verls_grpo_of_the_rows_after_injection(run):
 
 def test_rollout_correction_and_its_comparison_leave_demonstrations_out(run):
     for logged in run.steps:
-        # vLLM and the actor agree on what vLLM sampled; a demonstration that counted would break this.
+        # vLLM and the actor agree on the tokens that vLLM sampled; they would not if demonstrations were included.
         assert logged["training/rollout_probs_diff_max"] < 1e-4
         assert logged["training/rollout_actor_probs_pearson_corr"] > 0.999
         assert abs(logged["rollout_corr/kl"]) < 1e-3

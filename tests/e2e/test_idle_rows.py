@@ -1,9 +1,9 @@
-"""Whole runs of verl's trainer with rows without a gradient left out, and with all of them: the same parameters.
+"""Runs of verl's trainer that leave out rows without a gradient end with the same parameters as runs with all rows.
 
-Scripted sessions, so that both see the same rollouts, and plain SGD, as in `test_limits.py`. Each method comes with
-another way to cut a step: epochs, micro-batches, the head. Prompts come back in an order of their own in every run, and
-verl cuts mini-batches in that order: those are compared at the engine, in `tests/driver/test_idle_rows.py`. Beside verl's
-own GRPO: `test_limits.py`.
+Sessions are scripted, so that both runs see the same rollouts, and the optimizer is plain SGD, as in `test_limits.py`.
+Each method has a different division of a step: epochs, micro-batches or the head. Prompts finish in a different order
+in every run, and verl cuts mini-batches in that order. Therefore mini-batches are compared at the engine, in
+`tests/driver/test_idle_rows.py`. The comparison with verl's own GRPO is in `test_limits.py`.
 """
 
 import pytest
@@ -20,15 +20,15 @@ DYNAMIC = [
     "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=256",
 ]
 CASES = {
-    # Two epochs: old log-probs are needed, and the second epoch clips ratios.
+    # With two epochs old log-probs are needed, and the second epoch clips ratios.
     "plus": ["+hapo=plus", "actor_rollout_ref.actor.ppo_epochs=2", *DYNAMIC],
-    # One update, micro-batches of a fixed size, a mean of rows; half of the failed groups are injected at most.
+    # One update, micro-batches of a fixed size, a mean over rows; at most half of the groups are injected.
     "paper": ["+hapo=paper", "hapo.budget.share=0.5", "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"],
-    # Its own aggregation and an entropy bonus: every row has a gradient, and nothing is left out.
+    # LUFFY has its own aggregation and an entropy bonus: every row has a gradient, and nothing is left out.
     "luffy": ["+hapo=luffy", *DYNAMIC],
-    # Its clip and its mean over tokens; groups without a signal stay, so that there is something to leave out.
+    # DAPO's clip and mean over tokens; groups without a signal are not filtered, so that rows can be left out.
     "dapo": ["+hapo=dapo", "algorithm.filter_groups.enable=false"],
-    # The loss inside the head.
+    # The loss is computed inside the head.
     "policy_head": [
         "+hapo=plus",
         "hapo.kernels.head=policy_head",
@@ -40,9 +40,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_parameters_are_those_of_a_run_with_all_rows(trainer, case):
+def test_the_parameters_equal_those_of_a_run_with_all_rows(trainer, case):
     overrides = [*CASES[case], *HAPO, *SCRIPTED, "hapo.gate.threshold=0.3", f"trainer.save_freq={STEPS}"]
-    if case in ("luffy", "dapo"):  # gates without a threshold
+    if case in ("luffy", "dapo"):  # Their gates have no threshold.
         overrides.remove("hapo.gate.threshold=0.3")
     skipped = trainer(f"skipped-{case}", *overrides, steps=STEPS, whole=False)
     whole = trainer(f"whole-{case}", *overrides, steps=STEPS)

@@ -59,12 +59,12 @@ def test_every_group_fails_and_is_injected(run):
     assert not any(any(group["successes"]) for group in run.groups)
 
 
-def test_demonstrations_reach_the_loss_as_the_models_own_template_would_have_them(run, tokenizer):
+def test_demonstrations_reach_the_loss_as_the_models_own_template_writes_them(run, tokenizer):
     found = [(index, row) for index, row in rows_of_first_step(run) if row["hapo_demonstration"]]
     assert len(found) == PROMPTS
     for index, row in found:
         example = run.train.iloc[index]
-        # What the chat template writes of a turn that is complete, behind what it writes to ask for it.
+        # The part of the complete conversation that the chat template writes after the generation prompt.
         asked = [dict(example["prompt"][0])]
         complete = [*asked, {"role": "assistant", "content": example["demonstration"]}]
         prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)

@@ -1,8 +1,8 @@
-"""The ends of the gates: where they let go the run is verl's GRPO, and the plain loop is the trainer in one file.
+"""When the gate stops firing, the run is verl's GRPO; and the plain loop gives the results of the trainer.
 
-Scripted sessions, plain SGD: the same rollouts in every run. In step 1 of the annealed run, `+hapo=plus`, the gate is the
-paper's, and its threshold is 0 from step 2 on; verl's own GRPO and `+hapo=grpo` go on from its first checkpoint. The
-annealed run leaves out what has no gradient, the other two train on every row.
+Sessions are scripted and the optimizer is plain SGD, so every run has the same rollouts. In step 1 of the annealed run,
+`+hapo=plus`, the gate is the paper's, and its threshold is 0 from step 2 on; verl's own GRPO and `+hapo=grpo` continue
+from its first checkpoint. The annealed run leaves out rows without a gradient, the other two train on every row.
 """
 
 import random
@@ -20,12 +20,12 @@ from tests.recipes.plain import plain_loop
 
 pytestmark = pytest.mark.e2e
 
-# Plain SGD: Adam would divide a difference in the last bits by another one.
+# The optimizer is plain SGD, because Adam would make differences in the last bits larger.
 SCRIPTED = [
     "actor_rollout_ref.rollout.agent.default_agent_loop=scripted",
     "actor_rollout_ref.actor.optim.optimizer=SGD",
     "actor_rollout_ref.actor.optim.lr=0.1",
-    # The same step whatever the number of steps.
+    # The learning rate does not depend on the number of steps.
     "actor_rollout_ref.actor.optim.lr_scheduler_type=constant",
     "actor_rollout_ref.actor.optim.weight_decay=0",
     "trainer.save_freq=1",
@@ -61,7 +61,7 @@ def largest(ours, theirs):
 
 
 def rows_of(run, groups):
-    """Those that moved the policy."""
+    """The rows with an advantage that is not 0."""
     uids = {group["uid"] for group in groups}
     return [row for row in run.loss_rows if row["uid"] in uids and any(row["advantages"])]
 
@@ -96,7 +96,7 @@ def test_after_that_the_rows_and_advantages_are_those_of_verls_grpo_exactly(anne
     assert left_out > 0
 
 
-def test_only_rows_with_a_gradient_and_what_fills_micro_batches_up_are_computed(annealed):
+def test_only_rows_with_a_gradient_and_rows_that_fill_micro_batches_are_computed(annealed):
     rows = [row for row in annealed.loss_rows if any(row["response_mask"])]
     moving = [row for row in rows if any(row["advantages"])]
     assert len(rows) < len(moving) + 4 * 16
@@ -105,14 +105,14 @@ def test_only_rows_with_a_gradient_and_what_fills_micro_batches_up_are_computed(
     assert sum(share * size for share, size in zip(shares, batches, strict=True)) == pytest.approx(len(rows))
     assert min(shares) < 1
     for logged in annealed.steps:
-        # Each step is one update, so nobody asked for old log-probs.
+        # Each step is one update, so old log-probs are not computed.
         assert logged["timing_s/old_log_prob"] < 0.1
         assert not any(name.startswith(("actor/entropy", "training/rollout", "rollout_corr")) for name in logged)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("preset", ["verl's own", "+hapo=grpo"])
-def test_three_steps_without_an_injected_row_end_at_the_parameters_of_grpo(annealed, trainer, preset):
+def test_three_steps_without_an_injected_row_give_the_parameters_of_grpo(annealed, trainer, preset):
     resume = f"trainer.resume_from_path={annealed.folder / 'checkpoints' / 'global_step_1'}"
     chosen = GRPO if preset == "verl's own" else [preset, *HAPO]
     grpo = trainer("grpo", *chosen, *SCRIPTED, "trainer.resume_mode=resume_path", resume, steps=4)
@@ -121,8 +121,7 @@ def test_three_steps_without_an_injected_row_end_at_the_parameters_of_grpo(annea
     start, ours, theirs = parameters(annealed, 1), parameters(annealed, 4), parameters(grpo, 4)
     assert ours.keys() == theirs.keys()
     moved = largest(ours, start)
-    # Rows lie in another order, so a gradient adds them up in another order: the difference is one of the last bits of
-    # fp32, not of what is computed.
+    # Rows are in another order, so gradients are summed in another order: only the last bits of fp32 differ.
     assert moved > 1e-3
     assert largest(ours, theirs) < 1e-6 * max(1, moved)
 
@@ -138,8 +137,8 @@ def answers(run):
     return {info["index"]: text for info, text in zip(run.train["extra_info"], run.train["demonstration"], strict=True)}
 
 
-def test_the_plain_loop_makes_the_trainers_rows_advantages_and_gradient(annealed, model):
-    """Same rollouts in: the rows after injection, their advantages, and the first step's gradient."""
+def test_the_plain_loop_gives_the_trainers_rows_advantages_and_gradient(annealed, model):
+    """For the same rollouts, rows after injection, advantages and the first step's gradient are compared."""
     groups = [group for group in annealed.groups if group["step"] == 1]
     tokenizer = AutoTokenizer.from_pretrained(model)
     settings = plain_loop.Settings(digits=3, exponent=0.0)

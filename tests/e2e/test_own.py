@@ -1,8 +1,9 @@
-"""A policy that is its own teacher: it solves prompts, is killed, forgets how, and is helped by its own tokens.
+"""A policy that is its own teacher: after a kill its weights are reset, and its own successes are injected.
 
 Two launches of one run, on data without demonstrations. The first one's model has learned half of the answers; its
 driver is killed after step 3. Then the weights of a model that has learned nothing take the place of those in the
-checkpoint: the second launch, which resumes there, has of the first one's knowledge its own successes alone.
+checkpoint. The second launch resumes there, and the remembered successes are all that it has of the first one's
+knowledge.
 """
 
 import json
@@ -36,7 +37,7 @@ SETTINGS = [
 
 
 def forget(checkpoint, model):
-    """Put the weights of a model in the place of a checkpoint's."""
+    """Replace the weights of a checkpoint by those of a model."""
     (path,) = (checkpoint / "actor").glob("model_world_size_1_rank_0.pt")
     state, weights = torch.load(path, weights_only=False), AutoModelForCausalLM.from_pretrained(model).state_dict()
     for name, parameter in state.items():
@@ -46,7 +47,7 @@ def forget(checkpoint, model):
 
 
 def without_demonstrations(run):
-    """Take the column away from the training data."""
+    """Remove the column from the training data."""
     train = run.folder / "data" / "train.parquet"
     pandas.read_parquet(train).drop(columns="demonstration").to_parquet(train)
 
@@ -66,7 +67,7 @@ def past(killed_and_resumed, able, model):
 
 
 def steps_of(past):
-    """Step, its groups and its rows by group, each from the launch whose work counts."""
+    """Each step, its groups and its rows by group, from the launch whose work counts."""
     traced = {
         id(run): [json.loads(line) for line in (run.folder / "trace" / "rows.jsonl").read_text().splitlines()]
         for run in (past.killed, past.resumed)
@@ -77,7 +78,7 @@ def steps_of(past):
 
 
 def remembered(past, model):
-    """The story as it must have been: of each step (groups, rows, what was known of each prompt before)."""
+    """The expected state for each step: its groups, its rows and the remembered success of each prompt before it."""
     end, known = AutoTokenizer.from_pretrained(model).eos_token_id, {}
     for step, groups, rows in steps_of(past):
         yield step, groups, rows, dict(known)
@@ -89,7 +90,7 @@ def remembered(past, model):
     yield STEPS + 1, [], {}, known
 
 
-def test_the_policy_succeeds_before_and_never_after_its_weights_are_put_back(past):
+def test_the_policy_succeeds_before_its_weights_are_reset_and_never_after(past):
     saved = past.saved
     assert saved in (KILLED_AFTER - 1, KILLED_AFTER)
     successes = {step: sum(sum(g["successes"]) for g in groups) for step, groups, _ in steps_of(past)}
@@ -97,7 +98,7 @@ def test_the_policy_succeeds_before_and_never_after_its_weights_are_put_back(pas
     assert max(count for step, count in successes.items() if step > saved) <= 1
 
 
-def test_every_group_that_asks_for_help_gets_its_own_last_success_token_by_token(past, model):
+def test_every_group_for_which_the_gate_fires_gets_its_own_last_success(past, model):
     helped_after = 0
     for step, groups, rows, known in remembered(past, model):
         for group in groups:
@@ -113,7 +114,7 @@ def test_every_group_that_asks_for_help_gets_its_own_last_success_token_by_token
     assert helped_after > PROMPTS
 
 
-def test_the_forgotten_success_pulls_where_no_rollout_does(past):
+def test_the_forgotten_success_has_a_gradient_where_no_rollout_has_one(past):
     after = past.resumed
     injected = {
         group["uid"] for group in after.groups if group["outcome"] == "injected" and not any(group["successes"])
@@ -123,7 +124,7 @@ def test_the_forgotten_success_pulls_where_no_rollout_does(past):
     assert all(row["hapo_demonstration"] and min(row["advantages"]) > 0 for row in rows)
 
 
-def test_own_demonstrations_are_counted_apart(past):
+def test_own_demonstrations_are_counted_separately(past):
     after = past.resumed
     for number, logged in enumerate(after.steps):
         groups = [group for group in after.groups if group["step"] == past.saved + 1 + number]

@@ -47,7 +47,7 @@ def test_reals_first_weights_of_a_step_follow_from_the_counts_of_the_group(real_
             group = group_of[uid]
             successes = sum(group["successes"]) + (group["outcome"] == "injected")
             mine = sorted(row["hapo_likelihood_weight"] for row in rows if row["uid"] == uid)
-            # s = 0: 1/τ/(1 + n) a row, times rows over groups of the optimizer step.
+            # At s = 0 each row has 1/τ/(1 + n), times the rows divided by the groups of the optimizer step.
             scale = ROWS / (PROMPTS // MINI_BATCHES) / 0.5
             up, down = scale / (1 + successes), -scale / (1 + ROLLOUTS - successes)
             expected = [down] * (ROLLOUTS - successes) + [up] * successes if successes < ROLLOUTS else [0.0] * ROLLOUTS
@@ -57,13 +57,13 @@ def test_reals_first_weights_of_a_step_follow_from_the_counts_of_the_group(real_
         assert all(row["hapo_likelihood_weight"] > 0 for row in demonstrations)
 
 
-def test_later_weights_of_a_step_know_the_policy_that_has_moved(real_ssi):
+def test_later_weights_of_a_step_depend_on_the_changed_policy(real_ssi):
     # The first two epochs of step 1.
     first, second, *_ = updates(real_ssi, MINI_BATCHES * ROWS)
     weight = {(row["uid"], tuple(row["responses"])): row["hapo_likelihood_weight"] for row in first}
     moved = [row["hapo_likelihood_weight"] - weight[row["uid"], tuple(row["responses"])] for row in second]
     assert max(map(abs, moved)) > 1e-4
-    # What has become likelier needs less of a push; a single demonstration may have lost to the others.
+    # The weights of demonstrations that became more likely are smaller in sum, although a single one may be larger.
     demonstrations = [row for row in second if row["hapo_demonstration"]]
     before = sum(weight[row["uid"], tuple(row["responses"])] for row in demonstrations)
     assert sum(row["hapo_likelihood_weight"] for row in demonstrations) < before

@@ -1,4 +1,4 @@
-"""REAL's preset as its paper has it: what the policy sampled, and nothing else."""
+"""REAL's preset as in its paper: it trains only on what the policy sampled."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.e2e.test_limits import HAPO, SCRIPTED
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 
-def test_a_group_of_failures_weighs_nothing(trainer):
+def test_a_group_of_failures_has_weight_zero(trainer):
     run = trainer("real", "+hapo=real", *SCRIPTED, "trainer.save_freq=-1", *HAPO, steps=2)
     assert not any(row["hapo_demonstration"] for row in run.loss_rows)
     scale = ROLLOUTS / 0.5

@@ -1,4 +1,4 @@
-"""A run of verl's trainer as its report shows it: a trace of some groups, its own tokens, verl's own numbers."""
+"""The report of a run of verl's trainer: a trace of some groups, the run's own tokens, and verl's own numbers."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def test_all_groups_and_the_rows_of_some_are_traced(run, rows):
         assert len(rows[group["uid"]]) - len(own) == (group["outcome"] == "injected")
 
 
-def test_the_rows_of_the_loss_are_of_these_groups_with_the_policys_own_log_probabilities(run, rows, model):
+def test_the_traced_loss_rows_are_of_these_groups_with_the_policys_log_probabilities(run, rows, model):
     assert run.loss_rows
     loaded = AutoModelForCausalLM.from_pretrained(model).eval()
     compared = 0
@@ -71,7 +71,7 @@ def test_the_rows_of_the_loss_are_of_these_groups_with_the_policys_own_log_proba
     assert compared
 
 
-def test_the_reports_numbers_are_verls_and_its_examples_are_the_runs_texts(run, rows, model):
+def test_the_reports_numbers_equal_verls_and_its_examples_are_texts_of_the_run(run, rows, model):
     page = report([run.folder])
     for name in ("hapo/on_policy_success", "actor/grad_norm", "hapo/gate/firing_rate"):
         (cells,) = re.findall(rf"<tr><th>{re.escape(name)}</th><td>[^<]*</td>(.*?)</tr>", page)
@@ -90,7 +90,7 @@ def test_the_reports_numbers_are_verls_and_its_examples_are_the_runs_texts(run, 
     assert all(len(row["p"]) == len(row["w"]) == len(row["text"].split(BETWEEN)) for row in demonstrations)
 
 
-def test_a_teacher_is_asked_for_what_this_run_failed_at(run):
+def test_a_teacher_is_asked_only_the_prompts_that_this_run_failed(run):
     train = run.train.to_dict("records")
     last = {}
     for group in run.groups:

@@ -1,7 +1,7 @@
-"""Rollouts that are spread by the prompts' posteriors, in the genuine trainer that is killed and goes on.
+"""Rollouts allocated by the prompts' posteriors, in verl's unmodified trainer, which is killed and resumed.
 
-The model has learned half of the answers, and sixteen prompts come again every second step. What each step's prompts must
-have got is computed from the outcomes of the steps before, as if there had been one launch.
+The model has learned half of the answers, and sixteen prompts recur every second step. The expected number of rollouts
+of each prompt is computed from the outcomes of the earlier steps, as if there had been one launch.
 """
 
 import json
@@ -46,24 +46,24 @@ def launches(killed_and_resumed, able):
 
 
 def steps_of(launches):
-    """Step, its groups and its metrics, each from the launch whose work counts."""
+    """Each step, its groups and its metrics, from the launch whose work counts."""
     for step, run in launches.steps():
         first = 1 if step <= launches.saved else launches.saved + 1
         yield step, [group for group in run.groups if group["step"] == step], run.steps[step - first]
 
 
-def test_a_step_has_as_many_rollouts_as_ever_and_its_prompts_have_not(launches):
+def test_a_step_keeps_its_total_of_rollouts_and_its_prompts_get_different_numbers(launches):
     numbers = [[len(group["successes"]) for group in groups] for _, groups, _ in steps_of(launches)]
     assert len(numbers) == STEPS
     assert {(len(of_step), sum(of_step)) for of_step in numbers} == {(PROMPTS, PROMPTS * ROLLOUTS)}
-    # Nothing is known of a prompt of the first step.
+    # In the first step nothing is known about any prompt.
     assert set(numbers[0]) == {ROLLOUTS}
-    # Later a step may by chance have prompts of equal odds, but not every step.
+    # A later step may by chance have only prompts with equal odds, but not every step.
     assert any(len(set(of_step)) > 1 for of_step in numbers[2:])
     assert all(2 <= n <= 2 * ROLLOUTS for of_step in numbers for n in of_step)
 
 
-def test_each_prompt_gets_what_the_steps_before_say_in_both_launches(launches):
+def test_each_prompt_gets_rollouts_by_its_earlier_outcomes_in_both_launches(launches):
     hapo = HapoConfig.parse(BLOCK)
     keeper, rollouts = Gatekeeper(hapo, total_steps=STEPS), Rollouts(hapo.rollouts, ROLLOUTS)
     rows = launches.killed.train.to_dict("records")
@@ -76,7 +76,7 @@ def test_each_prompt_gets_what_the_steps_before_say_in_both_launches(launches):
         columns = {name: [row[name] for row in chosen] for name in ("data_source", "extra_info", "prompt")}
         situations = keeper.situations(columns | {"raw_prompt": chosen}, step, prompt_column="prompt")
         expected = rollouts.allocate(situations)
-        # Of prompts with one prior it is the order of submission that decides, which is not traced.
+        # Among prompts with the same prior the order of submission decides, and that is not traced.
         priors = [(s["prior_success"], s["prior_failure"]) for s in situations]
         got = [len(group["successes"]) for group in groups]
         assert Counter(zip(priors, got, strict=True)) == Counter(zip(priors, expected, strict=True))
@@ -93,13 +93,13 @@ def test_every_row_reaches_the_loss_once_with_the_advantage_of_its_own_group(lau
             advantages.setdefault(row["uid"], []).append(row["advantages"][0])
         for group in run.groups:
             if group["uid"] not in advantages:
-                continue  # the driver was killed in this step
+                continue  # The driver was killed in this step.
             scores = torch.tensor([[row["score"]] for row in rows if row["uid"] == group["uid"]])
             assert len(scores) == len(group["successes"])
             verls, _ = compute_grpo_outcome_advantage(scores.clone(), torch.ones_like(scores), np.zeros(len(scores)))
             assert sorted(advantages[group["uid"]]) == pytest.approx(sorted(verls[:, 0].tolist()), abs=1e-6)
 
 
-def test_validation_keeps_its_own_number(launches):
+def test_validation_keeps_its_own_number_of_rollouts(launches):
     *_, (_, _, last) = steps_of(launches)
     assert any(name.startswith("val-core/") for name in last)

@@ -1,4 +1,4 @@
-"""Rollout and training on devices of their own: a vLLM server that only generates, weights sent to it over gloo."""
+"""Rollout and training on separate devices: a vLLM server only generates, and gets weights over gloo."""
 
 import pytest
 
@@ -25,22 +25,22 @@ def run(trainer):
         "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=tests.e2e.gloo_checkpoint_engine",
         "actor_rollout_ref.rollout.calculate_log_probs=true",
         "algorithm.rollout_correction.rollout_is=token",
-        # One slot that trains, one that generates.
+        # One device slot trains and one generates.
         "ray_kwargs.ray_init.num_gpus=2",
         steps=STEPS,
         whole=False,
     )
 
 
-def test_the_updates_train_on_every_row_with_a_gradient_demonstrations_included(run):
+def test_the_updates_train_on_every_row_with_a_gradient_including_demonstrations(run):
     assert len(run.groups) == STEPS * PROMPTS
     assert {group["outcome"] for group in run.groups} <= {"injected", "not_fired"}
     assert moved(run) == expected_to_move(run.groups)
     assert min(logged["hapo/trained/row_share"] for logged in run.steps) < 1
 
 
-def test_a_gate_knows_the_threshold_of_the_step_in_which_its_prompt_was_submitted(run):
-    # Of the steps as they count here: one weight update each, STEPS in all.
+def test_a_gate_uses_the_threshold_of_the_step_in_which_its_prompt_was_submitted(run):
+    # Steps are weight updates here, and there are STEPS of them.
     schedule = {0.8 * (1 - step / STEPS): step + 1 for step in range(STEPS)}
     late = []
     for group in run.groups:
@@ -50,7 +50,7 @@ def test_a_gate_knows_the_threshold_of_the_step_in_which_its_prompt_was_submitte
         fires = (1 + sum(group["successes"])) / (2 + ROLLOUTS) < group["threshold"]
         assert group["fired"] == fires
         assert group["successes"] == [score == 1.0 for score in group["scores"]]
-    # A batch is always on its way while another one trains.
+    # While one batch trains, the next one is already being generated.
     assert 0 < max(late) <= 2
 
 
@@ -58,5 +58,5 @@ def test_staleness_is_logged_and_the_first_rollouts_are_the_policys_own(run):
     staleness = [logged["training/off_policy/trajectory_staleness/mean"] for logged in run.steps]
     assert staleness[0] == 0
     assert max(staleness) > 0
-    # The weights have travelled: what vLLM sampled with is what the actor computes.
+    # The weights were transferred: vLLM's log-probabilities agree with the actor's.
     assert run.steps[0]["training/rollout_probs_diff_max"] < 1e-4

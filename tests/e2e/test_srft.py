@@ -11,7 +11,7 @@ TRACED = [*SCRIPTED, "trainer.save_freq=-1", *HAPO]
 STEPS = 2
 
 
-def test_srfts_preset_weighs_every_row_by_one_entropy(trainer):
+def test_srfts_preset_weights_every_row_by_one_entropy(trainer):
     run = trainer("srft", "+hapo=srft", *TRACED, steps=STEPS)
     for step in range(1, STEPS + 1):
         uids = {group["uid"] for group in run.groups if group["step"] == step}

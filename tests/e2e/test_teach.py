@@ -1,4 +1,4 @@
-"""`teach` with vLLM's own server: a real model is started, asked, judged and stopped, and its right answers are kept."""
+"""`teach` with vLLM's own server: a real model is started, asked and stopped, and its right answers are kept."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ PROMPTS, SAMPLES, TOKENS = 8, 4, 96
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
-    """The folder, and the journal as two equal calls left it."""
+    """The folder and the journal after two equal calls."""
     folder = tmp_path_factory.mktemp("teach")
     word_problems.write(folder, train=PROMPTS, heldout=1, seed=1)
     frame = pandas.read_parquet(folder / "train.parquet")
@@ -58,7 +58,7 @@ def test_right_answers_of_the_model_are_kept_as_demonstrations(taught):
     assert len(lines) == PROMPTS
 
 
-def test_an_equal_call_asks_nothing_again(taught):
+def test_the_same_call_again_asks_nothing(taught):
     _, (first, second) = taught
     assert len(first.splitlines()) == PROMPTS * SAMPLES
     assert second == first

@@ -1,4 +1,4 @@
-"""Demonstrations with calls of tools in verl's trainer: what the loss saw of them, beside rollouts that call as well.
+"""Demonstrations with tool calls in verl's trainer: how they reach the loss, next to rollouts that also call tools.
 
 The policy has a token for each end of a call, so that even a random one calls the tool now and then.
 """
@@ -33,13 +33,13 @@ def tool(text):
 
 
 def demonstration(answer, index):
-    """Of a row: its messages, what the policy writes in them, and the outcome of an injection."""
+    """A row's messages, the policy's part of them, and the outcome of an injection."""
     question = answer[::-1]
     called = [say("", question), tool(answer), say(answer)]
     written = [f"{OPEN}{question}{CLOSE}{END}", answer + END]
     return {
         0: (called[1:], None, "malformed"),
-        1: ([*called[:2], *called], None, "overlong"),  # a round more than max_assistant_turns
+        1: ([*called[:2], *called], None, "overlong"),  # One round more than max_assistant_turns.
         2: ([*called[:2], say("0")], None, "rejected"),
         3: ([say(answer)], written[1:], "injected"),
         4: ([say(f"7{OPEN}{question}{CLOSE}"), *called[1:]], ["7" + written[0], written[1]], "injected"),
@@ -57,7 +57,7 @@ def caller(tmp_path_factory):
     folder = tmp_path_factory.mktemp("caller")
     tokenizer = tiny_model.make_tokenizer("0123456789")
     tokenizer.add_tokens([OPEN, CLOSE, "<tool_response>", "</tool_response>", "reverse"])
-    # The alphabet has no letters for a schema.
+    # The tokenizer has no letters, so the template must not write the schema.
     tokenizer.chat_template = QWEN.replace("# Tools", "").replace("tool | tojson", "tool.function.name")
     tokenizer.save_pretrained(folder)
     tiny_model.make_model(tokenizer, hidden=64, layers=2, seed=0).save_pretrained(folder)
@@ -109,7 +109,7 @@ def test_every_demonstration_is_injected_or_refused_for_its_own_reason(run):
             assert logged[f"hapo/refused/{reason}"] == pytest.approx(outcomes[reason] / PROMPTS)
 
 
-def test_a_demonstration_reached_the_loss_as_the_template_writes_the_whole_conversation(run, caller):
+def test_a_demonstration_reached_the_loss_as_the_template_writes_the_conversation(run, caller):
     tokenizer = AutoTokenizer.from_pretrained(caller)
     kinds = set()
     for group in run.groups:
@@ -119,7 +119,7 @@ def test_a_demonstration_reached_the_loss_as_the_template_writes_the_whole_conve
         (row,) = [row for row in run.loss_rows if row["uid"] == group["uid"] and row["hapo_demonstration"]]
         question = [{"role": "user", "content": "?"}]
         asked = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-        # As a mapping: the template writes JSON of what it gets.
+        # Arguments are a mapping, because the template converts them to JSON.
         for message in messages:
             for call in message["tool_calls"]:
                 call["function"]["arguments"] = json.loads(call["function"]["arguments"])
@@ -139,7 +139,7 @@ def test_the_policy_called_the_tool_too(run, caller):
     assert any("<tool_response>" in tokenizer.decode(row["responses"]) for row in called)
 
 
-def test_nothing_but_the_policys_own_tokens_has_an_advantage(run):
+def test_only_the_policys_own_tokens_have_an_advantage(run):
     for row in run.loss_rows:
         for advantage, flag in zip(row["advantages"], row["response_mask"], strict=True):
             assert advantage == 0 or flag
@@ -149,7 +149,7 @@ def test_nothing_but_the_policys_own_tokens_has_an_advantage(run):
             )
 
 
-def test_what_is_logged_counts_the_policys_own_tokens(run):
+def test_the_metrics_count_the_policys_own_tokens(run):
     by_step = {group["uid"]: group["step"] for group in run.groups}
     for step, logged in enumerate(run.steps, start=1):
         rows = [row for row in run.loss_rows if by_step[row["uid"]] == step]

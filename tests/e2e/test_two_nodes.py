@@ -1,5 +1,6 @@
-"""Two Ray nodes, each with a working folder and an installation of the plugin of its own: one rank of the actor, one vLLM
-server and one agent loop worker on each. Then one of the nodes dies.
+"""Two Ray nodes, each with its own working folder and its own installation of the plugin. Then one of the nodes dies.
+
+Each node runs one rank of the actor, one vLLM server and one agent loop worker.
 """
 
 import os
@@ -50,7 +51,7 @@ class Node:
         return [self.process, *self.process.children(recursive=True)] if self.process.is_running() else []
 
     def kill(self):
-        """As if somebody had pulled the plug."""
+        """Kill all processes of the node, as in a power failure."""
         family = self.family
         for process in family:
             process.kill()
@@ -62,7 +63,7 @@ class Node:
 
 
 class TwoNodes:
-    """A run of the annealed launch over two nodes, the second of which is killed behind its last compared step."""
+    """A run of the annealed launch on two nodes; the second node is killed after the last compared step."""
 
     def __init__(self, prepare, folders):
         overrides = [
@@ -71,10 +72,10 @@ class TwoNodes:
             "trainer.nnodes=2",
             "actor_rollout_ref.rollout.agent.num_workers=2",
             "reward.num_workers=2",
-            # The cluster is there already, with these of its own.
+            # The cluster is already running with its own numbers.
             "~ray_kwargs.ray_init.num_cpus",
             "~ray_kwargs.ray_init.num_gpus",
-            # The driver joins at the head, and the trainer's process starts where the driver is.
+            # The driver connects to the head node, and the trainer's process starts on the driver's node.
             f"+ray_kwargs.ray_init._node_ip_address={ADDRESSES[0]}",
         ]
         port = 6397
@@ -82,7 +83,7 @@ class TwoNodes:
         launch, self.run = prepare("two_nodes", *overrides, steps=1000, environment=environment)
         on_nodes = launch.environment | {"VERL_FILE_LOGGER_PATH": str(launch.metrics)}
         del on_nodes["RAY_ADDRESS"]
-        # Not below the test's folder: the name of a socket has at most 107 characters.
+        # This is not below the test's folder, because the path of a socket has at most 107 characters.
         scratch = tempfile.mkdtemp(prefix="hapo-")
         first = Node(
             folders[0],
@@ -128,16 +129,16 @@ def two(prepared, tmp_path_factory):
     return TwoNodes(prepared, [tmp_path_factory.mktemp(name) for name in ("first", "second")])
 
 
-def test_each_node_trains_generates_and_injects_with_a_plugin_of_its_own(two):
+def test_each_node_trains_generates_and_injects_with_its_own_plugin(two):
     assert two.found == {"WorkerDict": [1, 1], "vLLMHttpServer": [1, 1], "HapoAgentLoopWorker": [1, 1]}
     for node in two.nodes:
         assert list((node.folder / "site" / "hapo_verl" / "rollout" / "__pycache__").glob("worker.*.pyc"))
-    # A file a rank.
+    # There is one file per rank.
     assert len(list((two.run.folder / "trace").glob("loss-*.jsonl"))) == 2
 
 
 def trained(run, step):
-    """Responses, flags and advantages of a step, however its rows lay on the ranks."""
+    """Responses, flags and advantages of a step, regardless of how its rows were distributed to ranks."""
     uids = {group["uid"] for group in run.groups if group["step"] == step}
     return Counter(
         (tuple(row["responses"]), row["hapo_demonstration"], round(row["advantages"][0], 5))
@@ -146,10 +147,10 @@ def trained(run, step):
     )
 
 
-def test_two_nodes_compute_what_one_computes(two, annealed):  # noqa: F811
+def test_two_nodes_give_the_results_of_one_node(two, annealed):  # noqa: F811
     for step in range(1, STEPS + 1):
         assert trained(two.run, step) == trained(annealed, step)
-        # In step 1 every group has a demonstration beside its rollouts.
+        # In step 1 every group has a demonstration in addition to its rollouts.
         assert trained(two.run, step).total() == PROMPTS * (ROLLOUTS + (step == 1))
         ours, ones = two.run.steps[step - 1], annealed.steps[step - 1]
         for name in ("actor/pg_loss", "actor/grad_norm", *(key for key in ones if key.startswith("hapo/"))):

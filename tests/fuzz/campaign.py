@@ -15,14 +15,14 @@ campaign = settings(
     derandomize="HAPO_FUZZ_EXAMPLES" not in os.environ,
     database=None,
     deadline=None,
-    # Fixtures here are files that every example writes anew.
+    # The fixtures here are files that every example writes again.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
-# Text with all that Unicode has, halves of surrogate pairs among it.
+# Text with any Unicode character, including halves of surrogate pairs.
 texts = st.text(st.characters(codec=None), max_size=30)
 
-# What JSON, a parquet file or YAML may have in any place.
+# Values that JSON, a parquet file or YAML may contain anywhere.
 scalars = st.one_of(
     st.none(),
     st.booleans(),

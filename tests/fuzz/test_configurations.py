@@ -61,7 +61,7 @@ def assert_meaningful(hapo):
         assert 0 <= keeper.threshold(step) <= 1
         columns = {"raw_prompt": ["1?"], "extra_info": [{"index": 1}]}
         (given,) = keeper.situations(columns, step, prompt_column="prompt")
-        # Nothing is remembered of this prompt, of which the gate was not told.
+        # Nothing is remembered about this prompt, because the gate has not observed it.
         assert (given.pop("key") is None) != hapo.demonstrations.remembers
         assert given.pop("own", b"") == b""
         situation = Situation(**given)
@@ -99,7 +99,7 @@ def assert_meaningful(hapo):
 
 @campaign
 @given(key=st.sampled_from(KEYS), value=st.one_of(numbers, values))
-def test_any_value_of_any_key_of_ours_is_meaningful_or_one_line_with_the_key(key, value):
+def test_any_value_of_our_keys_is_meaningful_or_refused_with_the_key(key, value):
     name, choice = key
     try:
         hapo = HapoConfig.parse(block_with(name, value, choice))
@@ -111,7 +111,7 @@ def test_any_value_of_any_key_of_ours_is_meaningful_or_one_line_with_the_key(key
         assert_meaningful(hapo)
 
 
-# Keys that are read together.
+# These keys are used together.
 losses = st.fixed_dictionaries(
     {},
     optional={
@@ -125,7 +125,7 @@ losses = st.fixed_dictionaries(
 
 @campaign
 @given(loss=losses)
-def test_any_keys_of_a_loss_go_together_or_it_is_one_line(loss):
+def test_any_combination_of_loss_keys_works_or_is_refused_in_one_line(loss):
     try:
         hapo = HapoConfig.parse({"loss": loss})
     except ConfigError as error:
@@ -137,7 +137,7 @@ def test_any_keys_of_a_loss_go_together_or_it_is_one_line(loss):
 
 @campaign
 @given(block=values)
-def test_any_block_at_all_is_meaningful_or_one_line(block):
+def test_any_block_is_meaningful_or_refused_in_one_line(block):
     try:
         hapo = HapoConfig.parse(block)
     except ConfigError as error:
@@ -192,7 +192,7 @@ def launch():
     return config
 
 
-# What YAML can hold: no tuple, and integers that a file would have.
+# Values that YAML can hold: no tuples, and integers of a usual size.
 plain = st.one_of(
     st.none(),
     st.booleans(),
@@ -204,13 +204,13 @@ plain = st.one_of(
 
 
 def nested(keys):
-    """Whether a key lies below another: it cannot be set where that one is a list."""
+    """Whether a key lies below another key: it cannot be set if the other one is a list."""
     return any(key.startswith(f"{other}.") for key in keys for other in keys)
 
 
 @campaign
 @given(changes=st.dictionaries(st.sampled_from(VERLS), plain, min_size=1, max_size=2).filter(lambda c: not nested(c)))
-def test_any_value_of_the_keys_of_verl_that_we_read_passes_or_is_one_line_that_names_one(changes):
+def test_any_value_of_verls_keys_that_we_read_passes_or_is_refused_with_the_key(changes):
     config = launch().copy()
     for key, value in changes.items():
         OmegaConf.update(config, key, value, merge=False, force_add=True)

@@ -34,7 +34,7 @@ def files(draw):
 
 @campaign
 @given(content=files())
-def test_any_file_is_read_or_refused_by_line(tmp_path, content):
+def test_any_file_is_read_or_refused_with_the_line_number(tmp_path, content):
     path = tmp_path / "in.jsonl"
     path.write_bytes(content)
     try:
@@ -60,7 +60,7 @@ def test_what_is_json_comes_back_as_it_is(tmp_path, problems, end, bom):
 
 @campaign
 @given(records=st.lists(st.one_of(records, problems), max_size=4))
-def test_whatever_records_there_are_rows_and_reasons_are_all_of_them_and_rows_survive_the_file(tmp_path, records):
+def test_every_record_becomes_a_row_or_a_reason_and_rows_survive_the_file(tmp_path, records):
     rows, left_out = verified_rows(records, lambda source, solution, truth: float(len(solution) % 3 > 0), split="train")
     assert len(rows) + left_out.total() == len(records)
     if rows:
@@ -133,7 +133,7 @@ def test_every_row_is_kept_with_what_was_chosen_or_named_with_its_reason(tmp_pat
 
 @campaign
 @given(content=st.binary(max_size=300), cut=st.integers(0, 400), flip=st.integers(0, 400), whole=st.booleans())
-def test_a_parquet_file_that_is_damaged_is_read_or_one_line(tmp_path, content, cut, flip, whole):
+def test_a_damaged_parquet_file_is_read_or_refused_in_one_line(tmp_path, content, cut, flip, whole):
     path = tmp_path / "in.parquet"
     if whole:
         write_parquet([{"prompt": [{"role": "user", "content": "1?"}], "demonstration": "1"}] * 3, path)

@@ -39,17 +39,17 @@ def test_a_demonstration_is_what_the_policy_would_have_sampled_or_has_a_reason(f
     response = chat_format.demonstration(text, {}, max_tokens=limit)
     if isinstance(response, Refusal):
         assert response.reason in REASONS
-        # Longer is the only thing that more room changes.
+        # More room changes the result only if the demonstration was overlong.
         roomy = chat_format.demonstration(text, {}, max_tokens=10_000)
         assert isinstance(roomy, Refusal) == (response.reason != "overlong")
         return
     tokens = response.tokens
     assert len(response.mask) == len(tokens) <= limit
     assert set(response.mask) == {1}
-    # One end of the turn, at the end, and no other control token.
+    # There is one end of the turn, at the end, and no other control token.
     assert tokens[-1] in chat_format.end_tokens
     assert not set(tokens[:-1]) & (chat_format.end_tokens | chat_format.control_tokens)
-    # Nothing is cut but what the template has written already, and ends of turns.
+    # Only text that the template has already written and ends of turns are cut.
     written = tokenizer.decode(tokens[:-1])
     trimmed = text
     while (shorter := trimmed.removesuffix(chat.end)) != trimmed or any(
@@ -58,16 +58,16 @@ def test_a_demonstration_is_what_the_policy_would_have_sampled_or_has_a_reason(f
         trimmed = shorter
     assert trimmed.endswith(written)
     assert chat_format.generation_prompt.rstrip().endswith(trimmed.removesuffix(written).strip() or "")
-    # Every thought of the turn is closed, and what the template has begun is not begun again.
+    # Every thought of the turn is closed, and a thought that the template has opened is not opened again.
     turn = chat_format.generation_prompt + written
     assert turn.count("<think>") == turn.count("</think>")
-    # What was written is a demonstration of itself.
+    # The written text gives the same demonstration again.
     assert chat_format.demonstration(written + chat.end, {}, max_tokens=limit) == response
 
 
 @campaign
 @given(name=st.sampled_from(sorted(CHATS)), text=demonstrations)
-def test_a_parquet_file_between_them_changes_nothing(formats, tmp_path, name, text):
+def test_writing_and_reading_a_parquet_file_changes_nothing(formats, tmp_path, name, text):
     _, _, chat_format = formats[name]
     response = chat_format.demonstration(text, {}, max_tokens=200)
     if isinstance(response, Refusal):

@@ -50,7 +50,7 @@ NOT_FP32 = {
 }
 
 
-# Of each entry of the table, the variants that take most registers.
+# For each entry of the table, the variants that use most registers.
 COSTLIEST = {
     "stats_row": ("stats_row_kernel",),
     "dlogits_row": ("dlogits_row_kernel, with entropy",),
@@ -128,7 +128,7 @@ def dlogits_cases():
 
 
 def head_cases():
-    # The costliest shape here; the others are compiled with `policy_loss`.
+    # Only the most expensive shape is compiled here; the others are compiled with `policy_loss`.
     for name, flags in (("every term", FULL), ("surrogate only", PLAIN)):
         flags = {key: value for key, value in flags.items() if key in policy_head.head_row_kernel.arg_names}
         flags["HAS_BEHAVIOUR"] = name == "every term"
@@ -150,7 +150,7 @@ def upstream_cases():
 
 
 def chosen_cases(settings, dtype):
-    """(launch, case) of an architecture's chosen entries, and of what the table does not have, for a storage dtype."""
+    """(launch, case) of an architecture's chosen entries for a storage dtype, and of kernels outside the table."""
     yield from ((Launch(upstream.BLOCK, upstream.WARPS, 1), case) for case in upstream_cases())
     for kernel, entries in settings.chosen.items():
         if dtype in entries:
@@ -161,7 +161,7 @@ def chosen_cases(settings, dtype):
 def candidate_cases(settings, dtype):
     """(launch, case) of the candidates that an architecture has not chosen for a storage dtype."""
     for kernel, entries in settings.chosen.items():
-        # fp16 is as wide as bf16.
+        # fp16 is left out, since it is as wide as bf16.
         for launch in settings.candidates[kernel] if dtype in entries and dtype != "fp16" else ():
             if launch != entries[dtype].launch:
                 yield from ((launch, case) for case in cases({kernel: launch}) if case[0] in COSTLIEST[kernel])

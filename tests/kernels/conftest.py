@@ -1,4 +1,4 @@
-"""Runs kernel tests on the GPU if there is one, and else in Triton's interpreter."""
+"""Runs kernel tests on the GPU if there is one, and otherwise in Triton's interpreter."""
 
 import importlib.metadata
 
@@ -21,6 +21,6 @@ def pytest_configure():
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    # Set while a kernel test runs, and not left to the processes that other tests start.
+    # This is set only while a kernel test runs, so that processes of other tests do not inherit it.
     if INTERPRETED:
         monkeypatch.setenv("TRITON_INTERPRET", "1")

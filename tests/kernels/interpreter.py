@@ -8,7 +8,7 @@ OPERATIONS = ("segment_norm", "policy_loss", "linear_logprob", "policy_head")
 
 
 def unusable(numpy: str, triton: str) -> str:
-    """One line if the interpreter of this Triton fails with this NumPy, else an empty string."""
+    """One line if the interpreter of this Triton fails with this NumPy, otherwise an empty string."""
 
     def version(text: str) -> tuple[int, int]:
         major, minor = text.split(".")[:2]

@@ -17,7 +17,7 @@ chunked_loss = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-ke
     ("loss_type", "mode", "loss_scale_factor"),
     [("bnpo", "token-mean", None), ("grpo", "seq-mean-token-mean", None), ("dr_grpo", "seq-mean-token-sum-norm", 9)],
 )
-def test_head_loss_and_gradients_are_ligers(impl, loss_type, mode, loss_scale_factor):
+def test_loss_and_gradients_equal_ligers(impl, loss_type, mode, loss_scale_factor):
     generator = torch.Generator().manual_seed(0)
     rows, tokens, H, V, temperature = 5, 7, 24, 67, 0.7
 

@@ -23,7 +23,7 @@ def ones(*shape, dtype=torch.float32):
     return torch.ones(*shape, dtype=dtype, device=DEVICE)
 
 
-# Each from one tensor that is wrong and, where an operation takes more, plain ones beside it.
+# Each operation gets one wrong tensor and, if it takes more tensors, valid ones.
 CALLS = {
     "segment_norm": ((2,), lambda x, impl: segment_norm(x, GROUP, scale_by_std=True, impl=impl)),
     "segment_stats": ((2,), lambda x, impl: segment_stats(x, GROUP, impl=impl)),
@@ -50,7 +50,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize(("shape", "call"), CALLS.values(), ids=CALLS)
-def test_fp64_is_refused_by_the_kernel_and_taken_by_the_reference(shape, call):
+def test_the_kernel_refuses_fp64_and_the_reference_accepts_it(shape, call):
     wrong = ones(*shape, dtype=torch.float64)
     with pytest.raises(
         TypeError, match=r"impl='triton' on torch.float64: the kernels store fp32, bf16 or fp16. Use impl='reference'"

@@ -36,7 +36,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, schema = kwargs or {}, func._schema
-        without_memory = func is not torch.ops.aten.addmm.dtype_out  # which has no implementation for that
+        without_memory = func is not torch.ops.aten.addmm.dtype_out  # It cannot run without memory.
         out = func(*args, **kwargs) if without_memory else kwargs["out"]
         name, is_view = (
             schema.name.removeprefix("aten::"),
@@ -53,9 +53,9 @@ class Recorder(TorchDispatchMode):
         adds = name == "addmm" or (name.endswith("_") and name not in ("zero_", "fill_", "index_copy_", "copy_"))
         reads = [t for key, value in given.items() if key not in writes or adds for t in _tensors(value)]
         if name == "addmm":
-            reads = reads[:3]  # its result is its first argument
+            reads = reads[:3]  # Its result is its first argument.
         written = _tensors(out)
-        if name in ("index_select", "index_copy_"):  # of some rows
+        if name in ("index_select", "index_copy_"):  # Only some rows are read and written.
             reads = written = [min(_tensors([args, out]), key=_bytes_of_rows)]
         shapes = tuple(tuple(t.shape) for t in (reads[-2:] if name in GEMM else reads))
         self.ops.append(Op(name, shapes, sum(map(_bytes, reads)), sum(map(_bytes, written))))
@@ -196,7 +196,7 @@ def policy_head(recorder, T, H, V, rows, *, active=None, training=None, main_gra
 
 T, H, V = 8192, 4096, 151936
 ROWS = Rows(1024, 4096)
-BIG = V * H  # an operation that moves this many bytes touches a tensor of the weight's size
+BIG = V * H  # Operations that move so many bytes use a tensor of the weight's size.
 
 
 def test_the_budget_of_the_headline_shape(recorder):
@@ -212,13 +212,13 @@ def test_the_budget_of_the_headline_shape(recorder):
     assert recorder.flops == 6 * T * H * V == pytest.approx(3.06e13, rel=1e-3)
     (weight_gemm,) = [op for op in recorder.ops if op.name in GEMM and op.shapes[0] == (V, T)]
     assert weight_gemm[2:] == (2 * T * (V + H), 2 * V * H)
-    # In the backward pass it is read and written in place, and not even that if the upstream scalar is 1.
+    # In the backward pass it is read and written in place, and left alone if the upstream scalar is 1.
     assert [op.name for op in recorder.ops if op.name not in GEMM and op.read + op.written >= BIG] == [
         *["head_row_kernel"] * 8,
         "upstream_kernel",
     ]
     assert recorder.moved(least=BIG) == recorder.moved("head_row_kernel") + 4 * V * H
-    # It takes the memory of a sum in fp32 over collections of 4,096 rows, within a chunk of dlogits.
+    # The peak is that of a sum in fp32 over collections of 4,096 rows, up to a chunk of dlogits.
     assert recorder.peak < head_bytes(ROWS, V, H) + 2 * 1024 * (V + H) + 4 * T * H
 
 
@@ -236,7 +236,7 @@ def test_the_budget_of_a_sum_of_several_gemms(recorder):
     assert [op.name for op in weight_gemms] == ["mm", "addmm"]
     assert [op.written for op in weight_gemms] == [4 * V * H] * 2
     assert [op.read - operands for op in weight_gemms] == [0, 4 * V * H]
-    # What touches the weight's gradient beside its GEMMs: fp32 read and 16 bits written, once.
+    # Besides its GEMMs, the weight's gradient is read once in fp32 and written once in 16 bits.
     assert recorder.moved(least=BIG) == recorder.moved("head_row_kernel") + 6 * V * H
     assert [op.name for op in recorder.ops if op.name not in GEMM and op.read + op.written >= BIG] == [
         *["head_row_kernel"] * 8,
@@ -247,13 +247,13 @@ def test_the_budget_of_a_sum_of_several_gemms(recorder):
     assert dweight_traffic == 3 * 4 * V * H == pytest.approx(7.5e9, rel=5e-3)
     upstream = 6 * V * H
     assert upstream == pytest.approx(3.7e9, rel=1e-2)
-    # Everything else, gathers and sums and gradients of hidden states, together.
+    # Everything else together: gathers, sums and gradients of hidden states.
     rest = recorder.moved() - recorder.moved(least=BIG)
     assert rest < 16 * T * H + 1000 * T
 
 
 @pytest.mark.parametrize("collected", [1024, 2048, 4096, 8192])
-def test_the_weights_gradient_is_written_once_and_read_and_written_by_every_further_gemm(collected, recorder):
+def test_every_further_gemm_of_the_weights_gradient_reads_and_writes_it_once(collected, recorder):
     policy_head(recorder, T, H, V, Rows(1024, collected))
     n = T // collected
     gemms = [op for op in recorder.ops if op.name in GEMM and op.shapes[0] == (V, collected)]
@@ -263,7 +263,7 @@ def test_the_weights_gradient_is_written_once_and_read_and_written_by_every_furt
     assert recorder.flops == 6 * T * H * V
 
 
-def test_a_main_grad_costs_no_pass_of_its_own(recorder):
+def test_a_main_grad_costs_no_additional_pass(recorder):
     policy_head(recorder, T, H, V, ROWS, main_grad=True)
     assert [op.name for op in recorder.ops if op.name not in GEMM and op.read + op.written >= BIG] == [
         "head_row_kernel"
@@ -271,18 +271,18 @@ def test_a_main_grad_costs_no_pass_of_its_own(recorder):
     assert [op.name for op in recorder.ops if op.name in GEMM and op.shapes[0] == (V, 4096)] == ["addmm"] * 2
 
 
-def test_a_frozen_weight_costs_no_gemm_of_its_gradient_and_nothing_is_collected(recorder):
+def test_a_frozen_weight_costs_no_gradient_gemm_and_nothing_is_collected(recorder):
     policy_head(recorder, T, H, V, ROWS, frozen=True)
     assert recorder.flops == 4 * T * H * V
     assert recorder.peak < 8 * 1024 * V + 2 * 1024 * V + 10 * T * H
 
 
-def test_tokens_that_do_not_train_enter_no_gemm_and_idle_ones_the_first(recorder):
+def test_untrained_tokens_enter_no_gemm_and_tokens_without_a_gradient_only_the_first(recorder):
     policy_head(recorder, T, H, V, ROWS, active=5 * 1024, training=3 * 1024)
     assert recorder.flops == (6 * 3 + 2 * 2) * 1024 * H * V
 
 
-def test_a_step_waits_for_the_device_only_where_it_is_not_told_how_many_tokens_train(recorder):
+def test_a_step_waits_for_the_device_only_if_the_number_of_tokens_is_not_given(recorder):
     from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
     policy_head(recorder, 2048, 64, 4096, Rows(512, 1024), active=2048, training=1024)
@@ -310,7 +310,7 @@ def linear(recorder, T, H, V, rows, kept_rows, main_grad=False):
 
 
 @pytest.mark.parametrize("main_grad", [False, True])
-def test_the_budget_of_the_head_that_computes_again(main_grad, recorder):
+def test_the_budget_of_the_head_that_recomputes_logits(main_grad, recorder):
     linear(recorder, T, H, V, ROWS, T, main_grad)
     assert recorder.flops == 8 * T * H * V
     big = [op.name for op in recorder.ops if op.name not in GEMM and op.read + op.written >= BIG]
@@ -322,12 +322,12 @@ def test_the_budget_of_the_head_that_computes_again(main_grad, recorder):
 
 @pytest.mark.parametrize("memory_gib", [None, 4.0, "least"])
 @pytest.mark.parametrize("head", [policy_head, linear])
-def test_the_peak_is_what_the_budget_says(head, memory_gib, recorder):
+def test_the_peak_of_memory_stays_within_the_budget(head, memory_gib, recorder):
     budget = least_gib(V, H) if memory_gib == "least" else memory_gib
     rows = ROWS if budget is None else rows_within(budget, V, H)
     arguments = (recorder, T, H, V, rows)
     kept = head(*arguments, T) if head is linear else head(*arguments)
-    of_tokens = 4 * T * H + 1000 * T  # ∂hidden, as it is computed and as it is handed on, and numbers a token
+    of_tokens = 4 * T * H + 1000 * T  # ∂hidden as computed and as returned, and numbers per token.
     limit = (head_bytes(rows, V, H) if budget is None else budget * GIB) + of_tokens
     assert 0.9 * head_bytes(rows, V, H) < recorder.peak <= limit
     assert kept
@@ -346,7 +346,7 @@ def test_all_rows_that_one_gemm_takes_stay_within_the_budget(head, memory_gib, r
     assert kept
 
 
-def test_a_budget_picks_the_pieces_of_the_least_traffic_and_names_the_least_that_works(recorder):
+def test_a_budget_picks_the_sizes_with_least_traffic_or_names_the_least_budget(recorder):
     assert rows_of(V) == ROWS == rows_within(100, V, H)
     assert rows_within(least_gib(V, H), V, H).chunk >= 16
     budgets = [least_gib(V, H), 3.6, 4.0, 4.5, 5.0]
@@ -363,7 +363,7 @@ def test_a_budget_picks_the_pieces_of_the_least_traffic_and_names_the_least_that
         rows_within(1, V, H)
     with pytest.raises(ValueError, match=r"memory_gib=4\.0: it picks chunk_rows and collect_rows, which are given too"):
         pieces(tensors(1, H, V)[1], chunk=512, memory_gib=4.0)
-    # A head of few units: what is handed on is little, and the chunks are the budget.
+    # With few hidden units the returned tensors are small, and the chunks use the budget.
     small = rows_within(0.1, 50_000, 64)
     assert chunks_bytes(small, 50_000, 64) > 2 * 50_000 * 64
     assert head_bytes(small, 50_000, 64) <= 0.1 * GIB

@@ -106,12 +106,12 @@ def long_group():
 @pytest.mark.parametrize("of", [head, logprob, logits, loss, long_group])
 def test_the_host_does_not_wait_for_the_device(of):
     step = of()
-    step()  # compiles
+    step()  # The first step compiles.
     with without_waiting():
         step()
 
 
-def test_a_wait_is_noticed():
+def test_a_wait_for_the_device_is_detected():
     hidden, weight, label, mask, advantage = inputs()
     with pytest.raises((AssertionError, RuntimeError)), without_waiting():
         policy_head(hidden, weight, label, None, advantage, mask, **TERMS)

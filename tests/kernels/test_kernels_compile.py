@@ -12,7 +12,7 @@ from hapo_kernels.launch import TABLE
 
 HERE = Path(__file__).parent
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-# Their rows start where the vector does; segments and gathered rows start anywhere and are loaded one by one.
+# Rows of these kernels are aligned with vector loads; segments and gathered rows start anywhere, loaded by element.
 WIDE = ("policy_loss", "stats_row", "dlogits_row", "head_row", "upstream")
 REGISTER_LIMIT = 128
 
@@ -53,6 +53,6 @@ def test_every_kernel_compiles(target, more, tmp_path, capsys):
         assert build["registers"] <= REGISTER_LIMIT, build
         assert build["shared"] <= SHARED_LIMIT[target], build
         if build["kernel"].startswith(WIDE):
-            # 4 tokens a thread there: what is stored in 16 bits is loaded by 64.
+            # With 4 tokens per thread, values of 16 bits are loaded with 64-bit loads.
             half = target == "gfx942" and build["dtype"] != "fp32" and build["kernel"].startswith("policy_loss")
             assert build["loads_64" if half else "loads_128"] > 0, build

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
         ((12, 0), "sm_100"),
     ],
 )
-def test_a_device_takes_the_newest_entry_that_is_not_newer(capability, entry):
+def test_a_device_takes_the_newest_entry_that_is_not_newer_than_itself(capability, entry):
     assert architecture(*capability) == entry
 
 
@@ -46,19 +46,19 @@ def test_a_block_is_a_power_of_two_that_fills_its_threads():
                 assert 1 <= stages <= 4
 
 
-def test_every_architecture_has_candidates_and_a_choice_of_them_for_every_kernel_and_storage_dtype():
+def test_every_architecture_has_a_chosen_candidate_for_every_kernel_and_dtype():
     for settings in TABLE.values():
         assert settings.candidates.keys() == settings.chosen.keys()
         for kernel, candidates in settings.candidates.items():
             assert len(set(candidates)) == len(candidates) > 1
-            # The statistics are of fp32 logits, whatever is stored.
+            # The statistics use fp32 logits for every storage dtype.
             assert set(settings.chosen[kernel]) == ({"fp32"} if kernel == "stats_row" else set(DTYPES.values()))
             for chosen in settings.chosen[kernel].values():
                 assert chosen.launch in candidates
                 assert chosen.source == NOT_MEASURED or chosen.source.startswith("measured on ")
 
 
-def test_a_table_is_written_as_it_is_read(tmp_path):
+def test_a_table_is_unchanged_by_reading_and_writing(tmp_path):
     path = tmp_path / "table.json"
     write(TABLE, path)
     assert path.read_text() == PATH.read_text()
@@ -75,7 +75,7 @@ def test_a_kernel_and_a_storage_dtype_have_settings_of_their_own(monkeypatch):
     assert launch_of("dlogits_row", CPU, torch.bfloat16) == chosen["dlogits_row"]["bf16"].launch != other
 
 
-def test_a_candidate_is_tried_for_its_kernel_alone_and_forgotten():
+def test_trying_a_candidate_changes_only_its_kernel_and_ends_afterwards():
     other, chosen = Launch(4096, 16, 1), TABLE["sm_90"].chosen
 
     def fails():

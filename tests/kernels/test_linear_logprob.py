@@ -28,7 +28,7 @@ def test_two_tokens_by_hand():
     torch.testing.assert_close(result.entropy_N, torch.tensor(entropy, dtype=torch.float64))
 
 
-def test_value_and_gradient_are_those_of_torch_distributions():
+def test_value_and_gradient_equal_those_of_torch_distributions():
     hidden, weight, label, bias = head()
     result = linear_logprob(hidden, weight, label, bias_V=bias, temperature=0.7, with_entropy=True)
     categorical = torch.distributions.Categorical(logits=(hidden @ weight.T + bias) / 0.7)
@@ -42,7 +42,7 @@ def test_value_and_gradient_are_those_of_torch_distributions():
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-def test_rows_left_out_are_zero_and_not_read(impl):
+def test_left_out_rows_are_zero_and_not_read(impl):
     hidden, weight, label, _ = (tensor.detach().to(DEVICE) for tensor in head(dtype=torch.float32))
     keep = torch.tensor([True, False, True, False, True, True], device=DEVICE)
     poisoned = torch.where(keep[:, None], hidden, math.nan).requires_grad_()

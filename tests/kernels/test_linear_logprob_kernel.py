@@ -100,7 +100,7 @@ def test_a_common_offset_of_1e4_and_one_hot_rows():
     assert found["entropy"][0] == 0
 
 
-def test_minus_infinity_in_the_first_block_and_everywhere_but_the_label_and_at_the_label():
+def test_logits_of_minus_infinity_at_and_beside_the_label():
     hidden, weight, label = head(3, 4097, H=8)
     label[:] = 4096
     nowhere = torch.zeros(4097, device=DEVICE)
@@ -132,7 +132,7 @@ def test_temperatures(temperature):
     check(*head(5, 997), temperature=temperature)
 
 
-def test_a_temperature_a_row_and_an_equal_tensor_is_the_number_bit_for_bit():
+def test_a_tensor_of_equal_temperatures_gives_the_bits_of_the_number():
     hidden, weight, label = head(5, 997)
     check(hidden, weight, label, temperature=torch.tensor([1e-2, 0.6, 1.0, 1.5, 1e2], device=DEVICE))
     number = run(ours, hidden, weight, label, temperature=0.6)
@@ -140,7 +140,7 @@ def test_a_temperature_a_row_and_an_equal_tensor_is_the_number_bit_for_bit():
     assert all(torch.equal(number[name], tensor[name]) for name in number)
 
 
-def test_each_outputs_gradient_alone():
+def test_the_gradient_of_each_output_by_itself():
     zero = torch.zeros(5, dtype=torch.float64, device=DEVICE)
     for alone in ("slope", "entropy_slope"):
         check(*head(5, 997), **{alone: zero})
@@ -220,7 +220,7 @@ def test_a_number_of_rows_that_is_known_changes_nothing_but_who_waits():
     )
     for name in found:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
-    if DEVICE == "cpu":  # on a GPU the assertion ends the process
+    if DEVICE == "cpu":  # On a GPU the assertion ends the process.
         with pytest.raises(RuntimeError, match="8 rows were announced, and the mask keeps another number of them"):
             ours(hidden, weight, label, keep_N=keep, kept_rows=8)
 
@@ -344,7 +344,7 @@ def test_chunks_hold_at_most_a_gibibyte_of_logits():
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-def test_a_loss_of_whole_sequences_takes_the_head_that_computes_again(impl):
+def test_a_loss_of_whole_sequences_works_with_the_head_that_recomputes_logits(impl):
     """REAL, arXiv 2602.05630: s = mean log-ratio of a row, loss = log(1 + Σ₊ e^(-s/τ)) + log(1 + Σ₋ e^(s/τ))."""
     hidden, weight, label = head(12, 37)
     old_logp = eager(hidden, weight, label)[0].detach() + torch.linspace(-0.3, 0.4, 12, device=DEVICE)

@@ -31,7 +31,7 @@ print(len(names))
     assert int(done.stdout) >= 15
 
 
-def test_the_pages_example_runs_and_is_the_loss_that_pytorch_computes():
+def test_the_pages_example_runs_and_gives_the_loss_of_pytorch():
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "kernels.md").read_text(), flags=re.DOTALL)
     eager = """
 logits = torch.nn.functional.linear(hidden, weight)

@@ -1,4 +1,4 @@
-"""Statements of the kernels' page about other heads, checked on a CPU. Peers are installed outside the environment."""
+"""Statements on the kernels' page about other heads, checked on a CPU. Peers are installed outside the environment."""
 
 import inspect
 import os
@@ -31,7 +31,7 @@ class Products(TorchDispatchMode):
 
 @pytest.fixture
 def peer(monkeypatch):
-    """The peers' modules for this test alone, and bench/peers.py that knows how to import them."""
+    """The peers' modules, loaded for this test only, and bench/peers.py, which imports them."""
     before = dict(sys.modules)
     for name in [name for name in sys.modules if name.split(".")[0] in ("verl", "trl", "liger_kernel")]:
         del sys.modules[name]
@@ -70,7 +70,7 @@ def assert_entropys_gradient(entropy, hidden, weight):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_trl_multiplies_four_times_leaves_masked_rows_to_its_caller_and_has_entropys_gradient(peer, data):
+def test_trl_multiplies_four_times_has_no_mask_and_has_an_entropy_gradient(peer, data):
     hidden, weight, label, keep = data
     chunked = peer.trl_chunked_logprob()
 
@@ -84,7 +84,7 @@ def test_trl_multiplies_four_times_leaves_masked_rows_to_its_caller_and_has_entr
     assert not {"mask", "keep", "group", "advantage"} & set(inspect.signature(chunked.forward).parameters)
 
 
-def test_verls_torch_head_multiplies_four_times_has_no_mask_and_has_entropys_gradient(peer, data):
+def test_verls_torch_head_multiplies_four_times_has_no_mask_and_an_entropy_gradient(peer, data):
     hidden, weight, label, _ = data
     peer.verl_kernels()
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
@@ -96,7 +96,7 @@ def test_verls_torch_head_multiplies_four_times_has_no_mask_and_has_entropys_gra
     assert given == {"hidden_states", "vocab_weights", "input_ids", "temperature"}
 
 
-def test_ligers_scaled_cross_entropy_computes_masked_rows_has_entropys_gradient_and_one_temperature(peer, data):
+def test_ligers_cross_entropy_computes_masked_rows_and_has_an_entropy_gradient(peer, data):
     hidden, weight, label, keep = data
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Function
 
@@ -108,7 +108,7 @@ def test_ligers_scaled_cross_entropy_computes_masked_rows_has_entropys_gradient_
         Function.apply(hidden, weight, label, torch.ones(T))
 
 
-def test_ligers_grpo_has_the_loss_in_it_computes_masked_rows_and_has_no_entropy(peer, data):
+def test_ligers_grpo_contains_the_loss_computes_masked_rows_and_has_no_entropy(peer, data):
     hidden, weight, label, keep = data
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
@@ -126,7 +126,7 @@ def test_ligers_grpo_has_the_loss_in_it_computes_masked_rows_and_has_no_entropy(
     assert not [name for name in named if "entropy" in name or "teacher" in name or "group" in name]
 
 
-def test_the_page_has_a_row_for_each_of_them():
+def test_the_page_names_every_peer():
     page = PAGE.read_text()
     for name in ("`hapo_kernels`", "TRL 1.16", "Liger 0.8.5", "verl 0.9.1", "CCE 25.1", "QuACK 0.6.5"):
         assert name in page

@@ -1,4 +1,4 @@
-"""Head and loss in one pass: equal to the loss of the log-probabilities, no less exact than PyTorch, no needless work."""
+"""Head and loss in one pass: equal to the loss of the log-probabilities, as exact as PyTorch, without needless work."""
 
 import math
 
@@ -151,7 +151,7 @@ def test_a_temperature_a_token_and_an_equal_tensor_is_the_number_bit_for_bit():
     assert all(torch.equal(number[name], tensor[name]) for name in number)
 
 
-def test_one_advantage_a_token():
+def test_one_advantage_per_token():
     fields = batch()
     fields["advantage"] = torch.where(fields["mask"], fields["teacher_logp"].sin(), math.nan)
     check(fields)
@@ -180,7 +180,7 @@ def logp_of(fields):
     )[0].view(fields["label"].shape)
 
 
-def test_it_is_the_loss_of_the_heads_log_probabilities():
+def test_it_equals_the_loss_of_the_heads_log_probabilities():
     fields = batch()
     result = policy_head(
         *(fields[name] for name in ("hidden", "weight", "label", "behaviour", "advantage", "mask")),
@@ -260,7 +260,7 @@ def test_no_tokens_give_zero():
     assert all((value == 0).all() for value in found.values())
 
 
-def test_the_upstream_gradient_multiplies_and_a_frozen_weight_gets_none():
+def test_the_upstream_gradient_multiplies_and_a_frozen_weight_gets_no_gradient():
     fields = batch()
     hidden, weight, bias = leaves_of(fields)
     result = policy_head(
@@ -312,7 +312,7 @@ def test_other_rows_do_not_change_a_rows_bits():
     assert torch.equal(ours(some)["dhidden"], ours(fields)["dhidden"][order])
 
 
-def test_two_runs_give_the_same_bits_and_chunks_change_only_the_order_of_the_weights_sum():
+def test_two_runs_give_the_same_bits_and_chunks_change_only_the_weights_sum():
     fields = batch(V=2049, H=32)
     for impl in ("reference", "triton"):
         first, second = ours(fields, impl), ours(fields, impl)
@@ -363,14 +363,14 @@ def test_counts_that_are_known_change_nothing_but_who_waits(given, known):
         told(training_tokens=3)
 
 
-def test_a_budget_picks_the_pieces_and_changes_nothing_else(monkeypatch):
+def test_a_budget_picks_the_chunk_sizes_and_changes_nothing_else(monkeypatch):
     fields, seen = batch(), []
     monkeypatch.setattr(chunked, "streams_of", lambda *_: One())
     init = chunked.Head.__init__
     monkeypatch.setattr(chunked.Head, "__init__", lambda self, *head: (seen.append(head[3]), init(self, *head))[1])
     plain = ours(fields, chunk_rows=32, collect_rows=64)
     found = ours(fields, chunk_rows=None, collect_rows=None, memory_gib=2e-5)
-    assert [rows[:2] for rows in seen] == [(32, 32), rows_within(2e-5, 37, 24, 4)[:2]]  # of 20 tokens
+    assert [rows[:2] for rows in seen] == [(32, 32), rows_within(2e-5, 37, 24, 4)[:2]]  # The batch has 20 tokens.
     assert seen[1][:2] != rows_within(1, 37, 24, 4)[:2]
     for name in found:
         torch.testing.assert_close(found[name], plain[name], rtol=1e-5, atol=1e-7)
@@ -408,13 +408,13 @@ def test_the_weights_gradient_is_added_to_a_tensor_of_the_callers(impl):
             assert dweight is None
         expected, exact = ours(fields, impl), ours(fields, "reference", torch.float64)
         scale = eager(fields)["dweight"]
-        # Sums of fp32 products, rounded nowhere to the storage dtype.
+        # The sums of fp32 products are never rounded to the storage dtype.
         assert_no_less_exact(main_grad, start + 0.5 * scale.float(), start + 0.5 * exact["dweight"])
         torch.testing.assert_close(dhidden, 0.25 * expected["dhidden"])
         torch.testing.assert_close(dbias, 0.25 * expected["dbias"])
 
 
-def test_a_main_grad_is_left_alone_by_a_frozen_weight_and_without_gradients_and_without_rows():
+def test_main_grad_is_unchanged_with_a_frozen_weight_without_gradients_or_rows():
     fields = batch()
     main_grad = torch.ones(37, 24, device=DEVICE)
     tokens = [fields[name] for name in ("label", "behaviour", "advantage", "mask")]
@@ -429,7 +429,7 @@ def test_a_main_grad_is_left_alone_by_a_frozen_weight_and_without_gradients_and_
     assert (main_grad == 1).all()
 
 
-def test_another_upstream_gradient_than_the_one_that_was_given_is_an_error():
+def test_an_upstream_gradient_that_differs_from_the_given_one_is_an_error():
     message = r"main_grad_VH was given upstream=1.0, and the backward pass brings another one"
     if DEVICE == "cpu":  # on a GPU the assertion ends the process
         with pytest.raises(RuntimeError, match=message):
@@ -453,7 +453,7 @@ def test_another_upstream_gradient_than_the_one_that_was_given_is_an_error():
         (torch.zeros(37, 24).requires_grad_(), "contiguous and without a gradient of its own"),
     ],
 )  # fmt: skip
-def test_a_main_grad_that_nothing_can_be_added_to_is_refused(wrong, message):
+def test_an_unsuitable_main_grad_is_refused(wrong, message):
     for impl in ("reference", "triton"):
         with pytest.raises(ValueError, match=message if DEVICE == "cpu" else "main_grad_VH"):
             into_main_grad(batch(), impl, wrong)
@@ -522,9 +522,9 @@ def from_logits(fields, impl, dtype=None, **given):
 def test_the_loss_from_logits(V):
     for given in ({}, {"kl": None, "entropy_coefficient": 0.0}):
         fields = batch(V=V)
-        fields["advantage"][2] = 0.0  # a row without a gradient where neither KL nor entropy is on
+        fields["advantage"][2] = 0.0  # This row has no gradient if neither KL nor entropy is on.
         found, same_dtype = from_logits(fields, "triton", **given), from_logits(fields, "reference", **given)
-        # The fp64 truth of the same fp32 logits: rounding of the GEMM is not this function's.
+        # The exact result is computed in fp64 from the same fp32 logits, since this function does not run the GEMM.
         fields["hidden"] = torch.nn.functional.linear(fields["hidden"], fields["weight"], fields["bias"])
         fields["weight"], fields["bias"] = torch.eye(V, device=DEVICE), torch.zeros(V, device=DEVICE)
         exact = from_logits(fields, "reference", torch.float64, **given)
@@ -555,7 +555,7 @@ def test_logits_of_minus_infinity_of_1e4_and_one_hot():
             assert found["dlogits"].isfinite().all()
 
 
-def test_the_loss_from_logits_scales_with_the_upstream_gradient_and_refuses_the_wrong():
+def test_the_loss_from_logits_scales_with_the_upstream_gradient_and_checks_inputs():
     fields = batch()
     logits = torch.nn.functional.linear(fields["hidden"], fields["weight"]).requires_grad_()
     tokens = [fields[name] for name in ("label", "behaviour", "advantage", "mask")]

@@ -1,4 +1,4 @@
-"""The policy loss: the same bits as verl on on-policy rows, LUFFY's shaping on teacher rows, one aggregation for both."""
+"""The policy loss: the same bits as verl for on-policy rows, LUFFY's shaping for teacher rows, one aggregation."""
 
 import math
 
@@ -50,7 +50,7 @@ def verl_actor_config(aggregation_info):
 @pytest.mark.parametrize("info", [{}, GLOBAL], ids=["local", "global"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("no_teacher", ["none", "all rows false"])
-def test_without_teacher_rows_loss_gradient_and_metrics_are_verls_vanilla(mode, info, weighted, no_teacher):
+def test_without_teacher_rows_loss_gradient_and_metrics_equal_verls_vanilla_loss(mode, info, weighted, no_teacher):
     policy, behaviour, advantage, mask = batch()
     weight = torch.rand(mask.shape, generator=torch.Generator().manual_seed(9)) if weighted else None
     config = verl_actor_config(info)
@@ -83,7 +83,7 @@ def test_without_teacher_rows_loss_gradient_and_metrics_are_verls_vanilla(mode, 
 
 
 @pytest.mark.parametrize("kind", [kind + plus for kind in KL_KINDS for plus in ("", "+")])
-def test_kl_and_entropy_terms_are_those_of_verls_ppo_loss(kind):
+def test_kl_and_entropy_terms_equal_those_of_verls_ppo_loss(kind):
     policy, behaviour, advantage, mask = batch()
     generator = torch.Generator().manual_seed(1)
     reference = policy.detach() + torch.randn(mask.shape, generator=generator)
@@ -154,7 +154,7 @@ def test_the_slope_of_the_shaping(probability, slope):
     assert torch.autograd.grad(value, log_q)[0].item() == pytest.approx(slope, abs=5e-5)
 
 
-def test_known_teacher_probabilities_divide():
+def test_known_teacher_probabilities_are_the_denominator_of_the_ratio():
     policy, behaviour, advantage, mask = batch(dtype=torch.float64)
     teacher_logp = torch.full_like(policy, math.log(0.25)).detach()
     teacher_B = torch.ones(len(mask), dtype=torch.bool)
@@ -274,7 +274,7 @@ def run(fields, aggregation):
 
 @pytest.mark.parametrize("mode", AGGREGATION_MODES)
 @pytest.mark.parametrize("cut", [[8], [3, 5], [1, 1, 1, 1, 1, 1, 1, 1], [0, 8]])
-def test_loss_gradient_and_metrics_do_not_depend_on_the_micro_batch_cut(mode, cut):
+def test_loss_gradient_and_metrics_do_not_depend_on_the_micro_batches(mode, cut):
     fields, aggregation = everything(), Aggregation(mode, **GLOBAL)
     whole, whole_gradient = run(fields, aggregation)
     pieces = [
@@ -313,14 +313,14 @@ def test_rows_may_come_in_any_order_and_with_any_padding(mode):
         aggregation,
     )
     torch.testing.assert_close(padded.loss, whole.loss)
-    # Not bit for bit: where a row's vectorised part ends, torch's exp is another one.
+    # It is not bit for bit: torch uses another exp after the vectorised part of a row.
     torch.testing.assert_close(gradient[:, :33], whole_gradient, rtol=1e-14, atol=0)
     assert (gradient[:, 33:] == 0).all()
 
 
 @pytest.mark.parametrize("mode", AGGREGATION_MODES)
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-def test_what_stands_in_masked_positions_leaks_nowhere(mode, garbage):
+def test_values_at_masked_positions_change_nothing(mode, garbage):
     fields, aggregation = everything(), Aggregation(mode, **GLOBAL)
     clean, clean_gradient = run(fields, aggregation)
     dirty = {
@@ -337,7 +337,7 @@ def test_what_stands_in_masked_positions_leaks_nowhere(mode, garbage):
 @pytest.mark.parametrize("mode", AGGREGATION_MODES)
 @pytest.mark.parametrize("count", [None, 0, torch.tensor(0)], ids=["counted here", "a number", "a tensor"])
 def test_a_batch_without_active_tokens_gives_zero(mode, count):
-    """This holds too if the whole global batch has no active token, since all are rejected or padding."""
+    """This also holds if the whole global batch has no active token, since all are rejected or padding."""
     policy, behaviour, advantage, mask = batch()
     nothing = Aggregation(mode, batch_num_tokens=count, global_batch_size=count)
     result, gradient = loss_and_gradient(policy, behaviour, advantage, torch.zeros_like(mask), aggregation=nothing)
@@ -348,7 +348,7 @@ def test_a_batch_without_active_tokens_gives_zero(mode, count):
 
 @pytest.mark.parametrize("mode", AGGREGATION_MODES)
 @pytest.mark.parametrize("info", [{}, GLOBAL], ids=["local", "global"])
-def test_aggregation_is_verls(mode, info):
+def test_aggregation_equals_verls(mode, info):
     _, behaviour, _, mask = batch()
     assert torch.equal(
         aggregate(behaviour, mask, Aggregation(mode, **info)), verl().agg_loss(behaviour, mask, mode, **info)

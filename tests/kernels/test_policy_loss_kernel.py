@@ -100,7 +100,7 @@ def test_every_aggregation(mode, info):
 
 @pytest.mark.parametrize("mode", AGGREGATION_MODES)
 @pytest.mark.parametrize("info", [{}, GLOBAL], ids=["local", "global"])
-def test_a_weight_a_row_is_the_same_aggregation(mode, info):
+def test_one_weight_per_row_gives_the_same_aggregation(mode, info):
     mask = batch()["mask"]
     value = torch.randn(mask.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(DEVICE)
     how = Aggregation(mode, **info)
@@ -112,7 +112,7 @@ def test_every_kl_estimator(kind):
     check(batch(), kind=kind)
 
 
-def test_kl_estimators_are_clamped_where_verls_are():
+def test_kl_estimators_are_clamped_like_verls():
     fields = batch(rows=1, tokens=7)
     fields["mask"], fields["teacher"] = torch.ones_like(fields["mask"]), torch.zeros_like(fields["teacher"])
     fields["policy"] = fields["behaviour"] = torch.full_like(fields["policy"], -5.0)
@@ -126,7 +126,7 @@ def test_kl_estimators_are_clamped_where_verls_are():
 @pytest.mark.parametrize("absent", ["teacher", "importance_weight_BT", "kl", "entropy"])
 def test_every_term_may_be_absent(absent):
     fields = batch()
-    if absent == "teacher":  # its rows are on-policy rows now, and are read
+    if absent == "teacher":  # Its rows are on-policy rows now, and are read.
         fields = {
             name: tensor.nan_to_num(0.5, 0.5, 0.5) if tensor.is_floating_point() else tensor
             for name, tensor in fields.items()
@@ -134,12 +134,12 @@ def test_every_term_may_be_absent(absent):
     check(fields, **{absent: None})
 
 
-def test_a_teacher_of_unknown_probability():
+def test_a_teacher_with_unknown_probability():
     fields = batch()
     check(fields, teacher=Teacher(fields["teacher"], 0.1))
 
 
-def test_one_advantage_a_token():
+def test_one_advantage_per_token():
     fields = batch()
     fields["advantage"] = torch.where(fields["mask"], fields["behaviour"].nan_to_num(1.0).sin(), math.nan)
     check(fields)
@@ -170,13 +170,13 @@ def test_ratios_on_the_edges_take_autograds_gradient():
         off = {"clip": Clip(math.inf, math.inf, math.inf)}
         for clip in ({}, off):
             ours, reference = (run(fields, impl, **none, **clip) for impl in ("triton", "reference"))
-            # Which side of an edge a rounded ratio falls on differs between exps: compare in fp32, where both see the same.
+            # With another exp a rounded ratio may lie on the other side of an edge, so compare with the fp32 reference.
             torch.testing.assert_close(ours["policy gradient"], reference["policy gradient"], rtol=1e-6, atol=0)
             torch.testing.assert_close(ours["loss"], reference["loss"], rtol=1e-6, atol=0)
 
 
 def test_a_tie_with_the_dual_clip_shares_the_gradient():
-    # exp(0) = 1 exactly, and a dual clip of 1 + one ulp below it is refused; so tie at ρ = 2 with both exact in fp32.
+    # A dual clip of 1 is refused, so ρ = 1 cannot tie with it. The tie is at ratios that are exact in fp32.
     for dual in (2.0, 4.0):
         policy = torch.full((1, 1), -1.0, device=DEVICE)
         exact_ratio = torch.exp(torch.tensor(math.log(dual))).item()

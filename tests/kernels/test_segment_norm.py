@@ -25,7 +25,7 @@ def test_two_groups_by_hand():
 
 
 @pytest.mark.parametrize("scale_by_std", [True, False])
-def test_the_bits_are_those_of_verls_grpo_for_sizes_2_to_64(scale_by_std):
+def test_the_bits_equal_verls_grpo_for_sizes_2_to_64(scale_by_std):
     grpo = pytest.importorskip("verl.trainer.ppo.core_algos").compute_grpo_outcome_advantage
     generator = torch.Generator().manual_seed(0)
     for size in range(2, 65):
@@ -48,7 +48,7 @@ def test_the_bits_are_those_of_verls_grpo_for_sizes_2_to_64(scale_by_std):
             assert (ours_B[stats.is_constant_B] == 0).all()
 
 
-def test_the_bits_are_those_of_verls_grpo_for_mixed_group_sizes():
+def test_the_bits_equal_verls_grpo_for_mixed_group_sizes():
     grpo = pytest.importorskip("verl.trainer.ppo.core_algos").compute_grpo_outcome_advantage
     generator = torch.Generator().manual_seed(1)
     segment_B = torch.cat([torch.full((size,), 1000 - 7 * size) for size in (2, 3, 5, 8, 8, 9, 17, 64, 200)])
@@ -115,7 +115,7 @@ def test_rows_outside_keep_receive_the_statistics_and_do_not_change_them():
     assert stats.is_constant_B.tolist() == [False, False, False, True]
 
 
-def test_append_gives_the_teacher_of_an_all_failed_group_of_8_an_advantage_of_3():
+def test_append_gives_the_teacher_of_8_failures_an_advantage_of_3():
     teacher_B = torch.tensor([False] * 8 + [True])
     score_B, segment_B = teacher_B.float(), torch.zeros(9, dtype=torch.int64)
     on, everyone = segment_stats(score_B, segment_B, keep_B=~teacher_B), segment_stats(score_B, segment_B)
@@ -173,7 +173,7 @@ def test_an_unknown_implementation_is_refused():
         segment_norm(torch.zeros(1), torch.zeros(1).long(), scale_by_std=True, impl="cuda")
 
 
-def test_tokens_get_the_advantage_of_their_row_and_masked_ones_exactly_0():
+def test_tokens_get_the_advantage_of_their_row_and_masked_tokens_exactly_0():
     mask_T = torch.tensor([1, 0, 1, 1, 1, 0])
     advantage_T = segment_norm_tokens(
         torch.tensor([1.0, 5.0, 3.0, 7.0]),

@@ -95,7 +95,7 @@ def test_a_nan_or_infinite_score_stays_in_its_group(bad):
         assert not segment_stats(poisoned_B, segment_B, impl="triton").is_constant_B.any()
 
 
-def test_a_large_offset_costs_no_digits():
+def test_a_large_offset_loses_no_precision():
     noise_B, segment_B = groups([64, 1500])
     score_B = (1e6 + noise_B.double()).float()
     check(score_B, segment_B)
@@ -118,7 +118,7 @@ def test_three_launches_give_the_bits_of_one():
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(one, three, strict=True))
 
 
-def test_a_long_group_is_split_by_itself_and_is_exact():
+def test_a_long_group_is_split_automatically_and_is_exact():
     score_B = 1e3 + torch.randn(100_000, generator=torch.Generator().manual_seed(4)).to(DEVICE)
     check(score_B, offset_S1=torch.tensor([0, 100_000], device=DEVICE))
 

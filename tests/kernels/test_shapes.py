@@ -1,4 +1,4 @@
-"""The value and weight of every shape of a demonstration's token, compared with formulas in fp64 from log π = -100 on."""
+"""Value and weight of every shape of a demonstration's token, compared with fp64 formulas for log π from -100 on."""
 
 import math
 
@@ -59,13 +59,13 @@ def found(shape, shaping, exponent, impl, dtype):
 
 @pytest.mark.parametrize(("impl", "dtype"), [("reference", "float64"), ("reference", "float32"), ("triton", "float32")])
 @pytest.mark.parametrize(("shape", "shaping", "exponent"), SHAPES)
-def test_value_and_weight_are_those_of_the_formula_for_the_least_and_the_most_likely_token(
+def test_value_and_weight_equal_the_formula_from_the_least_to_the_most_likely_token(
     shape, shaping, exponent, impl, dtype
 ):
     kind = getattr(torch, dtype)
-    # The log-probability as it was stored is what the formula is asked about.
+    # The formula is evaluated at the log-probability as it was stored.
     stored = torch.tensor(LOGP, dtype=kind).double().tolist()
-    # Values are sums of magnitude |log q - log λ|, and 1 - f loses digits where the present sigmoid does: q >> λ.
+    # Values are sums of magnitude |log q - log λ|. For q >> λ, 1 - f loses digits like the sigmoid.
     rounding = torch.finfo(kind).eps
     for log_q, (value, weight) in zip(stored, found(shape, shaping, exponent, impl, kind), strict=True):
         exact_value, exact_weight = formula(shape, shaping, exponent, log_q)
@@ -91,7 +91,7 @@ def test_the_exponent_one_gives_the_bits_of_luffys_sigmoid(impl):
         assert torch.equal(result.loss, torch.where(mask.bool(), term, 0.0).sum() * 1)
         assert torch.equal(gradient, torch.autograd.grad(term.sum(), again)[0])
     else:
-        # As the kernel has always multiplied: (-A f)(1 - f). The interpreter computes with NumPy.
+        # The kernel multiplies in the order (-A f)(1 - f). The interpreter computes with NumPy.
         u = again.detach().cpu().numpy() - np.float32(math.log(0.1))
         f, rest = 1 / (1 + np.exp(-u)), 1 / (1 + np.exp(u))
         expected = torch.from_numpy(-advantage.cpu().numpy()[:, None] * f * rest)
@@ -102,7 +102,7 @@ def test_the_exponent_one_gives_the_bits_of_luffys_sigmoid(impl):
 
 
 @pytest.mark.parametrize(("shape", "shaping", "exponent"), SHAPES)
-def test_the_head_takes_every_shape(shape, shaping, exponent):
+def test_the_head_accepts_every_shape(shape, shaping, exponent):
     generator = torch.Generator().manual_seed(1)
     logits = (4 * torch.randn(2, 3, 37, generator=generator)).to(DEVICE)
     label = torch.randint(0, 37, (2, 3), generator=generator).to(DEVICE)
@@ -125,8 +125,8 @@ def test_the_head_takes_every_shape(shape, shaping, exponent):
 
 @pytest.mark.parametrize(("shape", "shaping", "exponent"), SHAPES)
 def test_the_head_is_no_less_exact_than_pytorch_from_the_least_likely_token_on(shape, shaping, exponent):
-    # A label whose logit stands this far above all others: log π from -100 to -.01, one row a token. Nearer to 1 it is
-    # the head's own difference of 1 and π that has few digits.
+    # The label's logit is this far above all others, which gives log π from -100 to -0.01, one row per token. For π
+    # closer to 1, the head's own difference 1 - π loses digits.
     V, above = 37, torch.tensor([-96.4, -40.0, -12.0, -4.0, 0.0, 3.0, 8.0])
     logits = torch.zeros(len(above), 1, V)
     logits[:, 0, 5] = above
@@ -182,6 +182,6 @@ def test_with_the_exponent_0_the_less_likely_token_is_pushed_harder(shaping, log
         ({"shape": "trsft", "shaping": math.inf}, r"teacher.shaping=inf with teacher.shape='trsft'"),
     ],
 )
-def test_a_shape_that_is_none_is_refused(fields, message):
+def test_an_invalid_shape_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Teacher(torch.zeros(1, dtype=torch.bool), **{"shaping": 0.1, **fields})

@@ -53,7 +53,7 @@ class Played(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         schema = func._schema
         if any(r.alias_info and not r.alias_info.is_write for r in schema.returns):
-            return out  # a view
+            return out  # This is a view.
         given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | (kwargs or {})
         written = {a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write}
         clock = self.clocks[self.now]
@@ -65,7 +65,7 @@ class Played(TorchDispatchMode):
         return out
 
     def touch(self, tensor, writes, name, clock):
-        self.kept.append(tensor)  # so that no memory is given out twice
+        self.kept.append(tensor)  # Keep the tensor, so that no memory is allocated twice.
         last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
         first = tensor.data_ptr()
         mine = Touch(self.now, clock[self.now], first, first + last * tensor.element_size(), writes, name)
@@ -96,7 +96,7 @@ def play(played, monkeypatch, rows, *, wanted=(True, True, True), chunk=4, colle
 @pytest.mark.parametrize("rows", [4, 5, 8, 13, 23])
 @pytest.mark.parametrize("collected", [4, 8, 100])
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, False)])
-def test_no_two_operations_race_and_the_bits_are_those_of_one_stream(rows, collected, wanted, monkeypatch):
+def test_no_two_operations_race_and_the_bits_equal_those_of_one_stream(rows, collected, wanted, monkeypatch):
     played = Played()
     found = play(played, monkeypatch, rows, collected=collected, wanted=wanted)
     assert not played.races
@@ -104,7 +104,7 @@ def test_no_two_operations_race_and_the_bits_are_those_of_one_stream(rows, colle
         assert (mine is None and theirs is None) or torch.equal(mine, theirs)
 
 
-def test_every_row_kernel_but_the_last_runs_beside_the_next_chunks_first_gemm(monkeypatch):
+def test_every_row_kernel_but_the_last_overlaps_with_the_next_chunks_first_gemm(monkeypatch):
     played = Played()
     play(played, monkeypatch, 13)
     beside = {(row, other) for row, other in played.overlapped if "mm" in other}
@@ -116,7 +116,7 @@ def test_every_row_kernel_but_the_last_runs_beside_the_next_chunks_first_gemm(mo
     assert len({touch.tick for touch in played.touched if touch.name == "addmm_"}) == 1
 
 
-def test_the_races_of_a_wrong_schedule_are_seen(monkeypatch):
+def test_the_races_of_a_wrong_schedule_are_detected(monkeypatch):
     """The wrong schedules: one buffer for two chunks of logits, or no wait for the row kernel."""
     for wrong in (Played(buffers=1), Played(joins=False)):
         play(wrong, monkeypatch, 13)
@@ -124,7 +124,7 @@ def test_the_races_of_a_wrong_schedule_are_seen(monkeypatch):
 
 
 class Second(One):
-    """Buffers of two streams; on the second one nothing may be allocated and no PyTorch operation may run."""
+    """Buffers of two streams; on the second stream nothing may be allocated and no PyTorch operation may run."""
 
     buffers = 2
 

@@ -1,4 +1,4 @@
-"""The upstream gradient: multiplied and converted once, written over what nobody reads again, and over nothing else."""
+"""The upstream gradient is multiplied and converted once, and overwrites only a tensor that is not read again."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hapo_kernels.policy_loss import Aggregation, Clip, policy_loss
 from hapo_kernels.upstream import BLOCK, times_upstream
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter truncates where it should round to bf16.
+# bf16 is tested only on a GPU, because the interpreter truncates to bf16 instead of rounding.
 STORAGE = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
 FACTORS = (1.0, -0.3, 0.0)
 
@@ -20,7 +20,7 @@ def numbers(*shape):
 @pytest.mark.parametrize("size", [0, 1, 1000, BLOCK, BLOCK + 1])
 @pytest.mark.parametrize("dtype", STORAGE)
 @pytest.mark.parametrize("factor", FACTORS)
-def test_the_product_is_rounded_once_and_what_is_kept_is_not_touched(size, dtype, factor):
+def test_the_product_is_rounded_once_and_a_kept_tensor_is_not_changed(size, dtype, factor):
     gradient, upstream = numbers(size), torch.tensor(factor, device=DEVICE)
     before = gradient.clone()
     assert torch.equal(times_upstream(gradient, upstream, dtype), (before * factor).to(dtype))
@@ -29,7 +29,7 @@ def test_the_product_is_rounded_once_and_what_is_kept_is_not_touched(size, dtype
 
 @pytest.mark.parametrize("dtype", STORAGE)
 @pytest.mark.parametrize("factor", FACTORS)
-def test_what_is_consumed_is_written_over_and_no_memory_is_taken(dtype, factor):
+def test_a_consumed_tensor_is_overwritten_and_no_memory_is_allocated(dtype, factor):
     gradient, upstream = numbers(3, 700).to(dtype), torch.tensor(factor, device=DEVICE)
     expected = (gradient.float() * factor).to(dtype)
     found = times_upstream(gradient, upstream, dtype, consume=True)
@@ -54,7 +54,7 @@ def losses():
 
 
 @pytest.mark.parametrize("factor", FACTORS)
-def test_a_graph_that_is_kept_gives_the_same_gradient_again_and_one_that_is_freed_too(factor):
+def test_the_gradient_is_the_same_again_whether_the_graph_is_kept_or_freed(factor):
     for loss, leaves in losses():
         once = torch.autograd.grad(loss, leaves, retain_graph=True)
         kept = [torch.autograd.grad(factor * loss, leaves, retain_graph=True) for _ in range(2)]
@@ -65,7 +65,7 @@ def test_a_graph_that_is_kept_gives_the_same_gradient_again_and_one_that_is_free
                 assert torch.equal(gradient, factor * expected)
 
 
-def test_outputs_that_no_loss_uses_cost_no_gradient_of_zeros():
+def test_unused_outputs_create_no_gradient_of_zeros():
     seen = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):

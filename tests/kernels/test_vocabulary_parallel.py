@@ -1,4 +1,4 @@
-"""With a vocabulary spread over processes, each process gets the whole result and its slice of the gradients."""
+"""With a vocabulary divided over processes, each process gets the whole result and its slice of the gradients."""
 
 import math
 import os
@@ -19,7 +19,7 @@ WHOLE = slice(None)
 
 
 def batch(dtype):
-    """A batch of (3, 4) tokens; the second slice has almost no probability, except for one token; NaN if not to be read."""
+    """A batch of (3, 4) tokens; slice 2 has almost no probability, except for one token. Unread values are NaN."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -92,7 +92,7 @@ CASES = {
     "head, logarithm": lambda *args, **settings: fused(*args, True, ("power", 0.1, 0.0), **settings),
     "head, power": lambda *args, **settings: fused(*args, True, ("power", math.inf, 0.3), **settings),
     "head, chord": lambda *args, **settings: fused(*args, True, ("chord", 0.1, 1.0), **settings),
-    # The row of advantage 0 has no gradient then, and goes through the forward pass alone.
+    # The row with advantage 0 has no gradient in this case, and is only in the forward pass.
     "head, surrogate only": lambda *args, **settings: fused(*args, False, **settings),
 }
 
@@ -118,7 +118,7 @@ def of_rank(rank, rendezvous, results):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="two gloo processes and the interpreter run on a CPU")
-def test_two_processes_give_the_whole_vocabularys_result(tmp_path):
+def test_two_processes_give_the_result_of_the_whole_vocabulary(tmp_path):
     mp.spawn(of_rank, args=(tmp_path / "rendezvous", tmp_path / "rank"), nprocs=RANKS)
     found = [torch.load(tmp_path / f"rank-{rank}") for rank in range(RANKS)]
     for impl, dtype, tolerance in (
@@ -135,7 +135,7 @@ def test_two_processes_give_the_whole_vocabularys_result(tmp_path):
                 expected = [dhidden, dweight[mine], dbias[mine], *values]
                 for ours, theirs in zip(found[rank][name, impl], expected, strict=True):
                     torch.testing.assert_close(ours.double(), theirs.double(), **tolerance, msg=f"{name}, {impl}")
-        # A label that no slice has.
+        # This label is in no slice.
         assert all(ranks["nowhere", impl][3].isnan() for ranks in found)
 
 

@@ -86,13 +86,13 @@ def test_single_keys_stay_overridable(launch):
         ),
     ],
 )
-def test_each_thing_that_cannot_work_gets_its_own_line(launch, override, message):
+def test_each_setting_that_cannot_work_gets_its_own_line(launch, override, message):
     with pytest.raises(ConfigError) as error:
         check_launch(launch(override))
     assert str(error.value) == message
 
 
-def test_rollouts_on_their_own_devices_alone_are_refused_as_long_as_verl_fails_there(launch):
+def test_rollouts_only_on_their_own_devices_are_refused_while_verl_fails_there(launch):
     separate = "trainer.v1.trainer_mode=hapo_separate_async"
     with pytest.raises(ConfigError) as error:
         check_launch(launch(separate, "actor_rollout_ref.hybrid_engine=False"))
@@ -102,13 +102,13 @@ def test_rollouts_on_their_own_devices_alone_are_refused_as_long_as_verl_fails_t
     )
     check_launch(launch(separate))
     check_launch(launch("actor_rollout_ref.hybrid_engine=False"))
-    # The line that fails: a logger takes no `flush`.
+    # This line of verl fails, because a logger accepts no `flush`.
     source = inspect.getsource(PPOTrainerSeparateAsync._setup)
     (call,) = re.findall(r"logger\.info\([^()]*hybrid replicas disabled.*?\n            \)", source, re.DOTALL)
     assert "flush=True" in call
 
 
-def test_a_preset_name_that_was_taken_for_a_string_is_refused(launch):
+def test_a_preset_name_parsed_as_a_plain_string_is_refused(launch):
     config = launch()
     OmegaConf.set_struct(config, False)
     config.hapo = "paper"
@@ -149,7 +149,7 @@ def test_data_without_the_column_is_refused_and_its_columns_are_named(launch):
     )
 
 
-def test_a_policy_that_is_its_own_teacher_needs_no_column(launch):
+def test_own_demonstrations_need_no_column(launch):
     dataset = datasets.Dataset.from_dict({"prompt": ["1"], "data_source": ["x"]})
     own = HapoConfig.parse({"demonstrations": {"source": "own"}})
     check_demonstrations(dataset, CharTokenizer(), launch(), own)
@@ -158,7 +158,7 @@ def test_a_policy_that_is_its_own_teacher_needs_no_column(launch):
         check_demonstrations(dataset, CharTokenizer(), launch(), both)
 
 
-def test_data_of_which_no_demonstration_can_be_used_is_refused_with_the_reasons(launch):
+def test_data_without_a_usable_demonstration_is_refused_with_the_reasons(launch):
     with pytest.raises(ConfigError) as error:
         check_rows(launch("data.max_response_length=4"), ["four", "fourty", "", None])
     assert str(error.value) == (
@@ -172,7 +172,7 @@ def test_one_usable_demonstration_is_enough(launch):
     check_rows(launch("data.max_response_length=4"), ["four", "one"])
 
 
-def test_demonstrations_that_would_answer_inside_a_thought_are_refused_with_what_to_do(launch):
+def test_demonstrations_that_answer_inside_a_thought_are_refused_with_the_fix(launch):
     class Thinking(CharTokenizer):
         def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
             chat = super().apply_chat_template(messages, tokenize, add_generation_prompt)
@@ -197,7 +197,7 @@ CALLED = [
 ]
 
 
-def test_demonstrations_with_answers_of_tools_are_refused_where_nothing_calls_tools(launch):
+def test_demonstrations_with_tool_answers_are_refused_if_the_loop_calls_no_tools(launch):
     with pytest.raises(ConfigError) as error:
         check_rows(launch(), [CALLED, CALLED[1:]])
     assert str(error.value) == (
@@ -211,7 +211,7 @@ def test_demonstrations_with_answers_of_tools_are_refused_where_nothing_calls_to
 HEAD = ("hapo.kernels.head=linear_logprob", "actor_rollout_ref.actor.strategy=fsdp2")
 
 
-def test_a_head_passes_with_fsdp2_and_reaches_the_engine_with_verls_own_configuration(launch):
+def test_a_head_passes_with_fsdp2_and_reaches_the_engine_in_verls_configuration(launch):
     config = launch(*HEAD)
     choose_head(config, check_launch(config))
     assert chosen_head(config.actor_rollout_ref.model.fused_kernel_options) == "linear_logprob"
@@ -323,7 +323,7 @@ REAL = (FSDP2, "hapo.objective.name=real", "actor_rollout_ref.actor.loss_agg_mod
         ),
     ],
 )
-def test_an_objective_that_the_launch_does_not_serve_is_refused(launch, overrides, message):
+def test_an_objective_that_does_not_fit_the_launch_is_refused(launch, overrides, message):
     with pytest.raises(ConfigError) as error:
         check_launch(launch(*overrides))
     assert str(error.value) == message
@@ -370,7 +370,7 @@ POSTERIOR = ("hapo.rollouts.allocate=posterior", "hapo.gate.name=posterior")
         ),
     ],
 )
-def test_rollouts_that_cannot_be_spread_are_refused_and_uniform_ones_are_not(launch, overrides, message):
+def test_rollouts_that_cannot_be_allocated_are_refused_and_uniform_ones_are_not(launch, overrides, message):
     with pytest.raises(ConfigError) as error:
         check_launch(launch(*POSTERIOR, *overrides))
     assert str(error.value) == message
@@ -378,7 +378,7 @@ def test_rollouts_that_cannot_be_spread_are_refused_and_uniform_ones_are_not(lau
 
 
 @pytest.mark.parametrize("gate", ["posterior", "thompson"])
-def test_rollouts_are_spread_by_a_gate_that_knows_the_prompts(launch, gate):
+def test_rollouts_are_allocated_by_a_gate_that_remembers_prompts(launch, gate):
     hapo = check_launch(launch(*POSTERIOR, f"hapo.gate.name={gate}", "hapo.rollouts.most=8", "hapo.rollouts.least=8"))
     assert hapo.rollouts.bounds(8) == (8, 8)
     assert check_launch(launch(*POSTERIOR)).rollouts.bounds(8) == (2, 16)

@@ -10,7 +10,7 @@ from hapo_verl.config import ConfigError
 from hapo_verl.launch import contract
 from hapo_verl.launch.contract import OVERRIDES, REPLACED, Override, check_contract, parameters_of, verl_method
 
-# What verl 0.9.1 said in the bodies that ours replace. A new digest means: read verl's again, then update ours and this.
+# Digests of the verl 0.9.1 methods that ours replace. If one changes, read verl's method, then update ours and this.
 REPLACED_BODIES = {
     "_compute_advantage": "2a4a2aa4a475b228",
     "_agent_loop_postprocess": "523edacbff73640d",
@@ -23,11 +23,11 @@ REPLACED_BODIES = {
 
 
 @pytest.mark.parametrize("override", OVERRIDES, ids=lambda override: override.method)
-def test_the_installed_verl_has_the_signature_that_ours_was_written_for(override):
+def test_the_installed_verl_has_the_signatures_that_ours_were_written_for(override):
     assert parameters_of(override) == override.parameters
 
 
-def test_the_bodies_that_ours_replace_are_the_ones_that_were_read():
+def test_the_bodies_of_replaced_methods_are_unchanged():
     digests = {
         override.method: hashlib.sha256(inspect.getsource(verl_method(override)).encode()).hexdigest()[:16]
         for override in OVERRIDES
@@ -82,7 +82,7 @@ def a_trl(monkeypatch, tmp_path):
     sys.modules.pop("trl", None)
 
 
-def test_a_trl_beside_which_verl_loads_no_model_is_refused(a_trl):
+def test_a_trl_version_with_which_verl_loads_no_model_is_refused(a_trl):
     a_trl("")
     with pytest.raises(ConfigError) as error:
         check_contract()
@@ -93,6 +93,6 @@ def test_a_trl_beside_which_verl_loads_no_model_is_refused(a_trl):
     )
 
 
-def test_a_trl_that_verl_can_use_is_left_alone(a_trl):
+def test_a_trl_version_that_works_with_verl_is_accepted(a_trl):
     a_trl("class AutoModelForCausalLMWithValueHead: pass")
     check_contract()

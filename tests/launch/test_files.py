@@ -54,12 +54,12 @@ def check(folder, launch):
         ("actor_rollout_ref.model.path=hdfs://host/model",),
         ("data.custom_cls.path=mine.py", "data.train_files=no.parquet"),
         ("reward.custom_reward_function.path=pkg://my.reward",),
-        # Which has no demonstrations.
+        # This file has no demonstrations.
         ("hapo.demonstrations.source=own", "data.train_files={folder}/val.parquet"),
         ("reward.custom_reward_function.path={folder}/model/config.json",),
     ],
 )
-def test_a_launch_with_its_files_passes_and_what_other_machines_hold_is_left_to_verl(check, overrides):
+def test_a_launch_with_its_files_passes_and_remote_files_are_left_to_verl(check, overrides):
     check(*overrides)
 
 
@@ -133,7 +133,7 @@ def test_a_launch_with_its_files_passes_and_what_other_machines_hold_is_left_to_
         ),
     ],
 )
-def test_what_is_missing_is_named_with_its_key(check, folder, override, message, kind):
+def test_missing_files_and_columns_are_named_with_their_key(check, folder, override, message, kind):
     (folder / "model" / "config.txt").touch()
     (folder / "model" / "broken.parquet").write_text("no parquet")
     messages = [{"role": "assistant", "content": "1"}]
@@ -144,12 +144,12 @@ def test_what_is_missing_is_named_with_its_key(check, folder, override, message,
     assert type(error.value) is kind
 
 
-def test_files_without_a_single_demonstration_go_with_any_type(check, folder):
+def test_files_without_any_demonstration_go_with_any_type(check, folder):
     write(folder / "none.parquet", ROW | {"demonstration": None})
     check("data.train_files=[{folder}/train.parquet,{folder}/none.parquet]")
 
 
-def test_a_reward_manager_of_the_users_own_may_read_other_columns(check, folder):
+def test_a_users_own_reward_manager_may_read_other_columns(check, folder):
     write(folder / "prompts.parquet", {"prompt": ROW["prompt"], "demonstration": "1"})
     own = ["data.train_files={folder}/prompts.parquet", "reward.reward_manager.source=importlib"]
     check(*own)

@@ -1,4 +1,4 @@
-"""The estimates of the module's docstring, to its last digit; a budget that is too small is refused at the start."""
+"""The estimates equal those of the module's docstring; a budget that is too small is refused at the start."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def test_the_worked_example_of_the_docstring():
     assert policy_head_bytes(**QWEN_7B, rows=rows) / 2**30 == pytest.approx(3.26, abs=0.005)
 
 
-def test_only_verls_own_grows_with_tokens_times_vocabulary_and_copies_at_another_temperature():
+def test_only_verls_head_grows_with_tokens_times_vocabulary_and_with_a_temperature():
     twice = QWEN_7B | {"tokens": 2 * QWEN_7B["tokens"]}
     logits = 2 * QWEN_7B["tokens"] * QWEN_7B["vocabulary"]
     hidden = 2 * QWEN_7B["tokens"] * QWEN_7B["hidden"]
@@ -47,7 +47,7 @@ def test_only_verls_own_grows_with_tokens_times_vocabulary_and_copies_at_another
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_budget_that_nothing_fits_is_refused_with_the_least_that_works(nested, tmp_path):
+def test_a_budget_that_is_too_small_is_refused_with_the_least_that_works(nested, tmp_path):
     sizes = {"hidden_size": 3584, "vocab_size": 152064}
     (tmp_path / "config.json").write_text(json.dumps({"text_config": sizes} if nested else sizes))
     config = OmegaConf.create({"actor_rollout_ref": {"model": {"path": str(tmp_path)}}})
@@ -62,6 +62,6 @@ def test_a_budget_that_nothing_fits_is_refused_with_the_least_that_works(nested,
     with pytest.raises(ConfigError):
         check_memory(config, hapo(least - 0.01))
     check_memory(config, hapo(None))
-    # A model that is not on this machine is verl's to find.
+    # A model that is not on this machine is left to verl.
     config.actor_rollout_ref.model.path = "org/model"
     check_memory(config, hapo(2))

@@ -1,4 +1,4 @@
-"""The doctor's checks of a launch: right things are counted, wrong ones named, before anything is started."""
+"""The doctor's checks of a launch, before anything is started: it describes a correct launch and names each error."""
 
 import json
 import sys
@@ -52,7 +52,7 @@ def rehearsal(folder, *overrides):
     )
 
 
-def test_what_is_right_is_counted(folder):
+def test_a_correct_launch_is_described_with_counts(folder):
     positions = rehearsal(folder)._hf_config.max_position_embeddings
     found = {name: check() for name, check in rehearsal(folder).checks()}
     taught = found.pop("what the loss can teach")
@@ -118,7 +118,7 @@ def test_what_is_right_is_counted(folder):
         ),
     ],
 )
-def test_what_is_wrong_is_named(folder, check, overrides, message):
+def test_each_error_is_named(folder, check, overrides, message):
     checks = dict(rehearsal(folder, *(override.format(folder=folder) for override in overrides)).checks())
     with pytest.raises(ConfigError) as error:
         checks[check]()
@@ -127,11 +127,11 @@ def test_what_is_wrong_is_named(folder, check, overrides, message):
 
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory):
-    """A model with tools and 20 rows: calls as messages, one as text, one of an unknown tool."""
+    """A model with tools and 20 rows: calls as messages, one call as text, and one of an unknown tool."""
     folder = tmp_path_factory.mktemp("tools")
     make_tokenizer(QWEN).save_pretrained(folder / "model")
     (folder / "model" / "config.json").write_text('{"model_type": "qwen2"}')
-    # Turns of this text, as verl counts them, and its end.
+    # The reward checks the number of turns, as verl counts them, and the end of the text.
     (folder / "reward.py").write_text(
         "def compute_score(data_source, solution_str, ground_truth, extra_info):\n"
         "    rounds = solution_str.count('<tool_response>')\n"
@@ -174,7 +174,7 @@ def test_demonstrations_with_calls_are_counted_and_scored_as_the_run_would(tools
         "tokens); 1 malformed; 20 rows"
     )
     assert found["reward function"]() == "10 of 10 demonstrations are successes"
-    # The model is asked with the tools in its prompt, as the loop asks it.
+    # The prompt contains the tools, as in the loop.
     launched = rehearsal(tools, *overrides)
     assert '"name": "reverse"' in launched.tokenizer.decode(launched._prompt(5))
     with pytest.raises(ConfigError, match=r"\(20 overlong\).* Those in which tools answer need actor_"):
@@ -204,7 +204,7 @@ def biased(folder, tmp_path_factory):
 
     path = tmp_path_factory.mktemp("biased") / "model"
     model, tokenizer = (kind.from_pretrained(folder / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
-    # Every hidden state's part along the first unit is made large, and only 7 answers to it, with the opposite sign.
+    # The first unit of every hidden state is made large, and only the logit of 7 uses it, with the opposite sign.
     with torch.no_grad():
         model.model.norm.weight.zero_()
         model.model.norm.weight[0] = 1.0
@@ -219,7 +219,7 @@ def biased(folder, tmp_path_factory):
 def test_a_token_that_the_loss_cannot_teach_is_named_with_the_key_that_teaches_it(folder, biased):
     launched = [f"actor_rollout_ref.model.path={biased}"]
     paper = rehearsal(folder, *launched).teachable()
-    # 007 and 017 of the rows that can be injected, and row 2, whose demonstration is 7.
+    # These are 007 and 017, which can be injected, and row 2, whose demonstration is 7.
     assert paper.startswith(
         "3 of 18 demonstrations (17%) have a token that the loss does not teach, and may never be written: "
         "hapo.loss.shape=power with exponent 1.0 and shaping 0.1 teaches tokens down to a probability of 2.5e-04, the "
@@ -228,14 +228,14 @@ def test_a_token_that_the_loss_cannot_teach_is_named_with_the_key_that_teaches_i
     assert paper.endswith("Use hapo.loss.exponent=0.0, which teaches every token.")
     chord = rehearsal(folder, *launched, "hapo.loss.shape=chord").teachable()
     assert "teaches tokens down to a probability of 2.5e-03, " in chord
-    # Most demonstrations have no 7, and of the 16 other tokens the biased model prefers none: 4 q (1 - q) at q = 1/16.
+    # Most demonstrations have no 7, and the 16 other tokens are equally likely: 4 q (1 - q) at q = 1/16.
     assert "has 6.2e-02 and 23% of the largest weight. Use" in chord
     assert chord.endswith("Use hapo.loss.shape=power hapo.loss.exponent=0.0, which teaches every token.")
     taught = rehearsal(folder, *launched, "hapo.loss.exponent=0.0").teachable()
     assert taught.startswith("every token of 18 demonstrations; the loss teaches tokens however improbable, the least")
 
 
-def test_the_model_is_not_loaded_where_it_is_not_to_be(folder, monkeypatch):
+def test_the_model_is_not_loaded_if_it_is_not_wanted_missing_or_too_large(folder, monkeypatch):
     names = [name for name, _ in Rehearsal(rehearsal(folder)._overrides, model=False).checks()]
     assert "what the loss can teach" not in names
     absent = rehearsal(folder, "actor_rollout_ref.model.path=Qwen/Qwen2.5-0.5B").teachable()
@@ -258,7 +258,7 @@ def test_a_demonstration_is_scored_as_the_model_predicts_it_token_by_token(folde
     how = {"temperature": 0.7, "trust_remote_code": False}
     monkeypatch.setattr(teachable, "ROWS", 2)
     scored, _ = score(folder / "model", [asked, asked], seconds=60.0, **how)
-    # Without time one is scored all the same.
+    # Even without any time, one demonstration is scored.
     assert len(score(folder / "model", [asked] * 3, seconds=0.0, **how)) == 1
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     expected = []

@@ -14,7 +14,7 @@ FIXED = (
 )
 
 
-def test_the_rows_of_a_step_are_counted_out(launch):
+def test_the_rows_of_a_step_are_described(launch):
     assert check_sizes(launch(*DYNAMIC)) == (
         "128 prompts x 8 rollouts = 1024 rows a step, 2 update(s) of 32 rows on each of 16 rank(s)"
     )

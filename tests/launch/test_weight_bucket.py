@@ -1,4 +1,4 @@
-"""The bucket for weights to vLLM, with tied weights: sizes read from headers equal what verl's actor would send."""
+"""The bucket for weights to vLLM, with tied weights: sizes read from headers equal those that verl's actor sends."""
 
 import sys
 from pathlib import Path
@@ -47,10 +47,10 @@ def bucket(launch, tmp_path):
 @pytest.mark.parametrize(
     ("saved", "sent"), [(torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.float32, "bf16")]
 )
-def test_the_sizes_are_those_of_what_the_actor_sends(bucket, tmp_path, config_class, tied, saved, sent):
+def test_the_sizes_equal_those_of_the_weights_that_the_actor_sends(bucket, tmp_path, config_class, tied, saved, sent):
     write(tmp_path, config_class, tied=tied, dtype=saved)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    # As verl's engine loads it, and what it sends of it: a tied weight is there under both names.
+    # verl's engine loads and sends the model like this: a tied weight is sent under both names.
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[sent]
     state = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).state_dict()
     weights = sent_weights(bucket(f"actor_rollout_ref.actor.fsdp_config.model_dtype={sent}"))
@@ -61,7 +61,7 @@ def test_the_sizes_are_those_of_what_the_actor_sends(bucket, tmp_path, config_cl
     )
 
 
-def test_tied_weights_that_do_not_fit_one_bucket_are_refused_with_the_least_value_that_works(bucket, tmp_path):
+def test_tied_weights_that_do_not_fit_a_bucket_are_refused_with_the_least_value(bucket, tmp_path):
     model = write(tmp_path, Qwen2Config, tied=True)
     total = sum(weight.nbytes for weight in model.state_dict().values())
     least = -(-total // MIB)
@@ -78,7 +78,7 @@ def test_tied_weights_that_do_not_fit_one_bucket_are_refused_with_the_least_valu
     assert total > (least - 1) * MIB, "the value below would have worked"
 
 
-def test_where_pieces_go_through_shared_memory_the_largest_weight_has_to_fit(bucket, tmp_path):
+def test_with_shared_memory_the_largest_weight_has_to_fit_the_bucket(bucket, tmp_path):
     write(tmp_path, Qwen2Config, tied=False)
     assert check_bucket(bucket(f"{KEY}=4")).endswith("4 MiB at a time")
     with pytest.raises(ConfigError) as error:
@@ -86,17 +86,17 @@ def test_where_pieces_go_through_shared_memory_the_largest_weight_has_to_fit(buc
     assert str(error.value) == (
         f"{KEY}=3: the largest weight of {tmp_path} has 4 MiB and goes through in one piece. Use {KEY}=4 or more."
     )
-    # On a GPU verl hands a larger one over by itself.
+    # On a GPU verl transfers a larger weight separately.
     check_bucket(bucket(f"{KEY}=1", "trainer.device=cuda"))
 
 
-def test_a_vllm_that_does_not_look_for_the_other_name_takes_any_bucket(bucket, tmp_path, monkeypatch):
+def test_a_vllm_that_does_not_need_tied_weights_in_one_bucket_accepts_any_size(bucket, tmp_path, monkeypatch):
     write(tmp_path, Qwen2Config, tied=True)
     monkeypatch.setattr(weight_bucket, "_tied_weights_need_one_bucket", lambda: False)
     check_bucket(bucket(f"{KEY}=4"))
 
 
-def test_the_installed_vllm_looks_for_the_other_name(bucket, tmp_path):
+def test_the_installed_vllm_needs_tied_weights_in_one_bucket(bucket, tmp_path):
     """Otherwise the rule above would not be needed."""
     assert weight_bucket._tied_weights_need_one_bucket()
 
@@ -104,12 +104,12 @@ def test_the_installed_vllm_looks_for_the_other_name(bucket, tmp_path):
 @pytest.mark.parametrize(
     ("override", "tied"), [("+actor_rollout_ref.model.override_config.tie_word_embeddings=false", False), ("", True)]
 )
-def test_the_launch_may_untie_what_the_model_ties(bucket, tmp_path, override, tied):
+def test_the_launch_may_untie_the_models_tied_weights(bucket, tmp_path, override, tied):
     write(tmp_path, LlamaConfig, tied=True)
     assert sent_weights(bucket(*[override] if override else [])).tied is tied
 
 
-def test_an_architecture_that_ties_by_default_need_not_say_so(bucket, tmp_path):
+def test_an_architecture_that_ties_weights_by_default_is_recognised(bucket, tmp_path):
     write(tmp_path, Qwen2Config, tied=True)
     (tmp_path / "config.json").write_text('{"model_type": "gemma"}')
     assert sent_weights(bucket()).tied
@@ -117,7 +117,7 @@ def test_an_architecture_that_ties_by_default_need_not_say_so(bucket, tmp_path):
     assert not sent_weights(bucket()).tied
 
 
-def test_without_sizes_nothing_is_claimed(bucket, tmp_path):
+def test_without_known_sizes_the_bucket_is_reported_as_not_checked(bucket, tmp_path):
     assert check_bucket(bucket()) == f"not checked: {tmp_path} has no safetensors files on this machine"
     write(tmp_path, Qwen2Config, tied=True)
     next(tmp_path.glob("*.safetensors")).write_bytes(b"no safetensors")

@@ -1,4 +1,4 @@
-"""A tiny tokenizer, an engine that writes fixed texts, and OpenRLHF's executor or what stands in for it."""
+"""A tiny tokenizer, an engine that writes fixed texts, and OpenRLHF's executor or its replacement."""
 
 import asyncio
 import importlib.util
@@ -37,7 +37,7 @@ def reward_func(queries, prompts, labels):
 
 
 class Engine:
-    """Writes these texts, and again from the first."""
+    """Writes these texts in turn, and starts again from the first."""
 
     def __init__(self, tokenizer, *texts):
         self.tokenizer, self.texts, self.calls = tokenizer, texts, 0
@@ -46,7 +46,7 @@ class Engine:
         text = self.texts[self.calls % len(self.texts)]
         self.calls += 1
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        # The first to be asked is the last to be done.
+        # The first request is the last to finish.
         for _ in range(2 * len(self.texts) - self.calls):
             await asyncio.sleep(0)
         reason = "stop" if ids[-1] == self.tokenizer.eos_token_id else "length"
@@ -62,7 +62,7 @@ def tokenizer():
 
 @pytest.fixture
 def settings(tmp_path):
-    """Writes a file of settings; its path."""
+    """Writes a file of settings and returns its path."""
 
     def write(hapo=None, **more):
         (tmp_path / "reward.py").write_text(REWARD)
@@ -75,7 +75,7 @@ def settings(tmp_path):
 
 @pytest.fixture
 def executor(settings):
-    """An executor, as an agent file makes one."""
+    """An executor, created like in an agent file."""
 
     def make(hapo=None, **more):
         from hapo_verl.openrlhf.executor import HapoAgentExecutor
@@ -103,7 +103,7 @@ def prompted(tokenizer):
 
 @pytest.fixture
 def generate(tokenizer, prompted):
-    """The rows of groups, started as OpenRLHF's vLLM actor starts a group's samples; all groups at once."""
+    """The rows of groups, started like OpenRLHF's vLLM actor starts a group's samples; all groups run at once."""
 
     def run(executor, *texts, questions=("012",), size=PER_GROUP, logprobs=None, max_tokens=6, images=None, label=None,
             **fields):  # fmt: skip
@@ -135,7 +135,7 @@ def generate(tokenizer, prompted):
 
 @pytest.fixture
 def written(tokenizer):
-    """What stands in the trained tokens of rows."""
+    """The texts of the trained tokens of rows."""
 
     def texts(rows):
         return [tokenizer.decode(row["observation_tokens"][slice(*row["action_ranges"][0])]) for row in rows]

@@ -1,4 +1,4 @@
-"""In the place of OpenRLHF's `openrlhf.utils.agent` where it is not installed: its executor, as far as ours relies on it.
+"""Replaces OpenRLHF's `openrlhf.utils.agent` if it is not installed: the parts of its executor that ours uses.
 
 `test_contract.py` compares it with OpenRLHF's own where that is installed; then all tests run on OpenRLHF's own.
 """

@@ -1,4 +1,4 @@
-"""What the executor relies on in OpenRLHF, read from and run with the installed one's own files. No GPU, vLLM or Ray.
+"""What the executor relies on in OpenRLHF, checked with the files of the installed version. No GPU, vLLM or Ray.
 
 OpenRLHF's modules that need a GPU's packages are not imported: single functions are taken out of their files.
 """
@@ -38,7 +38,7 @@ FAILURES = (f"1{END}", f"12{END}", "123456", f"1234{END}")
 
 
 def taken(file, name, **names):
-    """A function or class of one of OpenRLHF's files, with what it reads of its module."""
+    """A function or class of one of OpenRLHF's files, with the names that it uses from its module."""
     tree = ast.parse((FOLDER / file).read_text())
     node = next(n for n in ast.walk(tree) if getattr(n, "name", None) == name)
     code = ast.Module(body=[node], type_ignores=[])
@@ -60,7 +60,7 @@ def test_the_stand_in_has_openrlhfs_signatures():
     assert parameters(HapoAgentExecutor.execute) == parameters(AgentExecutorBase.execute)
 
 
-def test_the_stand_ins_rows_are_openrlhfs(settings, tokenizer, prompted):
+def test_the_stand_ins_rows_equal_openrlhfs(settings, tokenizer, prompted):
     reward, rows = settings().with_name("reward.py"), []
     for of in (standin.SingleTurnAgentExecutor, SingleTurnAgentExecutor):
         params = SimpleNamespace(max_tokens=6, logprobs=None)
@@ -69,7 +69,7 @@ def test_the_stand_ins_rows_are_openrlhfs(settings, tokenizer, prompted):
     assert rows[0] == rows[1]
 
 
-def test_openrlhf_loads_an_agent_file_as_the_recipes(tmp_path, settings):
+def test_openrlhf_loads_the_recipes_agent_file(tmp_path, settings):
     load = taken("trainer/ray/vllm_engine.py", "_load_agent_executor", AgentExecutorBase=AgentExecutorBase)
     settings()
     agent = tmp_path / "agent.py"
@@ -92,12 +92,12 @@ def rows(executor, tokenizer, prompted):
     return started(executor(), tokenizer, prompted("012"), label)
 
 
-def test_openrlhfs_actor_starts_a_group_that_the_executor_knows_as_one(rows, written):
+def test_the_executor_recognises_a_group_that_openrlhfs_actor_starts(rows, written):
     assert written(rows) == [f"1{END}", f"12{END}", f"210{END}", f"1234{END}"]
 
 
-def test_openrlhf_makes_a_batch_of_the_rows(rows):
-    """Tokens, masks, rewards and metrics, the demonstration's like the samples'."""
+def test_openrlhf_makes_a_batch_from_the_rows(rows):
+    """The demonstration's tokens, masks, rewards and metrics are treated like those of samples."""
     experience = taken("trainer/ppo_utils/samples_generator.py", "_process_response_into_experience",
                        torch=torch, Experience=SimpleNamespace)  # fmt: skip
     made = [experience(None, row, max_len=64) for row in rows]
@@ -110,8 +110,8 @@ def test_openrlhf_makes_a_batch_of_the_rows(rows):
     assert made[2].info["hapo/injected/group_share"].item() == 1
 
 
-def test_a_rows_importance_ratio_begins_at_one_where_the_loss_is_log_likelihood():
-    """The policy that OpenRLHF divides by is its actor before the update, for a demonstration too."""
+def test_at_ratio_1_openrlhfs_loss_has_the_gradient_of_the_log_likelihood_loss():
+    """OpenRLHF's old policy is its actor before the update, for demonstrations too, so the ratio begins at 1."""
     masked_mean = taken("models/utils.py", "masked_mean", torch=torch)
     aggregate = taken("models/loss.py", "aggregate_loss", torch=torch, masked_mean=masked_mean)
     policy_loss = taken("models/loss.py", "PolicyLoss", torch=torch, nn=torch.nn, masked_mean=masked_mean,
@@ -144,14 +144,14 @@ def test_a_rows_importance_ratio_begins_at_one_where_the_loss_is_log_likelihood(
 @pytest.mark.parametrize(
     ("file", "read"),
     [
-        # Each call of the actor brings sampling parameters of its own, with all samples of a prompt.
+        # Each call of the actor has its own sampling parameters and covers all samples of a prompt.
         ("trainer/ppo_utils/samples_generator.py", "llm_engine.generate_responses.remote("),
         ("trainer/ppo_utils/samples_generator.py", "num_samples=n_samples,"),
         (
             "trainer/ppo_utils/samples_generator.py",
             "logprobs=1 if self.args.algo.advantage.is_correction_enable else None",
         ),
-        # The statistics of the paper.
+        # The statistics are those of the paper.
         (
             "trainer/ppo_utils/experience_maker.py",
             "(rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True)",

@@ -1,4 +1,4 @@
-"""HAPO's agent executor for OpenRLHF: whom a demonstration replaces, what is scored, what is refused."""
+"""HAPO's agent executor for OpenRLHF: which sample a demonstration replaces, what is scored, and what is refused."""
 
 import random
 
@@ -31,7 +31,7 @@ def test_a_demonstrations_row_is_written_like_a_samples(executor, generate):
     assert end == len(demonstration["observation_tokens"])
     assert {tuple(row) for row in rows} == {tuple(rows[0])}
     assert demonstration["extra_logs"]["length"] == 3
-    # OpenRLHF's batches take one set of names of all rows.
+    # In OpenRLHF's batches all rows must have the same names.
     assert {tuple(row["extra_logs"]) for row in rows} == {tuple(rows[0]["extra_logs"])}
 
 
@@ -43,7 +43,7 @@ def test_a_group_that_succeeds_is_left_alone(executor, generate, written):
     assert rows[0]["extra_logs"]["hapo/injected/group_share"] == 0
 
 
-def test_groups_at_the_same_time_are_judged_apart(executor, generate, written):
+def test_concurrent_groups_are_judged_separately(executor, generate, written):
     first, second = generate(executor(), *FAILURES, questions=("012", "345"))
     assert [written(first)[2], written(second)[2]] == [f"210{END}", f"543{END}"]
 
@@ -52,14 +52,14 @@ def test_groups_at_the_same_time_are_judged_apart(executor, generate, written):
     ("demonstration", "reason"),
     [(None, "missing"), ("999", "rejected"), ("0" * 9, "overlong"), ("<|im_start|>0", "malformed"), ("", "empty")],
 )
-def test_what_is_no_demonstration_is_not_used_and_counted(executor, generate, written, demonstration, reason):
+def test_an_unusable_demonstration_is_counted_and_not_injected(executor, generate, written, demonstration, reason):
     (rows,) = generate(executor(), *FAILURES, demonstration=demonstration)
     assert written(rows) == list(FAILURES)
     assert rows[0]["extra_logs"][f"hapo/refused/{reason}"] == 1
 
 
 @pytest.mark.parametrize(("more", "reason"), [(-1, "rejected"), (0, "overlong")])
-def test_without_a_limit_of_its_own_a_demonstration_has_the_room_that_the_prompt_leaves(
+def test_without_its_own_limit_a_demonstration_may_fill_the_room_after_the_prompt(
     executor, generate, tokenizer, prompted, more, reason
 ):
     room = 64 - len(tokenizer.encode(prompted("012"), add_special_tokens=False))
@@ -67,13 +67,13 @@ def test_without_a_limit_of_its_own_a_demonstration_has_the_room_that_the_prompt
     assert rows[0]["extra_logs"][f"hapo/refused/{reason}"] == 1
 
 
-def test_another_key_of_the_label_holds_the_demonstration(executor, generate, written):
+def test_the_demonstration_can_be_under_another_key_of_the_label(executor, generate, written):
     hapo = executor({"demonstration_key": "solution"})
     (rows,) = generate(hapo, *FAILURES, demonstration="999", solution="210")
     assert written(rows)[2] == f"210{END}"
 
 
-def test_held_out_rows_are_sampled_and_scored_and_nothing_else(executor, generate, written):
+def test_held_out_rows_are_only_sampled_and_scored(executor, generate, written):
     hapo = executor(ALWAYS | {"demonstration_key": "solution"})
     (rows,) = generate(hapo, *FAILURES, logprobs=1)
     assert written(rows) == list(FAILURES)
@@ -100,7 +100,7 @@ def test_an_engine_that_fails_fails_every_sample_of_the_group_and_no_other_group
 
 
 def test_a_chats_demonstration_ends_as_its_template_ends_a_turn(executor, generate, written, tokenizer, tmp_path):
-    """With an end of a text that is another token, as base models have it; the model's folder names both."""
+    """The end of a text is a different token, as in base models; the model's folder names both."""
     ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", END])
     GenerationConfig(eos_token_id=ends).save_pretrained(tmp_path)
     tokenizer.name_or_path, tokenizer.eos_token = str(tmp_path), "<|endoftext|>"
@@ -108,7 +108,7 @@ def test_a_chats_demonstration_ends_as_its_template_ends_a_turn(executor, genera
     assert written(rows)[2] == f"210{END}"
 
 
-def test_prompts_that_are_texts_are_answered_as_texts(executor, generate, written, monkeypatch, tokenizer):
+def test_prompts_that_are_plain_text_get_plain_text_demonstrations(executor, generate, written, monkeypatch, tokenizer):
     monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda self, chat, **_: chat[0]["content"])
     monkeypatch.setattr(tokenizer, "chat_template", None)
     (rows,) = generate(executor(), *FAILURES)
@@ -122,13 +122,13 @@ def test_a_schedule_counts_the_groups_of_its_engine(executor, generate):
     seen = [generate(hapo, *FAILURES)[0][0]["extra_logs"] for _ in range(10)]
     thresholds = [logs["hapo/gate/threshold"] for logs in seen]
     assert thresholds == pytest.approx([0.8, 0.8, 0.6, 0.6, 0.4, 0.4, 0.2, 0.2, 0.0, 0.0])
-    # 4 failures: a posterior mean of 1/6.
+    # The posterior mean after 4 failures is 1/6.
     assert [logs["hapo/injected/group_share"] for logs in seen] == [1.0] * 8 + [0.0] * 2
     after_restart = executor({"gate": gate}, groups_per_engine=2, first_step=4)
     assert generate(after_restart, *FAILURES)[0][0]["extra_logs"]["hapo/gate/threshold"] == pytest.approx(0.2)
 
 
-def test_held_out_rows_are_no_step_of_a_schedule(executor, generate):
+def test_held_out_rows_do_not_count_as_steps_of_a_schedule(executor, generate):
     gate = {"name": "annealed", "threshold": 0.8, "horizon": 4}
     hapo = executor({"gate": gate, "demonstration_key": "solution"}, groups_per_engine=1)
     generate(hapo, *FAILURES)
@@ -179,7 +179,7 @@ WRITTEN = (
 
 
 class Digits:
-    """The tests' task, as the plain loop asks for one."""
+    """The tests' task with the plain loop's interface."""
 
     tokens = 6
 
@@ -188,7 +188,7 @@ class Digits:
 
 
 def in_the_plain_loop(tokenizer):
-    """Rows of the plain loop, and their advantages as the paper takes them."""
+    """Rows of the plain loop, and their advantages as in the paper."""
     import plain_loop
     import tiny_model
     from task import Problem
@@ -213,7 +213,7 @@ def in_the_plain_loop(tokenizer):
     return batch, plain_loop.advantages(batch, "all", scale_by_std=True)
 
 
-def test_rows_and_advantages_are_those_of_the_plain_loop(executor, generate, tokenizer):
+def test_rows_and_advantages_equal_those_of_the_plain_loop(executor, generate, tokenizer):
     hapo = executor()
     (first,) = generate(hapo, *WRITTEN[:PER_GROUP], questions=("000",))
     (second,) = generate(hapo, *WRITTEN[PER_GROUP:], questions=("001",))
@@ -224,7 +224,7 @@ def test_rows_and_advantages_are_those_of_the_plain_loop(executor, generate, tok
     ]
     assert torch.equal(torch.tensor([float(row["reward"]) for row in rows]), batch.score_B)
     assert batch.demonstration_B.sum() == 2
-    # OpenRLHF's group_norm.
+    # This is OpenRLHF's group_norm.
     score_GN = batch.score_B.view(-1, PER_GROUP)
     group_norm = (score_GN - score_GN.mean(-1, keepdim=True)) / (score_GN.std(-1, keepdim=True) + 1e-9)
     torch.testing.assert_close(group_norm.flatten(), advantage_B, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The file that sets an executor up: the block's keys as for verl, and what OpenRLHF cannot do."""
+"""The settings file of an executor: the block has the same keys as for verl, and what OpenRLHF cannot do is refused."""
 
 import os
 import runpy
@@ -13,7 +13,7 @@ from hapo_verl.openrlhf.settings import Settings
 from tests.openrlhf.conftest import RECIPES
 
 
-def test_the_defaults_are_verls_and_a_rewards_path_counts_from_the_file(settings, tmp_path):
+def test_the_defaults_equal_verls_and_a_rewards_path_is_relative_to_the_file(settings, tmp_path):
     read = Settings.read(settings())
     assert read.hapo == HapoConfig()
     assert (read.reward, read.groups_per_engine, read.first_step) == (str(tmp_path / "reward.py"), None, 1)
@@ -89,7 +89,7 @@ def test_what_cannot_work_is_refused_in_one_line(settings, hapo, more, said):
 
 
 @pytest.mark.parametrize("content", ["- 1", "rewards: reward.py", "5"])
-def test_another_content_is_refused(tmp_path, content):
+def test_unknown_keys_and_other_content_are_refused(tmp_path, content):
     path = tmp_path / "hapo.yaml"
     path.write_text(content)
     with pytest.raises(
@@ -123,7 +123,7 @@ def test_the_recipes_reward_reads_the_last_line(answer, reward):
     assert said["rewards"].tolist() == said["scores"].tolist() == [reward]
 
 
-def test_the_launch_script_says_in_one_line_what_cannot_work(tmp_path):
+def test_the_launch_script_reports_in_one_line_what_cannot_work(tmp_path):
     for file in ("run.sh", "hapo.yaml", "reward.py"):
         shutil.copy(RECIPES / "openrlhf" / file, tmp_path)
     (tmp_path / "bin").mkdir()
@@ -142,6 +142,6 @@ def test_the_launch_script_says_in_one_line_what_cannot_work(tmp_path):
     assert launch().stderr == "hapo.gat: no such key. Did you mean hapo.gate?\n"
 
 
-def test_the_settings_need_neither_openrlhf_nor_verl():
+def test_the_settings_import_neither_openrlhf_nor_verl():
     code = "import sys, hapo_verl.openrlhf.settings; sys.exit(bool({'openrlhf', 'verl', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -54,7 +54,7 @@ def test_a_batch_without_rows_has_no_sums(dtype):
     assert jagged.row_sums(empty).shape == (0,)
 
 
-def test_a_rows_value_is_spread_over_the_tokens_that_train():
+def test_a_rows_value_is_copied_to_the_tokens_that_train():
     masks = [torch.tensor(row) for row in ([1, 0, 1], [], [1, 1, 0, 0, 1], [1])]
     spread = jagged.spread(torch.tensor([0.5, 1.0, -2.0, 3.0]), as_jagged([mask.long() for mask in masks]))
     expected = [[0.5, 0, 0.5], [], [-2, -2, 0, 0, -2], [3]]
@@ -71,14 +71,14 @@ def test_kept_rows_are_selected_and_padded():
     assert torch.equal(jagged.padded(as_jagged(rows), KEEP), torch.nn.utils.rnn.pad_sequence(kept, batch_first=True))
 
 
-def test_a_dropped_row_has_no_token_in_the_mask_and_the_mask_given_stays():
+def test_a_dropped_row_has_no_token_in_the_mask_and_the_given_mask_is_unchanged():
     given = as_jagged([torch.ones(length, dtype=torch.int64) for length in LENGTHS])
     dropped = jagged.without(given, KEEP)
     assert [row.tolist() for row in dropped.unbind()] == [[False] * 3, [], [False] * 5, [True]]
     assert given.values().all()
 
 
-def test_replaced_rows_are_cut_to_their_lengths_and_the_others_stay():
+def test_replaced_rows_are_cut_to_their_lengths_and_the_others_are_unchanged():
     rows = rows_of(torch.float32)
     new = torch.arange(10.0).reshape(2, 5)
     replaced = jagged.with_rows(as_jagged(rows), KEEP, new).unbind()

@@ -9,7 +9,7 @@ from hapo_verl.protocol import rows
 
 PACKAGE = Path(rows.__file__).parents[1]
 NAMES = {value: name for name, value in vars(rows).items() if name.isupper() and isinstance(value, str)}
-# What reads a field for others.
+# Helpers that read a field for other modules.
 HELPERS = {rows.DEMONSTRATION: "demonstration_flags", rows.MINI_BATCH: "mini_batch"}
 
 
@@ -25,11 +25,11 @@ def rooms_that_name(*names: str) -> set[str]:
     }
 
 
-def test_every_key_has_its_line():
+def test_every_key_has_an_entry():
     assert [field.key for field in rows.FIELDS] == list(NAMES)
 
 
 @pytest.mark.parametrize("field", rows.FIELDS, ids=lambda field: field.key)
-def test_writer_and_readers_are_the_rooms_that_use_it(field):
+def test_the_listed_writer_and_readers_are_the_folders_that_use_the_field(field):
     names = {NAMES[field.key], HELPERS.get(field.key, NAMES[field.key])}
     assert rooms_that_name(*names) == {field.writer, *field.readers}

@@ -11,7 +11,7 @@ import pytest
 from hapo_verl.protocol.stacks import SIGNAL, stacks_of
 
 ANSWERS = "from hapo_verl.protocol.stacks import answer_the_signal; answer_the_signal(); answer_the_signal()\n"
-# Blocked in C, with the interpreter's lock held: no code of Python runs any more in this process.
+# This process is blocked in C and holds the interpreter's lock, so no Python code can run in it.
 BLOCKED = (
     "import ctypes\ndef stuck():\n    while True:\n        ctypes.PyDLL(None).sleep(600)\n"
     "print('ready', flush=True)\nstuck()\n"
@@ -34,7 +34,7 @@ def process():
         child.wait()
 
 
-def test_a_process_that_is_blocked_in_c_shows_where(process):
+def test_the_stack_of_a_process_blocked_in_c_is_shown(process):
     child = process(ANSWERS + BLOCKED)
     time.sleep(0.5)
     for _ in range(2):
@@ -43,7 +43,7 @@ def test_a_process_that_is_blocked_in_c_shows_where(process):
     assert child.poll() is None
 
 
-def test_what_it_has_started_is_there_too(process):
+def test_the_stacks_of_child_processes_are_shown(process):
     inner = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ANSWERS + BLOCKED!r}])"
     outer = process(ANSWERS + "import threading\n" + inner)
     stacks = stacks_of([outer.pid])
@@ -62,7 +62,7 @@ def test_a_process_that_has_not_registered_is_left_alone(process, prepare):
     assert child.poll() is None
 
 
-def test_a_process_that_is_gone_is_no_error(process):
+def test_a_process_that_has_ended_is_not_an_error(process):
     child = process(ANSWERS + BLOCKED)
     child.kill()
     child.wait()

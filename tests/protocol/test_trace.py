@@ -1,4 +1,4 @@
-"""The trace: the same prompts are sampled in every step, and files stay small and keep their beginning and end."""
+"""The trace samples the same prompts in every step, and its files stay small and keep their beginning and end."""
 
 import json
 
@@ -30,11 +30,11 @@ def jagged(rows):
     return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
 
 
-def test_the_same_prompts_are_sampled_wherever_they_come_again(tmp_path):
+def test_the_same_prompts_are_sampled_whenever_they_recur(tmp_path):
     trace = Trace(str(tmp_path), groups=3)
 
     def sampled(by, step):
-        # verl gives a prompt another uid each time.
+        # verl gives a prompt a new uid each time.
         named = {f"{step * index * 7919 % 101:03}-{uid}": group for index, (uid, group) in enumerate(of(step).items())}
         return {named[uid]["index"] for uid in by.sample(named)}
 
@@ -44,7 +44,7 @@ def test_the_same_prompts_are_sampled_wherever_they_come_again(tmp_path):
     first = sampled(trace, 1)
     assert sampled(trace, 2) == sampled(trace, 3) == first
     assert len(first) == len(trace.sampled) == 3
-    # Among others, too: the order of the prompts is one for all.
+    # The same prompts are sampled among others too, because all traces use the same order of prompts.
     assert first <= sampled(Trace(str(tmp_path), groups=9), 4)
     whole = Trace(str(tmp_path))
     assert whole.sample(groups(1, range(4))) == {f"1/{index}" for index in range(4)}
@@ -63,7 +63,7 @@ def test_a_bounded_file_keeps_its_beginning_and_its_end_in_the_order_of_the_step
     quarter = limit / 4 / line
     assert steps[: int(quarter)] == list(range(1, int(quarter) + 1))
     assert steps[-int(quarter) :] == list(range(1001 - int(quarter), 1001))
-    # Without a limit everything is there.
+    # Without a limit everything is kept.
     whole = Trace(str(tmp_path / "whole"))
     for step in range(1, 101):
         whole.groups(step, groups(step, [0]))
@@ -86,7 +86,7 @@ def test_rows_of_the_loss_have_the_log_probabilities_of_their_own_tokens(tmp_pat
     Trace(None).loss_rows(data, ["uid"], logp_BT)
 
 
-def test_a_line_that_is_being_written_is_left_out_and_the_trace_is_found_in_its_run(tmp_path):
+def test_an_incomplete_line_is_left_out_and_the_trace_is_found_in_its_run(tmp_path):
     folder = tmp_path / "trace"
     Trace(str(folder)).groups(1, groups(1, [0, 1]))
     with (folder / "groups.jsonl").open("a") as file:
@@ -95,7 +95,7 @@ def test_a_line_that_is_being_written_is_left_out_and_the_trace_is_found_in_its_
     assert [group["index"] for group in read_groups(folder)] == [0, 1]
 
 
-def test_what_a_reader_has_to_know_of_the_launch_is_written_once(tmp_path):
+def test_what_a_reader_needs_to_know_about_the_launch_is_written_once(tmp_path):
     hapo = HapoConfig.parse({"trace_dir": str(tmp_path), "loss": {"shaping": "inf", "exponent": 0.0}})
     trace = Trace.of(hapo)
     trace.launch(LAUNCH, hapo, 1)
@@ -105,7 +105,7 @@ def test_what_a_reader_has_to_know_of_the_launch_is_written_once(tmp_path):
     assert (found["model"], found["temperature"], found["gate"], found["mode"]) == ("m", 0.5, "paper", "replace")
 
 
-def test_the_file_of_verls_metrics_is_named_where_there_is_one(tmp_path, monkeypatch):
+def test_the_file_of_verls_metrics_is_named_if_there_is_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     named = []
     for number, (logger, variables) in enumerate(
@@ -127,7 +127,7 @@ def test_the_file_of_verls_metrics_is_named_where_there_is_one(tmp_path, monkeyp
     assert named == [None, *map(str, files)]
 
 
-def test_a_run_that_begins_anew_moves_the_earlier_trace_and_one_that_goes_on_appends_to_it(tmp_path):
+def test_a_new_run_moves_the_earlier_trace_and_a_resumed_run_appends_to_it(tmp_path):
     folder = tmp_path / "trace"
     for first_step in (1, 1, 3, 1):
         trace = Trace(str(folder))
@@ -138,10 +138,10 @@ def test_a_run_that_begins_anew_moves_the_earlier_trace_and_one_that_goes_on_app
     assert kept == {"trace.1": [1, 2], "trace.2": [1, 2, 3, 4], "trace": [1, 2]}
 
 
-def test_a_run_goes_on_without_a_trace_where_none_can_be_written(tmp_path, caplog):
+def test_a_run_continues_without_a_trace_if_none_can_be_written(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file" / "trace", tmp_path / "file" / "other"):
-        # The actors make one for each micro-batch.
+        # The actors create a trace for each micro-batch.
         for _ in range(3):
             trace = Trace(str(folder))
             trace.launch(LAUNCH, HapoConfig.parse({}), 1)

@@ -1,4 +1,4 @@
-"""The way of an error of vLLM's worker in a weight update, from verl's own receiver to the watch."""
+"""How an error of vLLM's worker in a weight update gets from verl's own receiver to the watch."""
 
 import asyncio
 import importlib.util
@@ -12,7 +12,7 @@ import verl
 from hapo_verl.protocol.weight_error import first_error, keep_errors, name_the_first_error, weight_update_error
 from tests.test_plugin import python
 
-# verl imports vLLM for its package, which this module does not need.
+# verl's package imports vLLM, which this module does not need.
 _FILE = Path(verl.__file__).parent / "workers" / "rollout" / "vllm_rollout" / "bucketed_weight_transfer.py"
 _SPEC = importlib.util.spec_from_file_location("verls_bucketed_weight_transfer", _FILE)
 transfer = importlib.util.module_from_spec(_SPEC)
@@ -22,7 +22,7 @@ TIED = "'lm_head.weight' was skipped because it is tied to 'model.embed_tokens.w
 
 
 def update_that_fails():
-    """verl's receiver with a real segment of shared memory; its clean-up fails after the error of the load."""
+    """verl's receiver with a real segment of shared memory; its clean-up fails after the loading error."""
     receiver = transfer.BucketedWeightReceiver("ipc:///tmp/hapo-test.sock", torch.device("cpu"), use_shm=True)
     segment = transfer.create_shared_memory(1024, "hapo-test-weights")
     received = [{"name": "hapo-test-weights", "size": 1024}, {"bucket_meta": {}, "is_last": True}]
@@ -32,7 +32,7 @@ def update_that_fails():
     )
 
     def load(weights, is_last):
-        # A model that keeps what it was given.
+        # The model keeps a reference to the given weights.
         load.kept = receiver.buffer[:4]
         raise ValueError(TIED)
 
@@ -45,7 +45,7 @@ def update_that_fails():
         segment.unlink()
 
 
-def test_verls_clean_up_hides_the_error_that_came_first(monkeypatch):
+def test_verls_clean_up_hides_the_first_error(monkeypatch):
     """Otherwise the wrapper would not be needed."""
     monkeypatch.setattr(
         transfer, "get_torch_device", lambda: SimpleNamespace(synchronize=lambda: None, empty_cache=lambda: None)
@@ -78,7 +78,7 @@ def modules(monkeypatch):
             self.worker = worker
 
         async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
-            # vLLM hands on an error's text.
+            # vLLM passes on only an error's text.
             try:
                 return getattr(self.worker, method)(*args, **(kwargs or {}))
             except Exception as error:
@@ -111,13 +111,13 @@ def test_the_server_keeps_the_first_error_of_an_update_and_still_raises(modules,
     assert weight_update_error(modules) == kept
 
 
-def test_other_calls_that_fail_are_waited_for_by_verl_itself(modules):
+def test_failures_of_other_calls_are_left_to_verl(modules):
     with pytest.raises(Exception, match="no_such"):
         asyncio.run(modules.collective_rpc("no_such"))
     assert weight_update_error(modules) is None
 
 
-def test_verls_own_classes_are_those_that_are_wrapped():
+def test_verls_own_classes_are_wrapped():
     """They are wrapped in every process in which verl is imported."""
     code = (
         "import verl\n"

@@ -1,4 +1,4 @@
-"""The quickstart without the trainer: task, tokenizer, progress, and that all started processes are ended."""
+"""The quickstart without the trainer: task, tokenizer, progress, and the end of all started processes."""
 
 import json
 import re
@@ -28,7 +28,7 @@ QUESTION = [{"role": "user", "content": "9012"}]
 @pytest.mark.parametrize(
     ("flags", "fast"), [("fma avx512f", False), ("avx512f avx512_bf16 vaes", True), ("amx_bf16", True), (None, False)]
 )
-def test_bf16_is_taken_where_the_cpu_multiplies_in_it(flags, fast, tmp_path, monkeypatch):
+def test_bf16_is_used_if_the_cpu_multiplies_in_it(flags, fast, tmp_path, monkeypatch):
     info = tmp_path / "cpuinfo"
     if flags is not None:
         info.write_text(f"model name\t: a CPU\nflags\t\t: {flags}\n\n")
@@ -45,7 +45,7 @@ def test_held_out_problems_are_never_trained_on():
     assert set(train) | set(heldout) == {f"{number:02d}" for number in range(100)}
 
 
-def test_holding_out_everything_is_refused():
+def test_holding_out_every_problem_is_refused():
     with pytest.raises(ValueError, match="of 10\\^2 strings some must be left to train on"):
         digits.problems(digits=2, train=1, heldout=100, seed=0)
 
@@ -58,7 +58,7 @@ def test_only_the_exact_answer_is_rewarded():
 
 
 @pytest.mark.parametrize("alphabet", ["0123456789", None])
-def test_the_tokenizer_is_what_verls_prompt_builder_needs_also_after_a_reload(tmp_path, alphabet):
+def test_the_tokenizer_works_with_verls_prompt_builder_also_after_a_reload(tmp_path, alphabet):
     from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 
     tiny_model.make_tokenizer(alphabet).save_pretrained(tmp_path)
@@ -115,7 +115,7 @@ def test_phases_and_steps_arrive_in_order_and_the_output_is_in_the_log(tmp_path)
     assert "a=b" in launch.log.read_text()
 
 
-def test_half_a_line_waits_for_its_other_half(tmp_path):
+def test_an_incomplete_line_is_read_when_it_is_complete(tmp_path):
     body = METRICS + (
         "path = os.environ['VERL_FILE_LOGGER_PATH']\n"
         "open(path, 'a').write('{\"step\": 1, ')\ntime.sleep(1.5)\nopen(path, 'a').write('\"data\": {}}\\n')\n"
@@ -131,7 +131,7 @@ def test_a_trainer_that_fails_is_one_line_with_the_log(tmp_path):
 
 
 @pytest.mark.parametrize(("slow", "launches"), [(1, 2), (5, 3)])
-def test_a_ray_that_was_too_slow_to_start_is_started_again_three_times_at_most(tmp_path, slow, launches):
+def test_a_ray_that_is_too_slow_to_start_is_restarted_at_most_three_times(tmp_path, slow, launches):
     count = tmp_path / "count"
     body = METRICS + (
         f"open({str(count)!r}, 'a').write('x')\n"
@@ -182,7 +182,7 @@ def test_a_process_is_named_by_its_title_or_its_program_and_file(tmp_path):
     ]:
         process = psutil.Popen([title or sys.executable, *command], executable=sys.executable)
         deadline = time.monotonic() + 30
-        # A process that has just become another program has no arguments yet.
+        # A process that has just started another program has no arguments yet.
         while not process.cmdline() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert name_of(process) == name
@@ -191,7 +191,7 @@ def test_a_process_is_named_by_its_title_or_its_program_and_file(tmp_path):
         assert name_of(process) == ""
 
 
-def test_curves_take_on_policy_success_from_hapo_and_from_the_score_where_there_is_no_hapo():
+def test_curves_show_hapos_on_policy_success_or_the_score_without_hapo():
     assert quickstart.curves(RECORDS, "reverse_digits") == {
         "held-out success": [(0, 0.0), (2, 0.9)],
         "on-policy success": [(1, 0.25), (2, 0.75)],
@@ -208,7 +208,7 @@ def test_the_seconds_of_a_step_are_means_of_what_verl_logged_in_training_steps(t
     assert quickstart.parts(tmp_path / "metrics.jsonl") == {"step": 1.5, "gen": 0.5}
 
 
-def test_the_table_shows_first_and_last():
+def test_the_table_shows_the_first_and_the_last_value():
     lines = quickstart.table(quickstart.curves(RECORDS, "reverse_digits")).splitlines()
     assert lines[1].split() == ["held-out", "success", "0.000", "0.900"]
 
@@ -228,7 +228,7 @@ def test_the_picture_is_drawn(tmp_path):
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_without_a_file_and_without_a_network_gsm8k_is_one_line(monkeypatch, tmp_path, capsys):
+def test_without_a_file_and_a_network_gsm8k_is_refused_in_one_line(monkeypatch, tmp_path, capsys):
     import datasets
 
     def unreachable(*args, **kwargs):
@@ -243,7 +243,7 @@ def test_without_a_file_and_without_a_network_gsm8k_is_one_line(monkeypatch, tmp
     )
 
 
-def test_every_demonstration_of_the_word_problems_is_right_and_no_held_out_question_is_trained_on():
+def test_word_problem_demonstrations_are_right_and_exclude_held_out_questions():
     splits = word_problems.splits(train=2000, heldout=100, seed=3)
     assert {name: len(problems) for name, problems in splits.items()} == {
         "train": 2000,
@@ -254,7 +254,7 @@ def test_every_demonstration_of_the_word_problems_is_right_and_no_held_out_quest
         assert len({problem.question for problem in problems}) == len(problems)
         for problem in problems:
             assert word_problems.compute_score("", problem.demonstration, problem.answer)["score"] == 1.0
-            # The last result of the working is the answer, and each line of it is true.
+            # The last result of the calculation is the answer, and each of its lines is true.
             *lines, last = problem.demonstration.splitlines()
             assert last == f"#### {problem.answer}"
             for line in lines:
@@ -268,7 +268,7 @@ def test_every_demonstration_of_the_word_problems_is_right_and_no_held_out_quest
     assert splits["train"] != word_problems.splits(train=2000, heldout=100, seed=4)["train"]
 
 
-def test_a_solution_is_worked_out_step_by_step_as_the_story_says():
+def test_a_solution_follows_the_story_step_by_step():
     splits = word_problems.splits(train=3000, heldout=10, seed=0)
     numbers = [list(map(int, re.findall(r"\d+", problem.question))) for problem in splits["train"]]
     for problem, of in zip(splits["train"], numbers, strict=True):

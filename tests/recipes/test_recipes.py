@@ -54,7 +54,7 @@ def composed(launch, command):
     return config
 
 
-# Recipe → the arguments of its launch script, and the GPUs that train.
+# For each recipe, the arguments of its launch script and the number of GPUs that train.
 LAUNCHES = {
     "qwen2.5_math_7b_openr1": ([], 8),
     "ray_cluster": (["train"], 16),
@@ -122,7 +122,7 @@ def test_a_ray_cluster_is_started_by_hand_and_waited_for():
     ("token", "given", "expected"),
     [(True, {}, "token"), (False, {}, "none"), (True, {"RAY_AUTH_MODE": "disabled"}, "disabled")],
 )
-def test_a_driver_is_told_of_the_clusters_token(tmp_path, token, given, expected):
+def test_a_driver_is_told_whether_the_cluster_has_a_token(tmp_path, token, given, expected):
     if token:
         (tmp_path / ".ray").mkdir()
         (tmp_path / ".ray" / "auth_token").write_text("secret")
@@ -131,7 +131,7 @@ def test_a_driver_is_told_of_the_clusters_token(tmp_path, token, given, expected
     python.chmod(0o755)
     environment = {"DRY": "", "NODES": "2", "HOME": str(tmp_path), "PYTHON": str(python)} | given
     run = shell(RECIPES / "ray_cluster" / "launch.sh", "train", **environment)
-    # Both programs that join the cluster: the one that waits for nodes, and the trainer.
+    # Two programs join the cluster: the one that waits for nodes, and the trainer.
     assert run.stdout.split() == [expected, expected], run.stderr
 
 
@@ -170,7 +170,7 @@ def test_the_kuberay_manifest_is_yaml_whose_entry_point_is_the_command(launch):
     ("line", "problem"),
     [("key : value", "1:key : value"), ("key:", "1:key:"), ("  nested: 1", "1:  nested: 1")],
 )
-def test_a_line_that_is_no_setting_is_refused_with_its_number(tmp_path, line, problem):
+def test_a_line_that_is_not_a_setting_is_refused_with_its_number(tmp_path, line, problem):
     config = tmp_path / "config.yaml"
     config.write_text(f"{line}\n")
     run = shell(RECIPES / "train.sh", config, "--")
@@ -178,14 +178,14 @@ def test_a_line_that_is_no_setting_is_refused_with_its_number(tmp_path, line, pr
     assert run.stderr == f"train.sh: {config}, line {problem}: not 'key: value' on one line, nor a comment.\n"
 
 
-def test_what_a_launch_needs_is_asked_for():
+def test_a_missing_model_or_data_folder_is_named():
     for name in ("MODEL", "DATA"):
         run = shell(OPENR1 / "launch.sh", **{name: ""})
         assert run.returncode != 0
         assert f"{name}: Set {name} to the folder" in run.stderr
 
 
-def test_nodes_are_waited_for_and_named_when_they_do_not_come():
+def test_nodes_are_waited_for_and_missing_nodes_are_named():
     node = {"Alive": True, "Resources": {"GPU": 8.0}}
     others = [
         {"Alive": False, "Resources": {"GPU": 8.0}, "NodeManagerAddress": "dead"},
@@ -203,7 +203,7 @@ def test_nodes_are_waited_for_and_named_when_they_do_not_come():
     assert wait_for_nodes.wait(1, lambda: others, seconds=0, pause=0) == []
 
 
-def test_benchmarks_become_validation_rows_that_say_how_often_they_are_sampled(tmp_path, capsys):
+def test_benchmarks_become_validation_rows_with_their_number_of_samples(tmp_path, capsys):
     system = {"role": "system", "content": "Think."}
     write_parquet([{"prompt": [system, {"role": "user", "content": "x"}]}], tmp_path / "train.parquet")
     for name in benchmarks.BENCHMARKS:

@@ -19,5 +19,5 @@ import reward
         ("", 0.0),
     ],
 )
-def test_an_answer_is_compared_as_mathematics_and_thoughts_are_no_answer(solution, score):
+def test_an_answer_is_compared_as_mathematics_and_thoughts_are_ignored(solution, score):
     assert reward.compute_score("openr1", solution, "\\frac{1}{2}", {}) == {"score": score, "acc": score}

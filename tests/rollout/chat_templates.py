@@ -19,7 +19,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# A thought in front of an answer that has none, and none in front of the policy's unless the run wants no thoughts.
+# It writes a thought before an answer without one. Before the policy's answer it does so only if thoughts are off.
 QWEN3 = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.role == 'assistant' and loop.last %}<think>\n{{ message.reasoning_content or '' }}\n</think>\n\n"
@@ -28,7 +28,7 @@ QWEN3 = (
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 
-# Thoughts of earlier turns are dropped, the next one is begun.
+# It drops thoughts of earlier turns and opens the next one.
 R1_DISTILL = (
     "<｜begin▁of▁sentence｜>{% for message in messages %}{% if message.role == 'user' %}<｜User｜>{{ message.content }}"
     "{% else %}<｜Assistant｜>{{ message.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% endif %}{% endfor %}"
@@ -41,7 +41,7 @@ LLAMA3 = (
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 
-# The first of them: the header of the next turn is always there.
+# The first version of Llama 3's template always writes the header of the next turn.
 LLAMA3_FIRST = LLAMA3.partition("{% if add")[0] + "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 
 GEMMA3 = (
@@ -55,7 +55,7 @@ MISTRAL = (
     "{% else %}{{ message.content }}</s>{% endif %}{% endfor %}"
 )
 
-# Without the header of the next turn it ends with the end of the text.
+# If it does not write the header of the next turn, it ends with the end-of-text token.
 PHI3 = (
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}<|endoftext|>{% endif %}"

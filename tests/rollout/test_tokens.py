@@ -24,7 +24,7 @@ def chat(request):
     return request.param, chat, chat_format, written
 
 
-def test_the_generation_prompt_and_the_end_are_the_templates_own(chat):
+def test_the_generation_prompt_and_the_end_equal_the_templates(chat):
     _, expected, chat_format, _ = chat
     assert chat_format.generation_prompt.endswith(expected.ends_with)
     assert "?" not in chat_format.generation_prompt
@@ -60,7 +60,7 @@ def answer(name, text):
     return f"</think>{text}" if name == "DeepSeek-R1-Distill" else text
 
 
-def test_an_end_that_the_text_brings_is_not_doubled_and_one_inside_is_malformed(chat):
+def test_an_end_token_of_the_text_is_not_doubled_and_one_inside_is_malformed(chat):
     name, expected, _, written = chat
     ended = written(answer(name, "4"))
     for end in (expected.end, *expected.stops):
@@ -68,20 +68,20 @@ def test_an_end_that_the_text_brings_is_not_doubled_and_one_inside_is_malformed(
         assert written(answer(name, f"4{end}5")) == CONTROL
 
 
-def test_control_tokens_as_words_of_the_text_are_malformed(chat):
+def test_control_tokens_in_the_text_are_malformed(chat):
     name, expected, _, written = chat
     for token in (expected.header, *expected.special):
         assert written(answer(name, f"4{token}5")) == CONTROL, token
     assert written(answer(name, f"4 {expected.header}")) == CONTROL
 
 
-def test_added_tokens_that_are_text_and_names_of_roles_are_no_control_tokens(chat):
+def test_added_text_tokens_and_role_names_are_not_control_tokens(chat):
     name, expected, _, written = chat
     for text in ("the user and the assistant", "<tool_call>4</tool_call>", "a < b | c > d"):
         assert written(answer(name, text)) == answer(name, text) + expected.end
 
 
-def test_what_a_template_writes_in_front_of_a_text_may_stand_there():
+def test_tokens_that_a_template_writes_before_a_text_are_allowed_there():
     """For example gpt-oss, whose channels are tokens: the policy writes them itself before every answer."""
     tokenizer = CHATS["Phi-3"].tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>", "<|message|>"]})

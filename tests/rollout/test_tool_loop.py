@@ -98,7 +98,7 @@ class Run:
                 tokens = said.pop(0)
                 return TokenOutput(token_ids=tokens, log_probs=[-1.0] * len(tokens), num_preempted=0)
 
-        # One list for all: the loop asks for the answers in the order of the calls.
+        # All tools share one list, because the loop asks for the answers in the order of the calls.
         answers = list(answers)
 
         async def output_of_the_loop():
@@ -163,7 +163,7 @@ def hermes(digits, name="reverse"):
 END = "<|im_end|>"
 PARALLEL = f"{MULTI_TURN}.max_parallel_calls=3"
 
-# Name → (overrides, demonstration, what the policy writes in each turn).
+# Each case is name: (overrides, demonstration, what the policy writes in each turn).
 CASES = {
     "one call": (
         [],
@@ -225,13 +225,13 @@ def assert_equal(ours, verls):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_demonstration_is_what_verls_loop_would_have_written(a_run, name):
+def test_a_demonstration_equals_what_verls_loop_would_have_written(a_run, name):
     overrides, demonstration, written = CASES[name]
     run = a_run(*overrides)
     answers = [message["content"] for message in demonstration if message["role"] == "tool"]
     ours, verls = run.ours(demonstration), run.verls(written, answers)
     assert_equal(ours, verls)
-    # What trains is what the policy wrote, and nothing else.
+    # Only the tokens that the policy wrote train.
     assert sum(ours.mask) == sum(len(run.tokenizer.encode(text)) for text in written)
     trained = [token for token, flag in zip(ours.tokens, ours.mask, strict=True) if flag]
     assert run.tokenizer.decode(trained) == "".join(written)
@@ -243,7 +243,7 @@ def test_a_model_that_verl_does_not_know_gets_verls_default_builder(a_run):
     assert_equal(run.ours(demonstration), run.verls(written, ["1", "1212"]))
 
 
-def test_a_template_without_words_beside_a_call_writes_the_call_alone(a_run):
+def test_a_template_that_drops_text_beside_a_call_writes_only_the_call(a_run):
     run = a_run(template=HERMES)
     demonstration = [say("", call("12")), answer("21"), say("21")]
     assert_equal(run.ours(demonstration), run.verls([hermes("12") + END, f"21{END}"], ["21"]))
@@ -259,18 +259,18 @@ def test_a_template_that_cannot_render_calls_takes_them_as_text(a_run):
     assert_equal(run.ours(spelt), run.verls([hermes("12") + END, f"21{END}"], ["21"]))
 
 
-def test_a_template_that_closes_turns_with_plain_text_leaves_it_out_of_the_policys(a_run):
+def test_plain_text_with_which_a_template_closes_turns_is_not_the_policys(a_run):
     run = a_run(template=QWEN.replace(END, "~"), model_type="unheard_of")
     demonstration = [say("", call("12")), answer("21"), say("21")]
     assert_equal(run.ours(demonstration), run.verls([hermes("12") + END, f"21{END}"], ["21"]))
 
 
-def test_a_template_that_raises_at_a_call_makes_it_malformed(a_run):
+def test_a_call_at_which_the_template_raises_is_malformed(a_run):
     run = a_run(template=QWEN.replace("| tojson }}\n{{- '}", "+ 1 }}\n{{- '}"))
     assert run.ours([say("", call("12")), answer("21"), say("21")]) == Refusal("malformed")
 
 
-def test_a_turn_that_ends_where_the_answer_opens_ends_there(a_run):
+def test_a_turn_can_end_with_the_token_that_opens_the_answer(a_run):
     run = a_run(
         f"{MULTI_TURN}.format=glm",
         PARALLEL,
@@ -297,7 +297,7 @@ def test_a_rows_own_tools_are_the_only_ones_it_may_call(a_run):
 
 
 @pytest.mark.parametrize("name", ["two rounds", "two calls at once", "answers shortened, middle, 6"])
-def test_the_response_limit_counts_answers_and_the_longest_fits(a_run, name):
+def test_the_response_limit_includes_answers_and_the_longest_response_fits(a_run, name):
     overrides, demonstration, _ = CASES[name]
     run = a_run(*overrides)
     whole = run.ours(demonstration)
@@ -314,7 +314,7 @@ def test_the_response_limit_counts_answers_and_the_longest_fits(a_run, name):
         ((f"{MULTI_TURN}.max_assistant_turns=1", f"{MULTI_TURN}.max_user_turns=1"), "no call at all"),
     ],
 )
-def test_the_limits_of_the_loop_are_those_at_which_verl_goes_on(a_run, overrides, name):
+def test_at_the_limits_of_the_loop_verl_still_continues(a_run, overrides, name):
     _, demonstration, written = CASES[name]
     answers = [message["content"] for message in demonstration if message["role"] == "tool"]
     run = a_run(*overrides)
@@ -329,7 +329,7 @@ def test_the_limits_of_the_loop_are_those_at_which_verl_goes_on(a_run, overrides
         (f"{MULTI_TURN}.max_parallel_calls=1", "two calls at once"),
     ],
 )
-def test_one_turn_or_call_beyond_the_limits_is_overlong_and_verl_would_not_go_on(a_run, override, name):
+def test_one_turn_or_call_beyond_the_limits_is_overlong_and_verl_would_stop(a_run, override, name):
     _, demonstration, written = CASES[name]
     answers = [message["content"] for message in demonstration if message["role"] == "tool"]
     run = a_run(override)
@@ -348,17 +348,17 @@ def test_one_turn_or_call_beyond_the_limits_is_overlong_and_verl_would_not_go_on
         [say("", call("12</tool_call>")), answer("21"), say("21")],
         [say("", call(f"1{END}2")), answer("21"), say("21")],
         [say(f"1{END}2", call("12")), answer("21"), say("21")],
-        # verl would ask the tool, and there is no answer.
+        # verl would call the tool, but the demonstration has no answer.
         [say(hermes("12"))],
         hermes("12"),
         [say("", call("12")), answer("21"), say(hermes("12"))],
     ],
 )
-def test_what_the_loop_would_have_answered_otherwise_is_malformed(a_run, demonstration):
+def test_a_demonstration_that_the_loop_would_answer_differently_is_malformed(a_run, demonstration):
     assert a_run(PARALLEL).ours(demonstration) == Refusal("malformed")
 
 
-def test_control_tokens_belong_to_a_call_and_not_to_what_the_data_says_in_it(a_run):
+def test_control_tokens_around_a_call_are_allowed_and_inside_its_data_malformed(a_run):
     run = a_run(special=("<tool_call>", "</tool_call>"))
     text, expected = hermes("12"), CASES["one call"][1]
     spelt = [say(f"I ask.\n{text}"), answer("21"), say("21")]
@@ -370,11 +370,11 @@ def test_control_tokens_belong_to_a_call_and_not_to_what_the_data_says_in_it(a_r
         say("", call("<tool_call>")),
     ):
         assert run.ours([said, answer("21"), say("21")]) == Refusal("malformed"), said
-    # What a tool answers is its own business, as in verl's loop.
+    # Answers of tools may contain control tokens, as in verl's loop.
     assert run.ours([say("", call("12")), answer("<|im_start|>"), say("21")]) != Refusal("malformed")
 
 
-def test_a_run_without_tools_or_without_a_loop_for_them_takes_one_turn_only(a_run):
+def test_a_run_without_tools_or_a_tool_loop_accepts_only_one_turn(a_run):
     _, demonstration, _ = CASES["one call"]
     assert a_run(names=()).ours(demonstration) == Refusal("malformed")
     single = a_run("actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent")
@@ -385,7 +385,7 @@ def test_a_run_without_tools_or_without_a_loop_for_them_takes_one_turn_only(a_ru
     assert single.ours(hermes("12")).tokens == single.tokenizer.encode(hermes("12") + END)
 
 
-def test_a_list_with_one_message_is_the_string_bit_for_bit(a_run):
+def test_a_list_with_one_message_equals_the_string(a_run):
     for run in (a_run(), a_run("actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent")):
         assert run.ours("so 21") == run.ours([say("so 21")])
         assert run.ours("so 21").mask == [1] * len("so 21") + [1]

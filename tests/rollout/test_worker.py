@@ -1,4 +1,4 @@
-"""The end of a group in the agent loop worker: what is written, for every way in which a group can end.
+"""The end of a group in the agent loop worker: what is written in every case.
 
 The worker is built without Ray, model or engine; only the reward call and the put into TransferQueue are replaced.
 """
@@ -69,7 +69,7 @@ def worker(monkeypatch):
 
 
 def close(worker, outcomes, demonstration, situation=(), agent_name=None):
-    """Close a group whose sessions ended with `outcomes`: a list of outputs, one output, or None for a failed one."""
+    """Close a group whose sessions ended with `outcomes`: a list of outputs, one output, or None if it failed."""
     group = rollout._Group(len(outcomes), demonstration, dict(situation), agent_name)
     for session, outputs in enumerate(outcomes):
         if outputs is not None:
@@ -80,7 +80,7 @@ def close(worker, outcomes, demonstration, situation=(), agent_name=None):
 
 
 def situated(worker, outcomes, demonstration, *, mode="replace", gate="paper", **situation):
-    """As `close`, with what the trainer attached to the prompt."""
+    """Like `close`, with values that the trainer attached to the prompt."""
     worker._hapo = HapoConfig.parse({"gate": {"name": gate}, "injection": {"mode": mode}})
     close(worker, outcomes, demonstration, situation={"key": 11, **situation})
     (put,) = worker.puts
@@ -95,7 +95,7 @@ def failures(worker, count, **settings):
     return [an_output(worker.tokenizer, text, score=0.0, **settings) for text in ("1", "12", "1234", "12")[:count]]
 
 
-def test_the_longest_failure_gives_way_to_the_demonstration_in_one_put(worker):
+def test_the_demonstration_replaces_the_longest_failure_in_one_put(worker):
     close(worker, failures(worker, 3), ANSWER)
     (put,) = worker.puts
     assert put.keys == ["u_0_0", "u_1_0", "u_2_0"]
@@ -125,7 +125,7 @@ def test_the_longest_failure_gives_way_to_the_demonstration_in_one_put(worker):
     ("demonstration", "reason"),
     [(None, "missing"), ("", "empty"), ("4321", "overlong"), ("123", "rejected"), (["x", "y"], "malformed")],
 )
-def test_a_demonstration_that_cannot_be_used_leaves_all_rollouts_and_its_reason(worker, demonstration, reason):
+def test_an_unusable_demonstration_leaves_all_rollouts_and_records_its_reason(worker, demonstration, reason):
     close(worker, failures(worker, 3), demonstration)
     (put,) = worker.puts
     assert outcome(put) == reason
@@ -198,10 +198,10 @@ def test_a_demonstration_with_calls_trains_on_what_the_policy_would_have_written
     assert set(row.keys()) == set(put.fields[0].keys())
 
 
-def test_the_reward_is_given_the_turns_of_the_demonstration_and_not_of_the_rollout_it_replaces(caller):
+def test_the_reward_gets_the_turns_of_the_demonstration_not_of_the_replaced_rollout(caller):
     close(caller, called_failures(caller), CALLED)
     close(caller, called_failures(caller), ANSWER)
-    # Each of them twice, being the first of this worker.
+    # Each demonstration is scored twice, because it is among the first of this worker.
     assert [output.num_turns for output in caller.scored] == [4, 4, 2, 2]
     assert [output.extra_fields["tool_rewards"] for output in caller.scored] == [[0.0], [0.0], [], []]
     assert [output.extra_fields["turn_scores"] for output in caller.scored] == [[]] * 4
@@ -224,7 +224,7 @@ def test_the_reward_is_given_the_turns_of_the_demonstration_and_not_of_the_rollo
         ([*CALLED[:2], {"role": "assistant", "content": "0"}], None, "rejected"),
     ],
 )
-def test_a_demonstration_with_calls_that_cannot_be_used_leaves_its_reason(caller, demonstration, agent_name, reason):
+def test_an_unusable_demonstration_with_calls_records_its_reason(caller, demonstration, agent_name, reason):
     close(caller, called_failures(caller), demonstration, agent_name=agent_name)
     (put,) = caller.puts
     assert outcome(put) == reason
@@ -244,7 +244,7 @@ def test_an_error_while_verifying_writes_the_plain_group_and_counts_as_error(wor
 
 
 def returning(worker, *results):
-    """The worker's reward function answers so, one after the other, and the last one from then on."""
+    """Let the worker's reward function return these results in turn, and then repeat the last one."""
     answers = list(results)
 
     async def score(outputs, kwargs):
@@ -253,7 +253,7 @@ def returning(worker, *results):
             raise answer
         if answer == "never":
             await asyncio.sleep(60)
-        # As verl's reward manager unpacks it.
+        # verl's reward manager unpacks it like this.
         score, extra = (answer["score"], dict(answer)) if isinstance(answer, dict) else (answer, {"acc": answer})
         outputs[-1].reward_score, outputs[-1].extra_fields["reward_extra_info"] = score, extra
 
@@ -261,7 +261,7 @@ def returning(worker, *results):
 
 
 def settle(worker, count=3):
-    """A prompt's sessions through verl's own postprocess and back: how each ended, and what was written."""
+    """Run a prompt's sessions through verl's own postprocess: returns how each ended, and what was written."""
     worker._groups["u"] = group = rollout._Group(count, ANSWER, {"key": 1}, None)
 
     async def session(number):
@@ -301,7 +301,7 @@ def settle(worker, count=3):
         ({"score": 0.5, "acc": None, "note": "kept"}, 0.5),
     ],
 )
-def test_a_reward_of_any_numeric_type_is_a_number_of_the_group(worker, result, score):
+def test_a_reward_of_any_numeric_type_is_accepted(worker, result, score):
     returning(worker, result)
     assert settle(worker) == [None] * 3
     (put,) = worker.puts
@@ -326,7 +326,7 @@ def test_a_reward_of_any_numeric_type_is_a_number_of_the_group(worker, result, s
         ("never", "hapo.reward_timeout=0.2: the reward function has not answered in this time for data_source=d. Make"),
     ],
 )
-def test_a_session_whose_reward_is_no_number_ends_alone_and_the_others_are_trained_on(worker, result, message):
+def test_a_session_whose_reward_is_not_a_number_fails_and_the_others_are_trained_on(worker, result, message):
     worker._hapo = HapoConfig.parse({"reward_timeout": 0.2})
     returning(worker, 0.0, result, 0.0)
     ends = settle(worker, count=3)
@@ -338,14 +338,14 @@ def test_a_session_whose_reward_is_no_number_ends_alone_and_the_others_are_train
     assert outcome(put) == "rejected"
 
 
-def test_a_group_in_which_every_reward_is_no_number_writes_nothing(worker):
+def test_a_group_without_a_numeric_reward_writes_nothing(worker):
     returning(worker, float("nan"))
     assert all("returned score=nan" in str(end) for end in settle(worker))
     assert worker.puts == []
 
 
 @pytest.mark.parametrize("result", [float("nan"), "never", "1.0", KeyError("score")])
-def test_a_demonstration_whose_reward_is_no_number_leaves_the_plain_group(worker, result):
+def test_a_demonstration_whose_reward_is_not_a_number_leaves_the_plain_group(worker, result):
     worker._hapo = HapoConfig.parse({"reward_timeout": 0.2})
     returning(worker, 0.0, 0.0, 0.0, result)
     assert settle(worker) == [None] * 3
@@ -358,14 +358,14 @@ def unsteady(put):
     return plain_values(put.fields["hapo_group"])[0]["unsteady"]
 
 
-def test_a_demonstration_whose_two_calls_disagree_is_said_and_counted(worker, caplog):
+def test_a_demonstration_whose_two_rewards_disagree_is_reported_and_counted(worker, caplog):
     returning(worker, 0.0, 0.0, 0.0, 1.0, 0.0)
     settle(worker)
     assert (outcome(worker.puts[-1]), unsteady(worker.puts[-1])) == ("injected", True)
     assert "does not agree with itself on a demonstration (data_source=d, index=7)" in caplog.text
 
 
-def test_a_demonstration_is_held_against_what_was_said_of_it_before(worker, caplog, monkeypatch):
+def test_a_demonstrations_reward_is_compared_with_its_earlier_reward(worker, caplog, monkeypatch):
     monkeypatch.setattr(rollout, "LOOKED_AT_TWICE", 0)
     for verdict, expected in ((1.0, False), (1.0, False), (0.0, True), (0.0, False)):
         returning(worker, 0.0, 0.0, 0.0, verdict)
@@ -375,7 +375,7 @@ def test_a_demonstration_is_held_against_what_was_said_of_it_before(worker, capl
     assert caplog.text.count("does not agree with itself") == 1
 
 
-def test_only_the_first_demonstrations_of_a_worker_are_asked_for_twice(worker, monkeypatch):
+def test_only_the_first_demonstrations_of_a_worker_are_scored_twice(worker, monkeypatch):
     monkeypatch.setattr(rollout, "LOOKED_AT_TWICE", 1)
     score, asked = worker._compute_score, []
 
@@ -392,7 +392,7 @@ def test_only_the_first_demonstrations_of_a_worker_are_asked_for_twice(worker, m
     assert [unsteady(put) for put in worker.puts] == [False, False]
 
 
-def test_rollouts_that_nobody_scored_are_written_and_not_gated(worker):
+def test_unscored_rollouts_are_written_and_not_gated(worker):
     outputs = failures(worker, 2)
     outputs[0].reward_score = None
     close(worker, outputs, ANSWER)
@@ -408,7 +408,7 @@ def test_a_failed_session_leaves_a_smaller_group(worker):
     assert outcome(put) == "injected"
 
 
-def test_one_surviving_session_is_not_a_group_and_none_writes_nothing(worker):
+def test_one_surviving_session_is_not_a_group_and_no_session_writes_nothing(worker):
     close(worker, [None, None, *failures(worker, 1)], ANSWER)
     assert outcome(worker.puts[0]) == "not_gated"
     close(worker, [None, None], ANSWER)
@@ -420,7 +420,7 @@ def test_a_group_in_which_all_succeed_is_left_alone(worker):
     assert outcome(worker.puts[0]) == "not_fired"
 
 
-def test_a_session_with_several_outputs_gives_way_as_a_whole_and_the_others_keep_theirs(worker):
+def test_a_session_with_several_outputs_is_replaced_as_a_whole(worker):
     long = [an_output(worker.tokenizer, "1234", score=None), an_output(worker.tokenizer, "1234", score=0.0)]
     short = [an_output(worker.tokenizer, "1", score=None), an_output(worker.tokenizer, "2", score=0.0)]
     close(worker, [long, short], ANSWER)
@@ -430,13 +430,13 @@ def test_a_session_with_several_outputs_gives_way_as_a_whole_and_the_others_keep
     assert all(row["rm_scores"].sum() == expected for row, expected in zip(put.fields, (1, 0, 0), strict=True))
 
 
-def test_a_field_that_one_row_lacks_is_written_for_none(worker):
+def test_a_field_that_one_row_lacks_is_not_written_for_any_row(worker):
     outputs = [*failures(worker, 2), *failures(worker, 1, logprobs=False)]
     close(worker, outputs, None)
     assert "rollout_log_probs" not in worker.puts[0].fields
 
 
-def test_an_appended_demonstration_is_one_row_more_and_every_rollout_stays(worker):
+def test_an_appended_demonstration_is_an_additional_row_and_every_rollout_stays(worker):
     put = situated(worker, failures(worker, 3), ANSWER, mode="append")
     assert put.keys == ["u_0_0", "u_1_0", "u_2_0", "u_3_0"]
     assert put.fields["hapo_demonstration"].tolist() == [False, False, False, True]
@@ -449,7 +449,7 @@ def test_an_appended_demonstration_is_one_row_more_and_every_rollout_stays(worke
     assert put.tags[3]["response_len"] == 4
 
 
-def test_an_appended_row_stands_behind_failed_sessions_too(worker):
+def test_an_appended_row_comes_after_failed_sessions(worker):
     put = situated(worker, [*failures(worker, 2), None], ANSWER, mode="append")
     assert put.keys == ["u_0_0", "u_1_0", "u_3_0"]
 
@@ -465,7 +465,7 @@ def test_an_appended_row_stands_behind_failed_sessions_too(worker):
         (3, {"threshold": 0.2, "admitted": False}, "not_fired"),
     ],
 )
-def test_a_group_is_judged_by_what_the_trainer_attached_to_its_prompt(worker, successes, situation, expected):
+def test_a_group_is_judged_by_values_that_the_trainer_attached_to_its_prompt(worker, successes, situation, expected):
     outputs = [an_output(worker.tokenizer, ANSWER, score=1.0) for _ in range(successes)]
     put = situated(worker, [*outputs, *failures(worker, 3 - successes)], ANSWER, **situation)
     assert outcome(put) == expected
@@ -482,12 +482,12 @@ def test_a_group_is_judged_by_what_the_trainer_attached_to_its_prompt(worker, su
         ("always", 3, "injected"),
     ],
 )
-def test_gates_without_a_posterior_go_by_the_count_alone(worker, gate, successes, expected):
+def test_gates_without_a_posterior_use_only_the_number_of_successes(worker, gate, successes, expected):
     outputs = [an_output(worker.tokenizer, ANSWER, score=1.0) for _ in range(successes)]
     assert outcome(situated(worker, [*outputs, *failures(worker, 3 - successes)], ANSWER, gate=gate)) == expected
 
 
-def test_a_thompson_draw_is_the_same_whenever_the_group_is_closed_again(worker):
+def test_a_thompson_draw_is_the_same_each_time_the_group_is_closed(worker):
     outcomes = set()
     for _ in range(5):
         outcomes.add(outcome(situated(worker, failures(worker, 3), ANSWER, gate="thompson", threshold=0.3)))
@@ -496,7 +496,7 @@ def test_a_thompson_draw_is_the_same_whenever_the_group_is_closed_again(worker):
 
 
 def run_prompt(worker, validate):
-    """A prompt through verl's own `_run_prompt`, with sessions that only record what they were given."""
+    """Run a prompt with verl's own `_run_prompt`; its sessions only record their arguments."""
     seen, prompt = [], {"uid": "u", "demonstration": ANSWER, "hapo_situation": {"key": 1}, "raw_prompt": "123"}
     prompt["agent_name"] = "tool_agent"
 
@@ -517,13 +517,13 @@ def run_prompt(worker, validate):
 
 
 @pytest.mark.parametrize(("validate", "sessions"), [(False, 3), (True, 1)])
-def test_no_session_gets_to_see_the_demonstration(worker, validate, sessions):
+def test_no_session_sees_the_demonstration(worker, validate, sessions):
     seen = run_prompt(worker, validate)
     assert seen == [{"uid": "u", "raw_prompt": "123"}] * sessions
     assert worker._groups == {}
 
 
-def test_every_written_field_is_free_of_the_demonstrations_text(worker):
+def test_no_written_field_contains_the_demonstrations_text(worker):
     close(worker, failures(worker, 3), "secret")
     put = worker.puts[0]
     assert "secret" not in str({name: plain_values(put.fields[name]) for name in put.fields.keys()})  # noqa: SIM118
@@ -541,7 +541,7 @@ def ended(worker, text, *, score):
 
 
 def with_own(worker, source, demonstration, own=None, *, outcomes=None, mode="replace"):
-    """What a group of failures becomes where the policy has written `own` in step 2."""
+    """The result of closing a group of failures if the policy has written `own` in step 2."""
     worker._hapo = HapoConfig.parse({"demonstrations": {"source": source}, "injection": {"mode": mode}})
     packed_own = packed(OwnSuccess(own, 2)) if own else b""
     close(worker, outcomes or failures(worker, 3), demonstration, situation={"key": 11, "own": packed_own})
@@ -572,23 +572,23 @@ def test_the_policys_own_success_is_injected_with_its_exact_tokens(worker, sourc
     ("source", "demonstration", "own", "outcome", "step"),
     [
         ("column_or_own", ANSWER, ANSWER, "injected", None),
-        ("column_or_own", "123", ANSWER, "injected", 2),  # the column's is rejected
+        ("column_or_own", "123", ANSWER, "injected", 2),  # The column's demonstration is rejected.
         ("column_or_own", "123", None, "rejected", None),
         ("column_or_own", None, None, "missing", None),
         ("column_or_own", None, "123", "rejected", None),
         ("own", ANSWER, None, "missing", None),
-        ("own", None, "123", "rejected", None),  # the reward function has changed its mind
-        ("own", None, "4321", "overlong", None),  # resumed with a lower limit
+        ("own", None, "123", "rejected", None),  # The reward function now rejects it.
+        ("own", None, "4321", "overlong", None),  # The run was resumed with a lower limit.
         ("column", ANSWER, None, "injected", None),
     ],
 )
-def test_which_of_the_two_is_taken_and_why_none_is(worker, source, demonstration, own, outcome, step):
+def test_the_demonstrations_source_and_the_reason_if_there_is_none(worker, source, demonstration, own, outcome, step):
     _, group = with_own(worker, source, demonstration, own and solved(worker, own))
     assert (group["outcome"], group["own_step"]) == (outcome, step)
     assert bool(group["unsteady"]) is (own == "123")
 
 
-def test_the_reward_of_an_own_success_is_asked_for_once(worker):
+def test_the_reward_of_an_own_success_is_computed_once(worker):
     score, asked = worker._compute_score, []
 
     async def counted(outputs, kwargs):
@@ -601,8 +601,8 @@ def test_the_reward_of_an_own_success_is_asked_for_once(worker):
     assert asked == [solved(worker).tokens] * 2
 
 
-def test_a_finished_success_is_tagged_and_nothing_else(worker):
-    long = an_output(worker.tokenizer, ANSWER + "0", score=1.0)  # cut off: no end of sequence
+def test_only_a_finished_success_is_tagged(worker):
+    long = an_output(worker.tokenizer, ANSWER + "0", score=1.0)  # It is cut off and has no end of sequence.
     several = [an_output(worker.tokenizer, "1", score=None), ended(worker, ANSWER, score=1.0)]
     outcomes = [ended(worker, ANSWER, score=1.0), ended(worker, "12", score=0.0), long, several]
     for source, expected in (("own", [[1, 0], None, None, None, None]), ("column", [None] * 5)):

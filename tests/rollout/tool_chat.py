@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "quickstart"))
 import tiny_model
 
-# As Qwen2.5 and Qwen3 write it: calls in the assistant's turn, a run of answers as one turn of the user's.
+# Like Qwen2.5 and Qwen3: calls are in the assistant's turn, and consecutive answers are one user turn.
 QWEN = """
 {%- if tools -%}
 <|im_start|>system
@@ -31,16 +31,16 @@ QWEN = """
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if thinking %}{{ '<think>\n' }}{% endif %}{% endif -%}
 """
 
-# As Hermes writes it: a message with calls has no words beside them.
+# Like Hermes: a message with calls has no text next to them.
 HERMES = QWEN.replace(
     "{%- if message.content %}{{ '\n' + message.content }}{% endif -%}",
     "{%- if not message.tool_calls %}{{ '\n' + message.content }}{% endif -%}",
 )
 
-# One that has never heard of calls.
+# A template that does not know calls.
 DEAF = tiny_model.CHAT_TEMPLATE
 
-# As GLM writes it: no turn is closed, what opens the next one stops the generation.
+# Like GLM: turns are not closed, and the token that opens the next turn stops the generation.
 GLM = """
 {%- for message in messages -%}
 {%- if message.role == 'tool' -%}

@@ -1,4 +1,4 @@
-"""Recorded steps: what TRL's trainer makes of given completions, to be compared with verl's in verl's environment.
+"""Recorded steps: the results of TRL's trainer for given completions, to be compared with verl's in verl's environment.
 
 Completions, rows, advantages, loss and every gradient of a tiny model are in `golden_step.json`. It is written, in TRL's
 environment, by
@@ -17,13 +17,13 @@ import torch
 from tests.trl.conftest import PER_GROUP, rows
 
 FILE = Path(__file__).with_suffix(".json")
-# A success among failures, failures alone, and a group that needs no demonstration; in each one worst completion.
+# A success among failures, only failures, and a group that needs no demonstration. Each has one worst completion.
 WRITTEN = (
     *("000<|im_end|>", "12<|im_end|>", "123456", "1234<|im_end|>"),
     *("9<|im_end|>", "12345<|im_end|>", "987654", "123<|im_end|>"),
     *("200<|im_end|>", "200<|im_end|>", "1<|im_end|>", "200<|im_end|>"),
 )
-# It fires at a success in four, and not at three.
+# It fires at one success in four, and not at three.
 GATE = {"gate": {"threshold": 0.5}}
 GROUPS, LONGEST = len(WRITTEN) // PER_GROUP, 6
 
@@ -83,7 +83,7 @@ def recorded():
 
 
 def step(case, folder):
-    """What TRL's trainer makes of the completions, as it is recorded."""
+    """The results of TRL's trainer for the completions, in the recorded form."""
     from datasets import Dataset
 
     from hapo_verl.trl import HapoGRPOConfig, HapoGRPOTrainer

@@ -15,12 +15,12 @@ from hapo_verl.trl import HapoGRPOConfig, HapoGRPOTrainer
 from hapo_verl.trl.trainer import DEMONSTRATION
 from tests.trl.conftest import PER_GROUP, reward, rows
 
-# Of one group, in the order of its rows; the third is the worst.
+# The completions of one group, in the order of its rows; the third is the worst.
 WRITTEN = ("000<|im_end|>", "12<|im_end|>", "123456", "1234<|im_end|>")
 
 
 def main(output: Path) -> None:
-    import tiny_model  # of the recipes' folder, which conftest.py adds
+    import tiny_model  # It is in the recipes' folder, which conftest.py adds.
 
     tokenizer = tiny_model.make_tokenizer("0123456789")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -30,7 +30,7 @@ def main(output: Path) -> None:
         HapoGRPOConfig(
             output_dir=str(output.parent / "run"),
             hapo={"gate": {"name": "posterior"}},
-            # Two groups a step; the rows of one of them lie in both processes where there are two.
+            # Each step has two groups. With two processes, the rows of one of them are in both processes.
             per_device_train_batch_size=PER_GROUP // processes,
             gradient_accumulation_steps=2,
             num_generations=PER_GROUP,
@@ -45,7 +45,7 @@ def main(output: Path) -> None:
             disable_tqdm=True,
             gradient_checkpointing=False,
         ),
-        # No answer is 000, so that every group but one fails.
+        # Every group but one fails, because the completion 000 is right for only one question.
         Dataset.from_list(rows()),
         processing_class=tokenizer,
     )

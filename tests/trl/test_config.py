@@ -1,4 +1,4 @@
-"""The `hapo` block of a TRL run: the same keys, defaults and errors as for verl, and what TRL cannot do."""
+"""The `hapo` block of a TRL run: the same keys, defaults and errors as for verl. What TRL cannot do is refused."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from hapo_verl.trl import HapoGRPOConfig, HapoGRPOTrainer
 from tests.trl.conftest import rows
 
 
-def test_the_defaults_are_verls_but_for_whom_a_completion_is_compared_with(settings):
+def test_the_defaults_equal_verls_except_for_the_baseline(settings):
     ours, verls = HapoGRPOConfig(**settings()).parsed_hapo(), HapoConfig()
     assert ours.advantage.statistics == "on_policy"
     for name in ("gate", "budget", "injection", "loss", "objective", "success_threshold", "demonstration_key", "seed"):
@@ -59,7 +59,7 @@ def test_the_block_comes_from_a_command_line_too(settings):
         ({"trace_dir": "traces"}, "hapo.trace_dir=traces: a key of verl's trainer only. Remove it."),
     ],
 )
-def test_a_block_that_cannot_work_is_one_line(settings, hapo, said):
+def test_a_block_that_cannot_work_is_refused_in_one_line(settings, hapo, said):
     with pytest.raises(ConfigError) as error:
         HapoGRPOConfig(hapo=hapo, **settings())
     assert str(error.value) == said
@@ -76,7 +76,7 @@ def test_a_block_that_cannot_work_is_one_line(settings, hapo, said):
         ("remove_unused_columns", True, "Use remove_unused_columns=False."),
     ],
 )
-def test_settings_of_trl_that_cannot_work_are_one_line(settings, key, value, fix):
+def test_settings_of_trl_that_cannot_work_are_refused_in_one_line(settings, key, value, fix):
     with pytest.raises(ConfigError) as error:
         HapoGRPOConfig(**settings(**{key: value}))
     assert str(error.value).startswith(f"{key}={value}: ")
@@ -91,7 +91,7 @@ def test_trls_own_configuration_has_no_keys_of_ours(settings):
         HapoGRPOTrainer("nothing", args=GRPOConfig(**settings()))
 
 
-def test_a_data_set_without_demonstrations_is_refused_unless_none_is_wanted(trainer):
+def test_a_data_set_without_demonstrations_is_refused_unless_none_are_needed(trainer):
     bare = [{key: value for key, value in row.items() if key != "demonstration"} for row in rows()]
     with pytest.raises(ConfigError) as error:
         trainer(data=bare)

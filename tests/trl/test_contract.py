@@ -12,11 +12,11 @@ from hapo_verl.trl import HapoGRPOTrainer, contract
 from hapo_verl.trl.contract import EXTENDED, check_contract
 
 
-def test_the_installed_trl_has_the_signatures_that_ours_was_written_for():
+def test_the_installed_trl_has_the_signatures_that_ours_were_written_for():
     check_contract()
 
 
-def test_every_private_method_of_trls_that_ours_extends_is_listed():
+def test_every_private_method_of_trl_that_ours_extend_is_listed():
     theirs = {name for base in HapoGRPOTrainer.__mro__[1:] for name in vars(base)}
     ours = {name for name, value in vars(HapoGRPOTrainer).items() if inspect.isfunction(value)}
     assert {name for name in ours & theirs if not name.startswith("__")} == set(EXTENDED)

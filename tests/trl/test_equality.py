@@ -14,7 +14,7 @@ from tests.trl import golden_step
 from tests.trl.conftest import PER_GROUP, rows
 from tests.trl.test_trainer import generated, writes
 
-# A success among failures, and failures alone; in each group one completion that is the worst.
+# A success among failures, and only failures. Each group has one worst completion.
 WRITTEN = (
     *("000<|im_end|>", "12<|im_end|>", "123456", "1234<|im_end|>"),
     *("9<|im_end|>", "12345<|im_end|>", "987654", "123<|im_end|>"),
@@ -63,7 +63,7 @@ def in_the_plain_loop(model, tokenizer, statistics, shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("statistics", ["on_policy", "all"])
-def test_rows_advantages_loss_and_gradient_are_those_of_the_plain_loop(trainer, tiny, monkeypatch, statistics, shape):
+def test_rows_advantages_loss_and_gradient_equal_those_of_the_plain_loop(trainer, tiny, monkeypatch, statistics, shape):
     hapo = trainer({"advantage": {"statistics": statistics}, "loss": SHAPES[shape]}, gradient_checkpointing=False)
     writes(hapo, monkeypatch, *WRITTEN)
     output = generated(hapo)
@@ -89,7 +89,7 @@ def test_rows_advantages_loss_and_gradient_are_those_of_the_plain_loop(trainer, 
     ("loss_type", "mode"),
     [("dapo", "token-mean"), ("grpo", "seq-mean-token-mean"), ("dr_grpo", "seq-mean-token-sum-norm")],
 )
-def test_advantages_and_loss_are_those_of_verls_adapter(trainer, monkeypatch, loss_type, mode):
+def test_advantages_and_loss_equal_those_of_verls_adapter(trainer, monkeypatch, loss_type, mode):
     hapo = trainer(loss_type=loss_type)
     writes(hapo, monkeypatch, *WRITTEN)
     output = generated(hapo)
@@ -131,7 +131,7 @@ def test_advantages_and_loss_are_those_of_verls_adapter(trainer, monkeypatch, lo
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
-def test_the_loss_does_not_change_with_the_cut_into_passes(trainer, monkeypatch, loss_type):
+def test_the_loss_does_not_depend_on_gradient_accumulation(trainer, monkeypatch, loss_type):
     """Two passes with half of the rows each, as in gradient accumulation, add up to one pass with all rows."""
     losses = []
     for passes in (1, 2):
@@ -153,7 +153,7 @@ def test_the_loss_does_not_change_with_the_cut_into_passes(trainer, monkeypatch,
 
 
 @pytest.mark.parametrize("name", golden_step.CASES)
-def test_the_step_that_verls_trainer_is_compared_with_is_what_trls_does(name, tmp_path):
+def test_the_recorded_step_is_what_trls_trainer_does(name, tmp_path):
     """`tests/driver/test_trl.py` compares verl's worker, driver and actor with the same file."""
     recorded = golden_step.recorded()[name]
     found = golden_step.step(golden_step.CASES[name], tmp_path)

@@ -1,4 +1,4 @@
-"""Two processes that share the rows of a group learn what one process learns from all of them."""
+"""Two processes that share the rows of a group give the same weights as one process with all rows."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ import torch
 SCRIPT = Path(__file__).with_name("step_process.py")
 
 
-def test_two_processes_do_what_one_does(tmp_path):
+def test_two_processes_give_the_result_of_one(tmp_path):
     found = []
     for processes in (1, 2):
         output = tmp_path / f"{processes}.pt"

@@ -1,4 +1,4 @@
-"""HAPO in TRL's trainer: which completion is replaced, what is scored, what is learned, and for which settings."""
+"""HAPO in TRL's trainer: which completion is replaced, what is scored, what is learned, and with which settings."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_a_demonstration_takes_the_worst_completions_place(trainer, monkeypatch)
     texts = hapo._tokenizer.batch_decode(output["completion_ids"])
     assert [text.replace("<|endoftext|>", "") for text in texts[2::PER_GROUP]] == [f"000{end}", f"100{end}"]
     assert output["completion_mask"].sum(1).tolist() == [2, 3, 4, 5] * 2
-    # Among equal failures nothing is learned; 1 - 0, and the deviation of (0, 0, 0, 1).
+    # Equal failures have no advantage. The demonstration has 1 - 0, divided by the deviation of (0, 0, 0, 1).
     expected = torch.tensor([0.0, 0.0, 1 / (0.5 + 1e-6), 0.0] * 2)
     torch.testing.assert_close(output["advantages"], expected)
 
@@ -62,7 +62,7 @@ def test_a_group_that_succeeds_is_left_alone(trainer, monkeypatch):
     ("demonstration", "reason"),
     [(None, "missing"), ("999", "rejected"), ("0" * 9, "overlong"), ("<|im_start|>0", "malformed"), ("", "empty")],
 )
-def test_what_is_no_demonstration_is_not_used_and_counted(trainer, demonstration, reason):
+def test_an_unusable_demonstration_is_counted_and_not_injected(trainer, demonstration, reason):
     data = [row | {"demonstration": demonstration} for row in rows(4)]
     hapo = trainer(data=[*data, *rows()[4:]])
     hapo.model.train()
@@ -83,7 +83,7 @@ def test_each_completion_is_scored_once(trainer):
     assert calls == [2 * PER_GROUP, 2]
 
 
-def test_what_a_reward_function_logs_stays_one_value_a_row(trainer):
+def test_values_that_a_reward_function_logs_stay_one_per_row(trainer):
     def logging(completions, answer, log_extra, log_metric, **kwargs):
         log_extra("text", [completion[0]["content"] for completion in completions])
         log_metric("scored", len(completions))
@@ -98,7 +98,7 @@ def test_what_a_reward_function_logs_stays_one_value_a_row(trainer):
     assert list(hapo._logs["advantages"]) == output["advantages"].tolist()
 
 
-def test_a_completion_without_a_reward_is_compared_with_none(trainer):
+def test_a_completion_without_a_reward_gets_no_advantage(trainer):
     def silent(completions, answer, **_):
         return [None if i == 1 else value for i, value in enumerate(reward(completions, answer))]
 
@@ -164,7 +164,7 @@ def test_a_gate_that_never_fires_is_grpo(trainer, settings, tiny):
 )
 def test_demonstrations_are_learned_in_every_setting(trainer, tiny, more, monkeypatch, tmp_path):
     if "beta" in more:
-        # TRL loads the reference by its name.
+        # TRL loads the reference model by its name.
         tiny()[0].save_pretrained(tmp_path / "model")
         monkeypatch.setattr("trl.trainer.grpo_trainer.get_config_model_id", lambda config: str(tmp_path / "model"))
     hapo = trainer({"loss": {"exponent": 0.0}}, max_steps=6, **more)
@@ -175,7 +175,7 @@ def test_demonstrations_are_learned_in_every_setting(trainer, tiny, more, monkey
     assert set(metrics(hapo, "hapo/injected/group_share")) == {1.0}
 
 
-def test_an_adapter_of_peft_is_trained_alone(trainer):
+def test_with_peft_only_the_adapter_is_trained(trainer):
     from peft import LoraConfig
 
     hapo = trainer(max_steps=1, peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
@@ -186,7 +186,7 @@ def test_an_adapter_of_peft_is_trained_alone(trainer):
     assert all("lora" in name for name in changed)
 
 
-def test_prompts_that_are_texts_have_demonstrations_too(trainer, monkeypatch):
+def test_prompts_that_are_plain_text_get_demonstrations_too(trainer, monkeypatch):
     data = [
         {"prompt": row["prompt"][0]["content"], "answer": row["answer"], "solution": row["answer"]} for row in rows()
     ]
@@ -202,7 +202,7 @@ def test_prompts_that_are_texts_have_demonstrations_too(trainer, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["adaptive", "posterior"])
-def test_a_resumed_gate_goes_on_as_one_that_was_never_stopped(trainer, name, tmp_path):
+def test_a_resumed_gate_continues_like_one_that_never_stopped(trainer, name, tmp_path):
     gate = {"gate": {"name": name}}
     whole = trainer(gate, max_steps=4, save_strategy="steps", save_steps=2)
     whole.train()
@@ -215,7 +215,7 @@ def test_a_resumed_gate_goes_on_as_one_that_was_never_stopped(trainer, name, tmp
 
 
 def test_an_annealed_gate_ends_with_the_run(trainer):
-    # An epoch of eight prompts, two a step: how many steps that is, is not known before the training begins.
+    # One epoch has eight prompts, with two per step. The number of steps is not known before training begins.
     hapo = trainer({"gate": {"name": "annealed"}}, max_steps=-1, num_train_epochs=1)
     hapo.train()
     assert metrics(hapo, "hapo/gate/threshold") == pytest.approx([0.8, 0.6, 0.4, 0.2])
