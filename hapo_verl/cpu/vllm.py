@@ -97,7 +97,7 @@ def count_ranks_without_compiling() -> None:
     """
     import vllm.v1.sample.sampler as sampler
 
-    sampler.batched_count_greater_than = count_at_least
+    sampler.batched_count_greater_than = count_at_least  # pyright: ignore[reportPrivateImportUsage]
 
 
 def count_at_least(x_BV: torch.Tensor, value_B1: torch.Tensor) -> torch.Tensor:
