@@ -79,7 +79,6 @@ def test_an_optimizer_step_follows_the_formula(alone, step):
         )
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("step", PAIRED, ids=str)
 def test_on_two_ranks_it_follows_the_formula(paired, step):
     for rank in range(2):
