@@ -11,6 +11,9 @@ import hapo_verl
 from hapo_verl.config import ConfigError
 from hapo_verl.launch.checks import check_cluster
 
+# Each new Ray worker imports verl. That a right cluster passes is part of every end-to-end launch.
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def cluster():
