@@ -8,6 +8,10 @@ import verl  # noqa: F401  registers the presets, as in a launch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
+from tests import parsed_yaml
+
+parsed_yaml.install()
+
 # The trace that every preset writes beside the checkpoints is off.
 PAPER = ["+hapo=paper", "actor_rollout_ref.rollout.n=8", "hapo.trace_dir=null"]
 

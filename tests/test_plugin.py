@@ -1,5 +1,6 @@
 """The effect of importing verl on a process, with and without the plugin."""
 
+import json
 import os
 import subprocess
 import sys
@@ -20,12 +21,53 @@ def python(code, **environment):
     return run.stdout.splitlines()[-1]
 
 
-def test_importing_verl_loads_the_plugin_and_no_trainer():
-    code = (
-        "import sys, verl; print('hapo_verl.plugin' in sys.modules, 'verl.trainer.ppo.v1' in sys.modules, "
-        "'hapo_verl.driver.trainer' in sys.modules, 'hapo_verl.cpu.platform' in sys.modules)"
-    )
-    assert python(code) == "True False False False"
+# Starting an interpreter that imports verl takes eight seconds, so one answers several questions.
+IMPORTED = """
+import sys, verl
+modules = ("hapo_verl.plugin", "verl.trainer.ppo.v1", "hapo_verl.driver.trainer", "hapo_verl.cpu.platform")
+imported = [name in sys.modules for name in modules]
+"""
+PATCHED = """
+from importlib import metadata
+from torch.distributed.fsdp import CPUOffloadPolicy
+try:
+    version = metadata.version("vllm")
+except metadata.PackageNotFoundError:
+    version = "none"
+patched = [version.endswith("+cpu"), CPUOffloadPolicy().pin_memory]
+"""
+SOCKET = """
+import os, types, ray
+from hapo_verl.cpu import platform as cpu_platform
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+context = ray.get_runtime_context()
+class Sender:
+    def __init__(self):
+        self.zmq_handle = f"ipc:///tmp/zmq-{context.get_job_id()}-replica-0.sock"
+class Receiver:
+    def __init__(self):
+        os.environ["VERL_RAY_JOB_ID"] = context.get_job_id()
+cpu_platform._socket_of_its_own(types.SimpleNamespace(ServerAdapter=Sender))
+cpu_platform._server_of_that_socket(types.SimpleNamespace(vLLMHttpServer=Receiver))
+sent, _ = Sender().zmq_handle, Receiver()
+received = f"ipc:///tmp/zmq-{os.environ['VERL_RAY_JOB_ID']}-replica-0.sock"
+socket = [sent == received, context.gcs_address.rpartition(":")[2] in sent, context.get_job_id() in sent]
+"""
+
+
+@pytest.fixture(scope="module")
+def without_the_platform():
+    return json.loads(python(f"{IMPORTED}{PATCHED}import json; print(json.dumps([imported, patched]))"))
+
+
+@pytest.fixture(scope="module")
+def with_the_platform():
+    code = f"import verl\n{PATCHED}{SOCKET}import json; print(json.dumps([patched, socket]))"
+    return json.loads(python(code, VERL_PLATFORM="cpu"))
+
+
+def test_importing_verl_loads_the_plugin_and_no_trainer(without_the_platform):
+    assert without_the_platform[0] == [True, False, False, False]
 
 
 def test_without_the_plugin_the_readmes_launch_line_fails_instead_of_training_grpo():
@@ -42,32 +84,13 @@ def test_without_the_plugin_the_readmes_launch_line_fails_instead_of_training_gr
     assert printed.startswith("paper Unknown trainer 'hapo_sync'.")
 
 
-def test_the_cpu_platform_is_patched_in_only_if_requested():
-    code = (
-        "import verl, torch\nfrom importlib import metadata\n"
-        "from torch.distributed.fsdp import CPUOffloadPolicy\n"
-        "try:\n    version = metadata.version('vllm')\nexcept metadata.PackageNotFoundError:\n    version = 'none'\n"
-        "print(version.endswith('+cpu'), CPUOffloadPolicy().pin_memory)"
-    )
-    assert python(code) == "False True"
-    assert python(code, VERL_PLATFORM="cpu") == "True False"
+def test_the_cpu_platform_is_patched_in_only_if_requested(without_the_platform, with_the_platform):
+    assert without_the_platform[1] == [False, True]
+    assert with_the_platform[0] == [True, False]
 
 
-def test_both_ends_of_the_weight_socket_are_named_after_the_cluster_and_the_job():
-    code = (
-        "import os, types, ray, verl\nfrom hapo_verl.cpu import platform as cpu_platform\n"
-        "ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
-        "context = ray.get_runtime_context()\n"
-        "class Sender:\n    def __init__(self):\n"
-        "        self.zmq_handle = f'ipc:///tmp/zmq-{context.get_job_id()}-replica-0.sock'\n"
-        "class Receiver:\n    def __init__(self):\n        os.environ['VERL_RAY_JOB_ID'] = context.get_job_id()\n"
-        "cpu_platform._socket_of_its_own(types.SimpleNamespace(ServerAdapter=Sender))\n"
-        "cpu_platform._server_of_that_socket(types.SimpleNamespace(vLLMHttpServer=Receiver))\n"
-        "sent, _ = Sender().zmq_handle, Receiver()\n"
-        "received = f\"ipc:///tmp/zmq-{os.environ['VERL_RAY_JOB_ID']}-replica-0.sock\"\n"
-        "print(sent == received, context.gcs_address.rpartition(':')[2] in sent, context.get_job_id() in sent)"
-    )
-    assert python(code, VERL_PLATFORM="cpu") == "True True True"
+def test_both_ends_of_the_weight_socket_are_named_after_the_cluster_and_the_job(with_the_platform):
+    assert with_the_platform[1] == [True, True, True]
 
 
 def test_vllm_is_left_alone_without_the_cpu_platform(monkeypatch):

@@ -56,6 +56,7 @@ def python(wheel, tmp_path_factory) -> Path:
 
 def run(python: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["VERL_PLATFORM"] = "cpu"
     return subprocess.run(
         [str(python), *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
@@ -86,8 +87,9 @@ def test_packages_presets_and_entry_points_are_found_outside_the_checkout(python
     assert entries == ["verl.plugins True", "vllm.general_plugins True"]
 
 
-def test_the_doctor_runs_from_the_wheel(python, tmp_path):
+def test_the_doctor_runs_from_the_wheel_with_exit_code_0_and_only_ok_lines(python, tmp_path):
     done = run(python, "-m", "hapo_verl.doctor", "--no-ray", folder=tmp_path)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("ok ", "FAIL"))]
-    assert lines, done.stderr
-    assert not [line for line in lines if line.startswith("FAIL") and "hapo" in line.split(":")[0]]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("ok  ", "FAIL"))]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(lines) == 13
+    assert all(line.startswith("ok  ") for line in lines)

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from tensordict import TensorDict
 from verl.trainer.ppo.v1.utils import MetricsAggregator
 from verl.utils import tensordict_utils as tu
@@ -17,6 +16,7 @@ from verl.workers.utils.losses import ppo_loss
 
 from hapo_verl.actor.loss import COUNT, TOKEN_SUM, demonstration_means, hapo_loss, token_means
 from hapo_verl.config import HapoConfig
+from tests.actor.engine_process import on_ranks
 
 PROMPT, LENGTHS = 3, [4, 1, 6, 3, 5, 2, 6, 4]
 MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
@@ -265,9 +265,8 @@ def test_a_batch_from_another_agent_loop_is_refused(actor):
         hapo_loss(config=actor(), hapo=HapoConfig(), model_output={"log_probs": log_probs}, data=data)
 
 
-def _rank(rank, config, port, results):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    rows = [[0, 1, 2, 3], [4, 5, 6, 7]][rank]
+def _of_rank(config, folder):
+    rows = [[0, 1, 2, 3], [4, 5, 6, 7]][torch.distributed.get_rank()]
     data, log_probs = a_batch(demonstrations=[1, 3], rows=rows, dp_size=2)
     scale = torch.tensor(1.0, requires_grad=True)
     loss, _ = hapo_loss(
@@ -277,14 +276,12 @@ def _rank(rank, config, port, results):
     # Data parallelism averages gradients over ranks.
     for value in (scale.grad, loss := loss.detach()):
         torch.distributed.all_reduce(value)
-    results[rank] = (loss.item() / 2, scale.grad.item() / 2)
-    torch.distributed.destroy_process_group()
+    return loss.item() / 2, scale.grad.item() / 2
 
 
-def test_two_ranks_over_gloo_give_the_loss_and_gradient_of_one_rank(actor, unused_port):
+def test_two_ranks_over_gloo_give_the_loss_and_gradient_of_one_rank(actor, tmp_path):
     config = actor()
-    results = mp.Manager().dict()
-    mp.spawn(_rank, args=(config, unused_port, results), nprocs=2)
+    results = on_ranks(_of_rank, [config], 2, tmp_path)
     data, log_probs = a_batch(demonstrations=[1, 3])
     scale = torch.tensor(1.0, requires_grad=True)
     loss, _ = hapo_loss(
@@ -292,4 +289,4 @@ def test_two_ranks_over_gloo_give_the_loss_and_gradient_of_one_rank(actor, unuse
     )
     loss.backward()
     for rank in range(2):
-        assert results[rank] == pytest.approx((loss.item(), scale.grad.item()), rel=1e-5)
+        assert results[rank][0] == pytest.approx((loss.item(), scale.grad.item()), rel=1e-5)
