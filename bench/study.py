@@ -80,7 +80,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "real": {"gate": "never", "objective": "real", "aggregation": "seq-mean-token-mean"},
     "real_ssi": {"gate": "paper", "objective": "real", "aggregation": "seq-mean-token-mean"},
     "paper": {"gate": "paper"},
-    "plus": {"gate": "annealed", "mode": "append", "exponent": 0.0},
+    "plus": {"gate": "annealed", "mode": "append", "exponent": 0.0, "shaping": 1.0},
 }
 # No presets: `plus` with a gate that knows each prompt's posterior, and with rollouts allocated by these posteriors.
 POSTERIOR = METHODS["plus"] | {"gate": "posterior"}
@@ -114,7 +114,7 @@ LANGUAGE_METHODS: dict[str, dict[str, Any]] = {
     "plus κ=1": PLUS | {"exponent": 1.0},
     "plus κ=.5": PLUS | {"exponent": 0.5},
     "plus λ=.01": PLUS | {"shaping": 0.01},
-    "plus λ=1": PLUS | {"shaping": 1.0},
+    "plus λ=.1": PLUS | {"shaping": 0.1},
     "plus λ=∞": PLUS | {"shaping": float("inf")},
     "plus trsft": PLUS | {"shape": "trsft"},
     "plus chord": PLUS | {"shape": "chord"},

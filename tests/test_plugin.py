@@ -136,7 +136,7 @@ def test_vllms_processes_wait_for_each_other_without_using_a_core(registered, se
 def test_plus_is_the_papers_launch_with_annealing_appended_rows_and_the_logarithm(launch):
     plus, paper = (launch("actor_rollout_ref.rollout.n=8", preset=[f"+hapo={name}"]) for name in ("plus", "paper"))
     assert (plus.hapo.gate.name, plus.hapo.injection.mode) == ("annealed", "append")
-    assert (plus.hapo.loss.exponent, plus.hapo.loss.shaping) == (0.0, 0.1)
+    assert (plus.hapo.loss.exponent, plus.hapo.loss.shaping) == (0.0, 1.0)
     assert check_launch(plus).gate == AnnealedGate()
     plus.hapo.gate.name, plus.hapo.injection.mode, plus.hapo.loss.exponent = "paper", "replace", 1.0
     assert plus == paper

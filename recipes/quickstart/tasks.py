@@ -127,7 +127,7 @@ def real_word_problems(folder: Path, steps: int, seed: int, args: Any) -> Prepar
 
 
 TASKS = {
-    "words": Task({"": 28}, words),
+    "words": Task({"": 20}, words),
     # Enough for each preset to learn the digits. luffy and grpo get as many steps as paper, the others as many as plus.
     "digits": Task({"": 120, "paper": 180, "luffy": 180, "grpo": 180}, reversed_digits),
     "gsm8k": Task({"": 3}, real_word_problems),

@@ -2,7 +2,7 @@
 
     A      (r − mean)/(std + 1e-6), or r − mean without the division, over the rows that the method compares
     ℓ      PPO's clipped surrogate with the dual clip at 3; without clipping −A ρ
-    f(π)   π/(π + 0.1), LUFFY's shaping of a demonstration's tokens; HAPO+ uses its logarithm
+    f(π)   π/(π + 0.1), LUFFY's shaping of a demonstration's tokens; HAPO+ uses the logarithm of π/(π + 1)
 
 A formula takes groups of rollouts with a demonstration for each group, and returns the loss and the rows in it.
 """
@@ -101,7 +101,7 @@ def shaped(row: Row, advantage: float) -> Tensor:
 
 def logarithm(row: Row, advantage: float) -> Tensor:
     """log f. Its gradient is that of log π, but smaller for tokens that the policy is likely to write anyway."""
-    return -advantage * (row.policy - (row.policy.exp() + 0.1).log()).sum()
+    return -advantage * (row.policy - (row.policy.exp() + 1).log()).sum()
 
 
 def power(row: Row, advantage: float) -> Tensor:
