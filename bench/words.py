@@ -84,7 +84,7 @@ def draw(found: Mapping[str, Iterable[Mapping[str, Any]]], path: Path) -> None:
             steps, success = zip(*run["curves"][HELD_OUT], strict=True)
             label = preset if number == 0 else None
             axes.plot(steps, success, color=COLOURS.get(preset), label=label, linewidth=2, marker="o", markersize=3)
-    axes.set(xlabel="step of 8 x 8 rollouts", ylabel="held-out success", ylim=(-0.03, 1.0))
+    axes.set(xlabel="step", ylabel="held-out success", ylim=(-0.03, 1.0))
     axes.set_title("SmolLM2-135M-Instruct learns word problems in verl's trainer", fontsize=11)
     axes.legend(loc="upper left", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -108,20 +108,26 @@ def test_the_papers_gate_stays_biased_and_appending_removes_most_of_the_bias(pi,
 
 
 @pytest.mark.parametrize(
-    ("pi", "gate", "replace", "append"),
+    ("pi", "gate", "shaping", "replace", "append"),
     [
-        ((0.05, 0.05, 0.90), "paper", 0.847, 1.018),
-        ((0.05, 0.45, 0.50), "paper", 0.190, 0.163),
-        ((0.05, 0.85, 0.10), "paper", 0.185, 0.051),
-        ((0.01, 0.98, 0.01), "paper", 0.027, 0.0088),
-        ((0.05, 0.45, 0.50), "zero", 0.0016, 0.0013),
+        ((0.05, 0.05, 0.90), "paper", 0.1, 0.847, 1.018),
+        ((0.05, 0.45, 0.50), "paper", 0.1, 0.190, 0.163),
+        ((0.05, 0.85, 0.10), "paper", 0.1, 0.185, 0.051),
+        ((0.01, 0.98, 0.01), "paper", 0.1, 0.027, 0.0088),
+        ((0.05, 0.45, 0.50), "zero", 0.1, 0.0016, 0.0013),
+        ((0.05, 0.05, 0.90), "paper", 1.0, 1.223, 1.455),
+        ((0.05, 0.45, 0.50), "paper", 1.0, 0.224, 0.233),
+        ((0.05, 0.85, 0.10), "paper", 1.0, 0.191, 0.073),
+        ((0.01, 0.98, 0.01), "paper", 1.0, 0.027, 0.0096),
+        ((0.05, 0.45, 0.50), "zero", 1.0, 0.0020, 0.0018),
     ],
 )
-def test_the_logarithm_pushes_harder_and_its_bias_is_larger(pi, gate, replace, append):
+def test_the_logarithm_pushes_harder_and_its_bias_is_larger(pi, gate, shaping, replace, append):
+    shape = DemonstrationShape("power", shaping, 0.0)
     for mode, expected in (("replace", replace), ("append", append)):
         digits = 4 if expected < 0.01 else 3
-        assert relative_bias(pi, gate, mode, shape=LOGARITHM) == pytest.approx(expected, abs=6 * 10 ** -(digits + 1))
-        assert relative_bias(pi, gate, mode, shape=LOGARITHM) > relative_bias(pi, gate, mode)
+        assert relative_bias(pi, gate, mode, shape=shape) == pytest.approx(expected, abs=6 * 10 ** -(digits + 1))
+        assert relative_bias(pi, gate, mode, shape=shape) > relative_bias(pi, gate, mode)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +147,7 @@ def test_rarer_demonstrations_weigh_more_in_the_logarithm_and_less_in_the_paper(
         ("power", 0.1, 1.0, 0.25, 0.1, 1e-6, 2.5e-4),
         ("power", 0.1, 0.5, 0.385, 0.05, 1e-3, 1.5e-6),
         ("power", 0.1, 0.0, 1.0, 0.0, 1.0, 0.0),
+        ("power", 1.0, 0.0, 1.0, 0.0, 1.0, 0.0),
         ("power", math.inf, 0.0, 1.0, 1.0, 1.0, 0.0),
         ("power", math.inf, 1.0, 1.0, 1.0, 1e-7, 0.01),
         ("trsft", 0.1, 1.0, 1.0, 0.1, 1e-6, 1e-3),
