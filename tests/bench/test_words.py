@@ -38,8 +38,8 @@ def test_runs_of_different_lengths_have_separate_rows(folder):
     (folder / "plus-9steps-seed1.json").write_text(json.dumps(result("plus", 1, 0.9, steps=9)))
     _, _, *rows = words.table(words.runs(folder)).splitlines()
     assert [row.split("|")[1:6:2] for row in rows] == [
-        [" `plus` ", " 9 ", " **0.90** "],
         [" `plus` ", " 6 ", " **0.75, 0.50** "],
+        [" `plus` ", " 9 ", " **0.90** "],
         [" `grpo`, verl's own ", " 6 ", " **0.00** "],
     ]
 

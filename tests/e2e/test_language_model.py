@@ -20,7 +20,7 @@ from launch import Launch, cpu_environment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 PROMPTS, ROLLOUTS, STEPS = 2, 4, 2
-SHAPING = 0.1  # of +hapo=plus
+SHAPING = 1.0  # of +hapo=plus
 
 
 @pytest.fixture(scope="module")

@@ -141,7 +141,7 @@ def test_the_plain_loop_gives_the_trainers_rows_advantages_and_gradient(annealed
     """For the same rollouts, rows after injection, advantages and the first step's gradient are compared."""
     groups = [group for group in annealed.groups if group["step"] == 1]
     tokenizer = AutoTokenizer.from_pretrained(model)
-    settings = plain_loop.Settings(digits=3, exponent=0.0)
+    settings = plain_loop.Settings(digits=3, exponent=0.0, shaping=1.0)
     task = plain_loop.make_task(settings)
     tiny = AutoModelForCausalLM.from_pretrained(model)
     policy = plain_loop.Policy(tiny, tokenizer, task)
