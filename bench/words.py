@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "quickstart"))
-from tasks import TASKS  # noqa: E402
+from tasks import TASKS
 
 RESULTS = Path(__file__).parent / "results" / "quickstart_words"
 STEPS = TASKS["words"].steps[""]
