@@ -90,7 +90,7 @@ def draw(found: Mapping[str, Iterable[Mapping[str, Any]]], path: Path) -> None:
             axes.plot(steps, success, color=COLOURS.get(preset), label=label, linewidth=2, marker="o", markersize=3)
     axes.set(xlabel="step of 8 x 4 rollouts", ylabel="held-out success", ylim=(-0.03, 1.0))
     axes.set_title("SmolLM2-135M-Instruct learns word problems in verl's trainer", fontsize=11)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.legend(loc="upper left", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
