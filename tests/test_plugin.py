@@ -138,7 +138,8 @@ def test_plus_is_the_papers_launch_with_annealing_appended_rows_and_the_logarith
     assert (plus.hapo.gate.name, plus.hapo.injection.mode) == ("annealed", "append")
     assert (plus.hapo.loss.exponent, plus.hapo.loss.shaping) == (0.0, 1.0)
     assert check_launch(plus).gate == AnnealedGate()
-    plus.hapo.gate.name, plus.hapo.injection.mode, plus.hapo.loss.exponent = "paper", "replace", 1.0
+    plus.hapo.gate.name, plus.hapo.injection.mode = "paper", "replace"
+    plus.hapo.loss.exponent, plus.hapo.loss.shaping = 1.0, 0.1
     assert plus == paper
 
 
