@@ -1,6 +1,6 @@
 """Makes one table and one picture of the quickstart's runs on word problems, from the `result.json` of each run.
 
-make quickstart PRESET=plus SEED=1     # a run; copy its result.json to bench/results/quickstart_words/plus-seed1.json
+make quickstart PRESET=plus SEED=1     # a run; copy its result.json to results/quickstart_words/plus-20steps-seed1.json
 python bench/words.py                  # table and picture of all results there
 """
 

@@ -55,8 +55,13 @@ def python(wheel, tmp_path_factory) -> Path:
 
 
 def run(python: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["VERL_PLATFORM"] = "cpu"
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(folder),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "VERL_PLATFORM": "cpu",
+    }
     return subprocess.run(
         [str(python), *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

@@ -54,7 +54,8 @@ def on_ranks(measure, cases, processes, folder, *, triton=False):
         for name, value in environment.items():
             patch.setenv(name, value)
         # Processes are forked from a server that has imported verl, once for all tests of this pytest process. The
-        # server keeps the environment that it was started with, so the interpreter's processes start by themselves.
+        # server keeps the environment that it was started with. Triton's interpreter needs another one, so its
+        # processes are spawned.
         mp.get_context("forkserver").set_forkserver_preload(["tests.actor.engine_imports"])
         start = "spawn" if triton else "forkserver"
         mp.start_processes(_of_rank, (processes, measure, cases, str(folder)), nprocs=processes, start_method=start)
