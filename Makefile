@@ -1,7 +1,7 @@
 # make quickstart         verl's real trainer teaches a real language model on a laptop, with a picture
 # make quickstart-digits  the same trainer, a random tiny model that learns to write digits backwards
 # make quickstart-gsm8k   the language model on real word problems, a few steps
-# make test               what CI runs: lint, types, docs, unit tests, verl's trainer end to end; 18 minutes on two cores
+# make test               what CI runs: lint, types, docs, unit tests, verl's trainer end to end; 15 minutes on two cores
 # make test-long          deaths, hangs, two Ray nodes, tools, every baseline and GPU target, 10,000 examples a campaign; hours
 # make check              lint and types, and the unit tests of what changed since the last commit
 # make gpu-bundle         a folder for a GPU machine without network: kernels, tests, benches, peers, one command
@@ -26,7 +26,7 @@ UV_TRL := $(BIN)/uv pip install --quiet --python $(VENV)/trl/bin/python --compil
 # The CPU build of torch: from a folder of wheels where pip has one, else from where uv knows it to be.
 TORCH := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend=cpu)
 
-.PHONY: help quickstart quickstart-digits quickstart-gsm8k test test-long lint check docs unit e2e gpu-bundle env clean
+.PHONY: help quickstart quickstart-digits quickstart-gsm8k test test-long lint check docs unit trl e2e gpu-bundle env clean
 .DEFAULT_GOAL := help
 
 RUN = $(BIN)/python recipes/quickstart/quickstart.py --preset $(PRESET) --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) \
@@ -46,7 +46,7 @@ quickstart-gsm8k: env
 
 # What needs one core runs beside what downloads.
 test: env
-	$(MAKE) --no-print-directory --output-sync=target -j2 $(VENV)/.gym $(VENV)/trl/.complete $(VENV)/peers/.complete lint docs
+	$(MAKE) --no-print-directory --output-sync=target -j2 $(VENV)/.gym $(VENV)/peers/.complete trl lint docs
 	$(MAKE) --no-print-directory unit e2e
 
 lint: env
@@ -65,12 +65,14 @@ docs: $(VENV)/.docs
 
 # Ray gives up after 30 s by default, which a busy machine needs to start it.
 unit: export RAY_raylet_start_wait_time_s = 120
-unit: env $(VENV)/.gym $(VENV)/trl/.complete $(VENV)/peers/.complete
+unit: env $(VENV)/.gym $(VENV)/peers/.complete
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not e2e and not long" --durations=15
+
+trl: $(VENV)/trl/.complete
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/trl/bin/python -m pytest -q --confcutdir=tests/trl tests/trl
 
 e2e: env
-	$(BIN)/python -m pytest -q -m "e2e and not long" -n $(JOBS) --dist loadfile --durations=0
+	$(BIN)/python -m pytest -q -m "e2e and not long" --durations=0 tests/e2e
 
 test-long: env
 	HAPO_FUZZ_EXAMPLES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/fuzz --timeout 7200 --durations=0

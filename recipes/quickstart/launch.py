@@ -248,6 +248,8 @@ def cpu_environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         # There are more processes than cores; with more threads per process all of them get slower.
         "OMP_NUM_THREADS": "1",
+        # Large tensors on huge pages: the kernel spends half the time on an update's page faults.
+        "THP_MEM_ALLOC_ENABLE": "1",
         # Ray starts its workers with niceness 15, so that everything else on a laptop would run first.
         "RAY_worker_niceness": "0",
         # By default Ray gives up after 30 s, which is too short on a busy laptop.

@@ -406,6 +406,7 @@ def everything_written(folder):
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_without_losing_a_prompt_or_paying_for_one_twice(tmp_path, key):
     rows, command = prepared(tmp_path, 40)
     journal, output = tmp_path / "out" / "taught.journal.jsonl", tmp_path / "out" / "taught.parquet"

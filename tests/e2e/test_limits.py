@@ -18,7 +18,7 @@ from tests.e2e.agent_loops import scripted_answer
 from tests.e2e.conftest import PROMPTS, QUICKSTART, ROLLOUTS
 from tests.recipes.plain import plain_loop
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 # The optimizer is plain SGD, because Adam would make differences in the last bits larger.
 SCRIPTED = [
@@ -110,7 +110,6 @@ def test_only_rows_with_a_gradient_and_rows_that_fill_micro_batches_are_computed
         assert not any(name.startswith(("actor/entropy", "training/rollout", "rollout_corr")) for name in logged)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("preset", ["verl's own", "+hapo=grpo"])
 def test_three_steps_without_an_injected_row_give_the_parameters_of_grpo(annealed, trainer, preset):
     resume = f"trainer.resume_from_path={annealed.folder / 'checkpoints' / 'global_step_1'}"
