@@ -123,6 +123,12 @@ LANGUAGE_METHODS: dict[str, dict[str, Any]] = {
     "s_grpo": {"gate": "zero", "mode": "append", "statistics": "all", "exponent": 0.0, "shaping": float("inf")},
     "sft": {"gate": "never", "imitate": 1.0},
     "sft, then grpo": {"gate": "never", "imitate": 1 / 3},
+    # Two runs one after the other, as it is usually done: the second has its own optimizer and learning rate.
+    **{
+        f"sft {name}, grpo at {lr:g}": {"gate": "never", "imitate": share, "lr_after": lr}
+        for name, share in (("1/3", 1 / 3), ("2/3", 2 / 3))
+        for lr in (1e-5, 3e-5)
+    },
 }
 # All of them on the shortest task; on the others, and without the deviation, those that decide.
 EVERY = [(gate, mode) for gate in GATES for mode in ("replace", "append")] + [("never", "replace")]

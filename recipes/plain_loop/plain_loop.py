@@ -22,6 +22,7 @@ Shape suffixes: B rows of the batch, S tokens of a prompt, T tokens of a respons
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -86,6 +87,7 @@ class Settings:
     allocate: str = "uniform"  # of these rollouts; posterior: by the posteriors of the gates posterior and thompson
     steps: int = 180
     lr: float = 2e-3
+    lr_after: float = 0.0  # learning rate after the supervised steps, with a new optimizer; 0 goes on with the old one
     weight_decay: float = 0.01
     dtype: str = "float32"  # dtype of matrix products; weights and sums are float32
     device: str = "cpu"
@@ -311,8 +313,9 @@ def train(
     task = make_task(settings)
     policy = Policy.of(settings, task)
     parameters = list(policy.model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps, eta_min=settings.lr / 10)
+    supervised = math.ceil(settings.imitate * settings.steps)
+    first_part = supervised if settings.lr_after else settings.steps
+    optimizer, schedule = optimizer_of(parameters, settings, settings.lr, first_part)
     generator, rng = torch.Generator(settings.device).manual_seed(settings.seed), random.Random(settings.seed)
     warm_up(policy, settings)
     retraction = Retraction(settings, [problem.question for problem in task.train])
@@ -326,8 +329,10 @@ def train(
     for step in range(settings.steps):
         tested = (step + 1) % settings.test_every == 0
         record: dict[str, float] = {"step": step + 1}
+        if settings.lr_after and step == supervised:
+            optimizer, schedule = optimizer_of(parameters, settings, settings.lr_after, settings.steps - step)
         optimizer.zero_grad()
-        if step < settings.imitate * settings.steps:
+        if step < supervised:
             problems, asked = task.train[asked : asked + settings.prompts], asked + settings.prompts
             rows = policy.demonstration_rows(problems)
             imitation_loss(policy, rows).backward()
@@ -379,6 +384,14 @@ def train(
         report(record)
         history.append(record)
     return history
+
+
+def optimizer_of(
+    parameters: list[torch.nn.Parameter], settings: Settings, lr: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW, and a learning rate that falls to a tenth along a cosine over a number of steps."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=settings.weight_decay)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=lr / 10)
 
 
 def gradient_of(parameter: Tensor) -> Tensor:

@@ -1,0 +1,49 @@
+"""The plain loop: supervised steps first, then the rest of the run with its own learning rate."""
+
+import pytest
+
+from tests.recipes.plain import plain_loop
+
+TINY = {"digits": 2, "hidden": 64, "prompts": 4, "rollouts": 2, "steps": 6, "heldout": 2, "imitate": 1 / 3, "lr": 1e-2}
+
+
+def parameters_after(**settings):
+    found = []
+
+    def keep(policy):
+        found.extend(parameter.detach().clone() for parameter in policy.model.parameters())
+        return {}
+
+    plain_loop.train(plain_loop.Settings(**TINY | settings), probe=keep)
+    return found
+
+
+def largest(ours, theirs):
+    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_steps_after_the_supervised_ones_have_the_learning_rate_after():
+    """At a rate of 1e-9 it makes no difference what they train on; at a larger one, or with the first rate, it does."""
+    always, never = {"gate": "always", "mode": "append"}, {"gate": "never"}
+    supervised = parameters_after(**never, lr_after=1e-9)
+    assert largest(parameters_after(**always, lr_after=1e-9), supervised) < 1e-7
+    assert largest(parameters_after(**always, lr_after=1e-3), supervised) > 1e-4
+    assert largest(parameters_after(**always), supervised) > 1e-3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_learning_rate_falls_to_a_tenth_in_each_part(monkeypatch, share):
+    parts = []
+    made = plain_loop.optimizer_of
+
+    def spy(parameters, settings, lr, steps):
+        optimizer, schedule = made(parameters, settings, lr, steps)
+        parts.append((lr, steps, optimizer))
+        return optimizer, schedule
+
+    monkeypatch.setattr(plain_loop, "optimizer_of", spy)
+    parameters_after(imitate=share, lr_after=1e-3)
+    expected = {0.0: [(1e-3, 6)], 0.5: [(1e-2, 3), (1e-3, 3)], 1.0: [(1e-2, 6)]}[share]
+    assert [(lr, steps) for lr, steps, _ in parts if steps] == expected
+    for lr, steps, optimizer in parts:
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr / 10 if steps else lr)
