@@ -118,6 +118,7 @@ LANGUAGE_METHODS: dict[str, dict[str, Any]] = {
     "plus λ=∞": PLUS | {"shaping": float("inf")},
     "plus trsft": PLUS | {"shape": "trsft"},
     "plus chord": PLUS | {"shape": "chord"},
+    "plus without std": PLUS | {"scale_by_std": False},
     "paper κ=0": METHODS["paper"] | {"exponent": 0.0},
     "chord": {"gate": "always", "mode": "append", "objective": "chord", "shape": "chord"},
     "s_grpo": {"gate": "zero", "mode": "append", "statistics": "all", "exponent": 0.0, "shaping": float("inf")},
