@@ -12,6 +12,24 @@ from tests import parsed_yaml
 
 parsed_yaml.install()
 
+# Files whose tests are processes with verl's engine, forked from a server that has imported verl: `engine_process.py`.
+WITH_ENGINE = "tests/actor/", "tests/driver/test_idle_rows.py", "tests/driver/test_trl.py"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `--dist loadfile`, all files with engines go to the same worker, so that one server is started."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneServer(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "with engine" if nodeid.startswith(WITH_ENGINE) else super()._split_scope(nodeid)
+
+    return OneServer(config, log)
+
+
 # The trace that every preset writes beside the checkpoints is off.
 PAPER = ["+hapo=paper", "actor_rollout_ref.rollout.n=8", "hapo.trace_dir=null"]
 
