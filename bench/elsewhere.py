@@ -1,5 +1,6 @@
-"""Measures what a training run changed outside its task: how far the policy moved, and what it forgot.
+"""Measures after a training run what the curve of greedy answers does not show: samples, and what changed elsewhere.
 
+sampled    success of two answers at temperature 1 to each held-out problem: what a rollout is worth
 KL         mean over tokens of KL(π₀ ‖ π), nats, on 64 prompts that have nothing to do with the task, each with the
            greedy continuation of the initial policy π₀
 capitals   share of 40 capitals that the policy can name; the initial policy can answer these questions
@@ -61,12 +62,20 @@ def capitals(policy: Policy) -> float:
     return sum(name in text for name, text in zip(CAPITALS.values(), texts, strict=True)) / len(CAPITALS)
 
 
+def sampled_success(policy: Policy, samples: int = 2) -> float:
+    """The success rate of answers at temperature 1 to the first set of held-out problems."""
+    problems = next(iter(policy.task.heldout.values()))
+    generator = torch.Generator(policy.model.device).manual_seed(0)
+    return policy.rollouts(problems, [samples] * len(problems), generator).score_B.mean().item()
+
+
 def probe(settings: Settings) -> Any:
     """The `probe` of `plain_loop.train` for a run with these settings."""
 
     def ask(policy: Policy) -> dict[str, float]:
         initial = Policy.of(settings, make_task(settings))
         return {
+            "sampled_success": sampled_success(policy),
             "divergence": divergence(initial, policy),
             "capitals": capitals(policy),
             "capitals_before": capitals(initial),

@@ -251,6 +251,7 @@ COLUMNS = {
     },
     "language": CURVE
     | {
+        "sampled, last": lambda r: r["history"].get("sampled_success", [(0, float("nan"))])[-1][1],
         "new templates, last": lambda r: r["history"].get("new_templates_success", [(0, float("nan"))])[-1][1],
         "learning rate": lambda r: r["settings"]["lr"],
         "generated tokens": lambda r: sum(value for _, value in r["history"]["generated_tokens"]),

@@ -2,12 +2,15 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from hapo_verl.config import HapoConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+from elsewhere import sampled_success
 from study import COLUMNS, LANGUAGE_TASKS, METHODS, TASKS, Settings, gate_runs, language_runs, method_runs
 
 
@@ -43,3 +46,18 @@ def test_tokens_are_counted_up_to_the_step_at_which_success_is_measured():
     assert measure({"history": history}) == 7 + 5 + 3
     never = measure({"history": history | {"heldout_success": [(2, 0.5), (4, 0.89)]}})
     assert never != never
+
+
+def test_samples_are_two_answers_to_each_problem_of_the_main_set():
+    asked = []
+
+    class Policy:
+        model = SimpleNamespace(device="cpu")
+        task = SimpleNamespace(heldout={"heldout_success": ["a", "b"], "new_templates_success": ["c"]})
+
+        def rollouts(self, problems, counts, generator):
+            asked.append((problems, counts, generator.initial_seed()))
+            return SimpleNamespace(score_B=torch.tensor([1.0, 0.0, 0.0, 0.0]))
+
+    assert sampled_success(Policy()) == 0.25
+    assert asked == [(["a", "b"], [2, 2], 0)]
