@@ -10,7 +10,6 @@ import torch
 from hapo_verl.config import HapoConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-from elsewhere import sampled_success
 from study import COLUMNS, LANGUAGE_TASKS, METHODS, TASKS, Settings, gate_runs, language_runs, method_runs
 
 
@@ -49,6 +48,8 @@ def test_tokens_are_counted_up_to_the_step_at_which_success_is_measured():
 
 
 def test_samples_are_two_answers_to_each_problem_of_the_main_set():
+    from elsewhere import sampled_success  # study has put its folder on the path
+
     asked = []
 
     class Policy:
