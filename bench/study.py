@@ -124,6 +124,7 @@ LANGUAGE_METHODS: dict[str, dict[str, Any]] = {
     "s_grpo": {"gate": "zero", "mode": "append", "statistics": "all", "exponent": 0.0, "shaping": float("inf")},
     "sft": {"gate": "never", "imitate": 1.0},
     "sft, then grpo": {"gate": "never", "imitate": 1 / 3},
+    "sft, then plus": PLUS | {"imitate": 1 / 3},
     # Two runs one after the other, as it is usually done: the second has its own optimizer and learning rate.
     **{
         f"sft {name}, grpo at {lr:g}": {"gate": "never", "imitate": share, "lr_after": lr}
