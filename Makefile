@@ -44,10 +44,10 @@ quickstart-digits: env
 quickstart-gsm8k: env
 	$(RUN) --task gsm8k $(if $(GSM8K),--gsm8k $(GSM8K))
 
-# What needs one core runs beside what downloads.
+# What needs one core runs beside what downloads. Starting a trainer is mostly waiting, so unit tests run meanwhile.
 test: env
 	$(MAKE) --no-print-directory --output-sync=target -j2 $(VENV)/.gym $(VENV)/peers/.complete trl lint docs
-	$(MAKE) --no-print-directory unit e2e
+	$(MAKE) --no-print-directory -j2 unit e2e
 
 lint: env
 	$(BIN)/ruff check .
