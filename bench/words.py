@@ -1,7 +1,7 @@
 """Makes one table and one picture of the quickstart's runs on word problems, from the `result.json` of each run.
 
-make quickstart PRESET=plus SEED=1     # a run; copy its result.json to results/quickstart_words/plus-20steps-seed1.json
-python bench/words.py                  # table and picture of all results there
+make quickstart PRESET=plus SEED=1  # copy its result.json to bench/results/quickstart_words/plus-20steps-seed1.json
+python bench/words.py               # table and picture of all results there
 """
 
 from __future__ import annotations
