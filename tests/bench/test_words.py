@@ -44,11 +44,22 @@ def test_runs_of_different_lengths_have_separate_rows(folder):
     ]
 
 
+def test_a_trial_is_named_by_its_command_and_is_in_no_other_table(folder):
+    before, command = words.table(words.runs(folder)), 'make quickstart PRESET=plus OVERRIDES="a.b=10"'
+    (folder / "trials").mkdir()
+    (folder / "trials" / "plus-seed1-b.json").write_text(json.dumps(result("plus", 1, 0.9, command=command)))
+    _, _, *rows = words.trials(folder / "trials").splitlines()
+    assert rows == [f"| `{command}` | 0.90 | 0.45 | 10 | abc |"]
+    assert words.table(words.runs(folder)) == before
+
+
 def test_a_transcript_has_every_problem_before_and_after():
     text = words.transcript({"answers": [["Q?", "4", "2 + 2 = 5", "2 + 2 = 4\n#### 4"]]})
     assert text == "Q?  [4]\n--- before\n2 + 2 = 5\n--- after\n2 + 2 = 4\n#### 4\n"
 
 
 def test_the_committed_table_agrees_with_the_committed_results():
-    assert words.table(words.runs(RESULTS)) in (RESULTS / "README.md").read_text()
+    text = (RESULTS / "README.md").read_text()
+    assert words.table(words.runs(RESULTS)) in text
+    assert words.trials(RESULTS / "trials") in text
     assert (RESULTS / "curves.png").exists()
