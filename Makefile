@@ -18,9 +18,12 @@ JOBS ?= $(shell awk '/MemAvailable/ {print ($$2 > 16000000) ? 2 : 1}' /proc/memi
 # Files of unit tests at a time: a third of their time is waiting. A file's fixtures are made once.
 WORKERS ?= $(shell echo $$(($$(nproc) * 3 / 2)))
 
+# Some machines write no bytecode: there each of a trainer's eleven processes and of the tests' would compile this package.
+export PYTHONDONTWRITEBYTECODE :=
+
 VENV := .venv
 BIN := $(VENV)/bin
-# Compiled once: a trainer is eleven processes, and some machines write no bytecode by themselves.
+# Compiled once, not by the first processes that import it.
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode
 UV_TRL := $(BIN)/uv pip install --quiet --python $(VENV)/trl/bin/python --compile-bytecode
 # The CPU build of torch: from a folder of wheels where pip has one, else from where uv knows it to be.

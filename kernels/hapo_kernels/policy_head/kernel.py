@@ -451,36 +451,6 @@ def _backward_logits(ctx, upstream, *_):
     return (gradient, *[None] * (ctx.inputs - 1))
 
 
-class _IntoMainGrad(torch.autograd.Function):
-    """`policy_head_op`, but adds `upstream · ∂weight` to a tensor of the caller, which a functional op must not do."""
-
-    @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, bias_V, main_grad_VH, upstream, group, rows, counts, wanted, loss):
-        gradients = Gradients(hidden_NH, weight_VH, bias_V, wanted, main_grad_VH, upstream)
-        values = run_policy_head(Head(hidden_NH, weight_VH, bias_V, rows), loss, gradients, group, counts)
-        dhidden_NH, _, dbias_V = gradients.result(group)
-        ctx.upstream, ctx.dtypes = (
-            upstream,
-            (hidden_NH.dtype, loss.temperature_N.dtype if bias_V is None else bias_V.dtype),
-        )
-        ctx.save_for_backward(dhidden_NH, dbias_V)
-        ctx.mark_non_differentiable(*values[1:])
-        return values
-
-    @staticmethod
-    def backward(ctx, upstream, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
-        refuse_double_backward("policy_head")
-        message = (
-            f"policy_head: main_grad_VH was given upstream={ctx.upstream}, and the backward pass brings another one."
-        )
-        torch.ops.aten._assert_async.msg(torch.isclose(upstream, torch.full_like(upstream, ctx.upstream)), message)
-        hidden, bias = (
-            None if gradient is None else times_upstream(gradient, upstream, dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return hidden, None, bias, *[None] * 7
-
-
 policy_head_op.register_autograd(_backward, setup_context=_save)
 from_logits_op.register_autograd(_backward_logits, setup_context=_save_logits)
 _policy_head = eager(policy_head_op, run_head, _save, _backward, outputs=4)
@@ -551,14 +521,12 @@ def policy_head(
     loss, head = row_loss(*tokens, **terms), (hidden_BTH.flatten(0, -2), weight_VH, bias_V)
     wanted = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in head]
     if main_grad_VH is not None and wanted[1]:
-        values = _into_main_grad(*head, main_grad_VH, upstream, vocabulary_group, rows, counts, wanted, loss)
+        from hapo_kernels.policy_head.main_grad import into_main_grad  # imports torch._dynamo, 3 s
+
+        values = into_main_grad(*head, main_grad_VH, upstream, vocabulary_group, rows, counts, wanted, loss)
     else:
         values = _policy_head(*head, name_of(vocabulary_group), list(rows), counts, wanted, *loss)
     return result_of(*values[:4], hidden_BTH.shape[:-1])
-
-
-# torch.compile must not trace into the kernels, which are not inside a custom op here.
-_into_main_grad = torch.compiler.disable(_IntoMainGrad.apply)
 
 
 def policy_loss_from_logits(
