@@ -47,9 +47,11 @@ def test_runs_of_different_lengths_have_separate_rows(folder):
 def test_a_trial_is_named_by_its_command_and_is_in_no_other_table(folder):
     before, command = words.table(words.runs(folder)), 'make quickstart PRESET=plus OVERRIDES="a.b=10"'
     (folder / "trials").mkdir()
-    (folder / "trials" / "plus-seed1-b.json").write_text(json.dumps(result("plus", 1, 0.9, command=command)))
+    (folder / "trials" / "plus-seed1-gradient-clip-1.json").write_text(
+        json.dumps(result("plus", 1, 0.9, command=command))
+    )
     _, _, *rows = words.trials(folder / "trials").splitlines()
-    assert rows == [f"| `{command}` | 0.90 | 0.45 | 10 | abc |"]
+    assert rows == [f"| gradient clip 1 | `{command}` | 0.90 | 0.45 | 10 | abc |"]
     assert words.table(words.runs(folder)) == before
 
 
