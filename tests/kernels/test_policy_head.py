@@ -498,6 +498,26 @@ def test_the_op_is_registered_so_that_compile_and_fake_tensors_work():
     assert torch.equal(found, expected)
 
 
+def test_main_grad_is_added_to_inside_a_compiled_function_as_outside():
+    """The kernels run outside the compiled graph, which breaks there."""
+    fields = batch(rows=2)
+    hidden, weight, _ = leaves_of(fields)
+    tokens = [fields[name] for name in ("label", "behaviour", "advantage", "mask")]
+
+    def gradient(function):
+        main_grad = torch.zeros(weight.shape, device=DEVICE)
+        (dhidden,) = torch.autograd.grad(function(hidden, main_grad), hidden)
+        return dhidden, main_grad
+
+    def loss(hidden, main_grad):
+        settings = {"impl": "triton", "chunk_rows": 4, "main_grad_VH": main_grad, **settings_of(fields)}
+        return policy_head(hidden * 1.0, weight, *tokens, **settings).loss
+
+    for found, expected in zip(gradient(torch.compile(loss, backend="aot_eager")), gradient(loss), strict=True):
+        assert torch.equal(found, expected)
+        assert expected.any()
+
+
 def test_a_second_derivative_is_refused():
     fields = batch()
     hidden, weight, _ = leaves_of(fields)
