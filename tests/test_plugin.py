@@ -104,9 +104,9 @@ def test_vllm_is_left_alone_without_the_cpu_platform(monkeypatch):
         vllm_cpu.register()
 
 
-@pytest.mark.parametrize(
-    ("registered", "seconds"), [(True, (0.0, 0.05)), pytest.param(False, (0.01, 10.0), marks=pytest.mark.long)]
-)
+# Only another vLLM can change this, and each case imports it.
+@pytest.mark.long
+@pytest.mark.parametrize(("registered", "seconds"), [(True, (0.0, 0.05)), (False, (0.01, 10.0))])
 def test_vllms_processes_wait_for_each_other_without_using_a_core(registered, seconds):
     code = (
         "import threading, time\n"

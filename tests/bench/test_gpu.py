@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from hapo_kernels.launch import TABLE, Launch
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import gpu
 import gpu_bundle
@@ -115,6 +117,24 @@ def test_a_bench_times_ours_and_names_every_peer(rehearsal, bench, cases):
                 assert row["error"], row
         if bench.startswith("head"):
             assert {row["name"] for row in case["rows"]} >= HEADS
+
+
+def test_the_launch_settings_of_every_candidate_are_timed_and_no_table_is_written(rehearsal):
+    _, out, _ = rehearsal
+    content = json.loads((out / "launch_settings.json").read_text())
+    assert content["smoke"]
+    assert content["architecture"] == "sm_90"
+    measured = [(row["kernel"], row["dtype"], Launch(*row["launch"])) for row in content["times"]]
+    table = TABLE["sm_90"]
+    candidates = {
+        (kernel, dtype, launch)
+        for kernel, entries in table.chosen.items()
+        for dtype in entries
+        for launch in table.candidates[kernel]
+    }
+    assert set(measured) == candidates
+    assert len(measured) == len(candidates)
+    assert not (out / "launch_table.json").exists()
 
 
 def test_failed_tests_are_the_tables_first_line(tmp_path):

@@ -1,22 +1,19 @@
-"""The bench that writes the table of launch settings: a rehearsal on a CPU, and its choice with made-up times."""
+"""The bench that writes the table of launch settings: its choice with made-up times. `test_gpu.py` rehearses it."""
 
-import json
 import math
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from hapo_kernels.launch import DTYPES, NOT_MEASURED, TABLE, Chosen, Launch, read, write
+from hapo_kernels.launch import DTYPES, NOT_MEASURED, TABLE, Chosen, read, write
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import launch_settings
 
-REPOSITORY = Path(__file__).parents[2]
 # The table before any measurement: the first candidate of each kernel.
 SM_90 = TABLE["sm_90"]._replace(
     chosen={
@@ -28,39 +25,16 @@ FRESH = TABLE | {"sm_90": SM_90}
 SOURCE = "measured on a machine of this test"
 
 
-def bench(folder, *options):
-    path = os.pathsep.join(filter(None, [str(REPOSITORY / "kernels"), *sys.path]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, REPOSITORY / "bench/launch_settings.py", "--out", folder, *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
-def test_the_rehearsal_launches_every_candidate_and_writes_no_table(tmp_path):
-    done = bench(tmp_path, "--smoke")
-    assert done.returncode == 0, done.stderr[-2000:]
-    content = json.loads((tmp_path / "launch_settings.json").read_text())
-    assert content["smoke"]
-    assert content["architecture"] == "sm_90"
-    measured = [(row["kernel"], row["dtype"], Launch(*row["launch"])) for row in content["times"]]
-    candidates = {
-        (kernel, dtype, launch)
-        for kernel, entries in SM_90.chosen.items()
-        for dtype in entries
-        for launch in SM_90.candidates[kernel]
-    }
-    assert set(measured) == candidates
-    assert len(measured) == len(candidates)
-    assert not (tmp_path / "launch_table.json").exists()
-
-
-def test_without_a_gpu_nothing_is_measured_and_nothing_written(tmp_path):
+def test_without_a_gpu_nothing_is_measured_and_nothing_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for options, message in (
         (("--write", "--smoke"), "--write with --smoke: a rehearsal measures nothing. Use one of them."),
         (("--write",), "no GPU: a kernel's speed is measured on one."),
     ):
-        done = bench(tmp_path, *options)
-        assert done.returncode == 2
-        assert message in done.stderr
+        monkeypatch.setattr(sys, "argv", ["launch_settings.py", "--out", str(tmp_path), *options])
+        with pytest.raises(SystemExit, match="2"):
+            launch_settings.main()
+        assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -23,14 +24,16 @@ def process():
     started = []
 
     def start(code):
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", code]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
         started.append(child)
         assert child.stdout.readline() == "ready\n"
         return child
 
     yield start
     for child in started:
-        child.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # and the children that it started
         child.wait()
 
 
