@@ -4,7 +4,6 @@ import socket
 from collections.abc import Callable
 
 import pytest
-import verl  # noqa: F401  registers the presets, as in a launch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
@@ -14,6 +13,12 @@ parsed_yaml.install()
 
 # Files whose tests are processes with verl's engine, forked from a server that has imported verl: `engine_process.py`.
 WITH_ENGINE = "tests/actor/", "tests/driver/test_idle_rows.py", "tests/driver/test_trl.py"
+
+
+def pytest_configure(config):
+    """Import verl, which registers the presets, as in a launch; a process that only distributes tests needs none."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        import verl  # noqa: F401
 
 
 @pytest.hookimpl(optionalhook=True)
