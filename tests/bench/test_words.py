@@ -44,7 +44,7 @@ def test_runs_of_different_lengths_have_separate_rows(folder):
     ]
 
 
-def test_a_trial_is_named_by_its_command_and_is_in_no_other_table(folder):
+def test_a_trial_has_its_setting_and_its_command_and_is_in_no_other_table(folder):
     before, command = words.table(words.runs(folder)), 'make quickstart PRESET=plus OVERRIDES="a.b=10"'
     (folder / "trials").mkdir()
     (folder / "trials" / "plus-seed1-gradient-clip-1.json").write_text(
