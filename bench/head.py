@@ -53,7 +53,7 @@ class Case:
         return f"{self.task}: {shape}, B = {self.sequences}, {self.share:.4g} of tokens train, {self.rows} rows"
 
 
-GATE = Case(512, 512, 8192) if CUDA else Case(16, 24, 300)
+GATE = Case(512, 512, 8192) if CUDA else Case(8, 24, 300, sequences=4)
 HEADLINES = [
     Case(8192, 4096, 151936),
     Case(8192, 4096, 151936, 1 / 8),
@@ -74,8 +74,8 @@ GRID = itertools.product(
 
 def cases() -> list[Case]:
     smoke = {
-        "headline": [Case(16, 24, 300, 0.6, rows=LLM_LIKE), Case(16, 24, 300, 1.0, "log-probabilities")],
-        "sweep": [Case(16, 24, 300, 1 / 8, sequences=1)],
+        "headline": [Case(8, 24, 300, 0.6, rows=LLM_LIKE), Case(8, 24, 300, 1.0, "log-probabilities")],
+        "sweep": [Case(8, 24, 300, 1 / 4, sequences=1)],
     }
     sweep = [Case(*point, rows=rows) for point in GRID for rows in ("random", LLM_LIKE)]
     parts = smoke if arguments.smoke else {"headline": HEADLINES, "sweep": sweep}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -56,7 +55,7 @@ def calls(device: str, dtype: torch.dtype, *, tiny: bool) -> Iterator[tuple[str,
     from hapo_kernels.policy_loss import Aggregation, Clip, policy_loss
     from hapo_kernels.segment_norm import segment_norm
 
-    rows, vocabulary = (2, 300) if tiny else (ROWS, V)
+    rows, vocabulary = (1, 300) if tiny else (ROWS, V)
     row = torch.arange(rows, device=device)
     logits, dlogits = (
         torch.randn(rows, vocabulary, device=device),
@@ -91,7 +90,7 @@ def calls(device: str, dtype: torch.dtype, *, tiny: bool) -> Iterator[tuple[str,
     mask, advantage = torch.ones(*shape, dtype=torch.bool, device=device), torch.ones(shape[0], device=device)
     terms = (logp, logp.detach(), advantage, mask)
     yield "policy_loss", name, lambda: policy_loss(*terms, clip=clip, aggregation=aggregation, impl="triton")
-    scores = torch.randn(256 if tiny else SCORES, device=device).to(dtype)
+    scores = torch.randn(128 if tiny else SCORES, device=device).to(dtype)
     bounds = torch.arange(0, len(scores) + 1, 64 if tiny else 4096, device=device)
     yield "segment_norm", name, lambda: segment_norm(scores, scale_by_std=True, offset_S1=bounds, impl="triton")
 
@@ -177,7 +176,7 @@ def main() -> None:
     if arguments.write and arguments.smoke:
         parser.error("--write with --smoke: a rehearsal measures nothing. Use one of them.")
     if not cuda:
-        os.environ["TRITON_INTERPRET"] = "1"
+        harness.interpret()
     from hapo_kernels import launch
 
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 LLM_LIKE = "LLM-like"
 CASES = [(8192, 151936, "random"), (8192, 151936, LLM_LIKE), (4096, 128256, "random"), (16384, 151936, "random")]
 if arguments.smoke:
-    CASES = [(16, 300, "random"), (16, 300, LLM_LIKE)]
+    CASES = [(8, 300, "random"), (8, 300, LLM_LIKE)]
 ROWS, SAMPLE = 8, 64
 EAGER = "torch eager"
 

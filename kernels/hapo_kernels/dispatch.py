@@ -6,7 +6,6 @@ import os
 from typing import Literal
 
 import torch
-from torch.distributed.tensor import DTensor
 
 Impl = Literal["auto", "reference", "triton"]
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,7 +25,8 @@ def use_triton(impl: str, *tensors: torch.Tensor) -> bool:
         return False
     if impl not in ("auto", "triton"):
         raise ValueError(f"impl={impl!r}: no such implementation. Use 'auto', 'reference' or 'triton'.")
-    if any(isinstance(tensor, DTensor) for tensor in tensors):
+    # A DTensor; its class is not imported here, since that import takes as long as half of torch's.
+    if any(hasattr(tensor, "full_tensor") for tensor in tensors):
         raise TypeError("a DTensor: a kernel sees one rank's memory. Pass tensor.to_local() or tensor.full_tensor().")
     if not first.is_cuda and not interpreted():
         raise ValueError(

@@ -193,21 +193,19 @@ def measure(binary, target):
             "loads_64": len(re.findall(r"(?:global|buffer)_load_dwordx2", assembly)),
             "loads_128": len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),
         }
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    # PTX, since a disassembly takes longer than the build; ptxas keeps the width of a load. Spilled registers are on
+    # the stack, which these kernels use for nothing else.
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        sass = subprocess.run(
-            [tools / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        command = [Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ptx = binary.asm["ptx"]
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "loads_64": len(re.findall(r"\bLDG(?:STS)?\.E(?:\.\w+)*\.64\b", sass)),
-        "loads_128": len(re.findall(r"\bLDG(?:STS)?\.E(?:\.\w+)*\.128\b", sass)),
+        "spills": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "loads_64": len(re.findall(r"\bld\.global(?:\.\w+)*\.(?:v2\.[bf]32|[bf]64)\b", ptx)),
+        "loads_128": len(re.findall(r"\b(?:ld\.global(?:\.\w+)*\.v4\.[bf]32|cp\.async\.cg\.shared\.global)\b", ptx)),
     }
 
 

@@ -12,6 +12,7 @@ from exactness import DEVICE
 from hapo_kernels.linear_logprob import linear_logprob
 from hapo_kernels.policy_head import policy_head
 from hapo_kernels.policy_loss import Aggregation, Clip, KLPenalty, Teacher
+from interpreter import patch_once_per_launch
 
 V, RANKS = 14, 2
 SLICES = [slice(7 * rank, 7 * rank + 7) for rank in range(RANKS)]
@@ -99,6 +100,7 @@ CASES = {
 
 def of_rank(rank, rendezvous, results):
     os.environ["TRITON_INTERPRET"] = "1"
+    patch_once_per_launch()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)
     found = {}
