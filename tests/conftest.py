@@ -4,10 +4,9 @@ import socket
 from collections.abc import Callable
 
 import pytest
-from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
-from tests import parsed_yaml
+from tests import composed, parsed_yaml
 
 parsed_yaml.install()
 
@@ -44,8 +43,7 @@ def launch() -> Callable[..., DictConfig]:
     """The configuration of `python -m verl.trainer.main_ppo +hapo=paper ...` with the given overrides."""
 
     def compose_launch(*overrides: str, preset: list[str] = PAPER) -> DictConfig:
-        with initialize_config_module("verl.trainer.config", version_base=None):
-            return compose("ppo_trainer", overrides=[*preset, *overrides])
+        return composed.launch(*preset, *overrides)
 
     return compose_launch
 
