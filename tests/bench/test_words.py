@@ -44,6 +44,14 @@ def test_runs_of_different_lengths_have_separate_rows(folder):
     ]
 
 
+def test_a_run_without_a_measured_memory_has_a_dash_and_its_note_a_line(folder):
+    more = {"peak_memory_gib": None, "note": "It was ended early."}
+    (folder / "grpo-seed2.json").write_text(json.dumps(result("grpo", 2, 0.0, **more)))
+    found = words.runs(folder)
+    assert words.table(found).splitlines()[-1].endswith("| 10, 10 | 10.0, – | abc |")
+    assert words.notes(found) == "- `grpo`, seed 2, 6 steps: It was ended early.\n"
+
+
 def test_a_trial_has_its_setting_and_its_command_and_is_in_no_other_table(folder):
     before, command = words.table(words.runs(folder)), 'make quickstart PRESET=plus OVERRIDES="a.b=10"'
     (folder / "trials").mkdir()
@@ -64,4 +72,5 @@ def test_the_committed_table_agrees_with_the_committed_results():
     text = (RESULTS / "README.md").read_text()
     assert words.table(words.runs(RESULTS)) in text
     assert words.trials(RESULTS / "trials") in text
+    assert words.notes(words.runs(RESULTS)) in text
     assert (RESULTS / "curves.png").exists()
