@@ -14,6 +14,7 @@ import transfer_queue as tq
 from verl.trainer.ppo import padding_utils
 
 from hapo_verl.protocol.rows import plain_values
+from tests import composed
 from tests.actor.engine_process import VOCABULARY, Case, _engine, on_ranks
 
 PROMPTS, ROLLOUTS, STEPS, LONGEST = 8, 4, 5, 7
@@ -144,14 +145,12 @@ def rollouts(one, step):
 
 
 def _config(one):
-    from hapo_verl.launch.rehearsal import composed
-
     if one.trainer == "hapo":
         chosen = [*one.overrides, "trainer.v1.trainer_mode=hapo_sync", "hapo.trace_dir=null"]
     else:
         chosen = [*one.overrides, "algorithm.adv_estimator=grpo"]
-    return composed(
-        [
+    return composed.launch(
+        *(
             # If two overrides name the same key, the last one counts.
             f"actor_rollout_ref.rollout.n={ROLLOUTS}",
             f"data.train_batch_size={PROMPTS}",
@@ -163,7 +162,7 @@ def _config(one):
             "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=128",
             "actor_rollout_ref.rollout.temperature=0.7",
             *chosen,
-        ]
+        )
     )
 
 
