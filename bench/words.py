@@ -172,9 +172,10 @@ commit with a `+` had changes that were not committed.
 With verl's gradient clip of 1 `plus` ends at 0.72, 0.80 and 0.46 and with 10 at 0.64, 0.70, 0.72 and 0.62. In the
 `metrics.jsonl` of the last three runs the norms before clipping are 5.7 to 10.1 in the first two steps and 0.7 to 3.9
 later, above 1 in 46 of 54 steps, so a clip of 1 shortens nearly every step. The larger clip was chosen after these
-runs, on the same problems and seeds; the means, 0.66 and 0.67, do not differ by more than chance. `paper` ends lower
-with the larger clip, with both seeds that were run with each: 0.16 and 0.00 against 0.32 and 0.16. Both seeds of each
-are far below `plus`.
+runs, on the same problems and seeds; the means, 0.66 and 0.67, do not differ by more than chance. `paper` ends at
+0.16, 0.00 and 0.24 with the larger clip, and at 0.32 and 0.16 with verl's. That is no difference that so few runs can
+show, and far below `plus` with either. With the larger clip its first rollout succeeds in steps 6 to 8, and no step has
+more successes than 5 of 32.
 
 ## The same problems before and after
 

@@ -53,6 +53,13 @@ sent, _ = Sender().zmq_handle, Receiver()
 received = f"ipc:///tmp/zmq-{os.environ['VERL_RAY_JOB_ID']}-replica-0.sock"
 socket = [sent == received, context.gcs_address.rpartition(":")[2] in sent, context.get_job_id() in sent]
 """
+WRAPPED = """
+from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension as Worker
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer as Server
+from hapo_verl.protocol.weight_error import _UPDATES
+methods = [*(getattr(Worker, name) for name in _UPDATES), Server.collective_rpc]
+wrapped = [method.__wrapped__.__qualname__ for method in methods]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +69,7 @@ def without_the_platform():
 
 @pytest.fixture(scope="module")
 def with_the_platform():
-    code = f"import verl\n{PATCHED}{SOCKET}import json; print(json.dumps([patched, socket]))"
+    code = f"import verl\n{PATCHED}{SOCKET}{WRAPPED}import json; print(json.dumps([patched, socket, wrapped]))"
     return json.loads(python(code, VERL_PLATFORM="cpu"))
 
 
@@ -91,6 +98,15 @@ def test_the_cpu_platform_is_patched_in_only_if_requested(without_the_platform, 
 
 def test_both_ends_of_the_weight_socket_are_named_after_the_cluster_and_the_job(with_the_platform):
     assert with_the_platform[1] == [True, True, True]
+
+
+def test_verls_weight_updates_are_wrapped_where_verl_is_imported(with_the_platform):
+    """So that an error of a worker gets to the watch: see protocol/test_weight_error.py."""
+    assert with_the_platform[2] == [
+        "vLLMColocateWorkerExtension.update_weights_from_ipc",
+        "vLLMColocateWorkerExtension.update_verl_delta_weights",
+        "vLLMHttpServer.collective_rpc",
+    ]
 
 
 def test_vllm_is_left_alone_without_the_cpu_platform(monkeypatch):

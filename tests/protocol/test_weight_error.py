@@ -10,7 +10,6 @@ import torch
 import verl
 
 from hapo_verl.protocol.weight_error import first_error, keep_errors, name_the_first_error, weight_update_error
-from tests.test_plugin import python
 
 # verl's package imports vLLM, which this module does not need.
 _FILE = Path(verl.__file__).parent / "workers" / "rollout" / "vllm_rollout" / "bucketed_weight_transfer.py"
@@ -115,22 +114,3 @@ def test_failures_of_other_calls_are_left_to_verl(modules):
     with pytest.raises(Exception, match="no_such"):
         asyncio.run(modules.collective_rpc("no_such"))
     assert weight_update_error(modules) is None
-
-
-def test_verls_own_classes_are_wrapped():
-    """They are wrapped in every process in which verl is imported."""
-    code = (
-        "import verl\n"
-        "from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension as Worker\n"
-        "from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer as Server\n"
-        "from hapo_verl.protocol.weight_error import _UPDATES\n"
-        "methods = [*(getattr(Worker, name) for name in _UPDATES), Server.collective_rpc]\n"
-        "print([method.__wrapped__.__qualname__ for method in methods])"
-    )
-    assert python(code, VERL_PLATFORM="cpu") == str(
-        [
-            "vLLMColocateWorkerExtension.update_weights_from_ipc",
-            "vLLMColocateWorkerExtension.update_verl_delta_weights",
-            "vLLMHttpServer.collective_rpc",
-        ]
-    )

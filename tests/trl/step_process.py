@@ -1,6 +1,6 @@
 """Runs two optimizer steps of HAPO on given completions, in one process or in one of several, and writes the weights.
 
-Started by `test_processes.py` as `step_process.py OUTPUT`, directly or by torchrun.
+Called by `test_processes.py`, and started by it as `step_process.py OUTPUT` in each of two processes.
 """
 
 import os
