@@ -1,7 +1,7 @@
 # make quickstart         verl's real trainer teaches a real language model on a laptop, with a picture
 # make quickstart-digits  the same trainer, a random tiny model that learns to write digits backwards
 # make quickstart-gsm8k   the language model on real word problems, a few steps
-# make test               what CI runs: lint, types, docs, unit tests, verl's trainer end to end; 16 to 17 minutes on two cores
+# make test               what CI runs: lint, types, docs, unit tests, verl's trainer end to end; 14 to 15 minutes on two cores
 # make test-long          deaths, hangs, two Ray nodes, tools, every baseline and GPU target, 10,000 examples a campaign; hours
 # make check              lint and types, and the unit tests of what changed since the last commit
 # make gpu-bundle         a folder for a GPU machine without network: kernels, tests, benches, peers, one command
