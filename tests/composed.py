@@ -5,7 +5,6 @@ Hydra composes 28 files of verl and of this package, for half a second, before i
 
 from functools import cache
 
-from hydra import compose, initialize_config_module
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
@@ -26,10 +25,6 @@ def _sets_a_key(override: str) -> bool:
 
 @cache
 def _of(presets: tuple[str, ...]) -> DictConfig:
-    return composed_by_hydra(*presets)
+    from hapo_verl.launch.rehearsal import composed  # not in the process that distributes tests
 
-
-def composed_by_hydra(*overrides: str) -> DictConfig:
-    """Hydra's own composition."""
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", overrides=list(overrides))
+    return composed(presets)

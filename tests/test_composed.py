@@ -4,7 +4,8 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from tests.composed import composed_by_hydra, launch
+from hapo_verl.launch.rehearsal import composed
+from tests.composed import launch
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ from tests.composed import composed_by_hydra, launch
     ],
 )
 def test_it_equals_hydras(overrides):
-    ours, hydras = launch(*overrides), composed_by_hydra(*overrides)
+    ours, hydras = launch(*overrides), composed(overrides)
     assert OmegaConf.to_container(ours, resolve=False) == OmegaConf.to_container(hydras, resolve=False)
     assert OmegaConf.is_struct(ours) == OmegaConf.is_struct(hydras)
     ours.trainer.project_name = "another"
@@ -30,8 +31,8 @@ def test_it_equals_hydras(overrides):
 @pytest.mark.parametrize("wrong", ["algorithm.adv_estimatr=hapo", "trainer.nowhere.at_all=1", "+trainer.device=cpu"])
 def test_its_errors_are_hydras(wrong):
     texts = []
-    for compose in (launch, composed_by_hydra):
+    for compose in (composed, lambda overrides: launch(*overrides)):
         with pytest.raises(ConfigCompositionException) as raised:
-            compose("+hapo=paper", wrong)
+            compose(["+hapo=paper", wrong])
         texts.append(str(raised.value))
     assert texts[0] == texts[1]

@@ -6,7 +6,6 @@ import random
 from functools import cache
 
 import torch
-from hydra import compose, initialize_config_module
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -18,6 +17,7 @@ from hapo_verl.config import GATES, ConfigError, HapoConfig
 from hapo_verl.driver.gatekeeper import Gatekeeper
 from hapo_verl.launch.checks import check_configuration
 from hapo_verl.launch.sizes import _COUNTS, _COUNTS_OR_NULL, check_sizes
+from tests import composed
 from tests.fuzz.campaign import campaign, is_one_line, values
 
 
@@ -176,16 +176,12 @@ VERLS = [
 
 @cache
 def launch():
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose(
-            "ppo_trainer",
-            [
-                "+hapo=plus",
-                "actor_rollout_ref.rollout.n=8",
-                "actor_rollout_ref.actor.use_dynamic_bsz=true",
-                "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=true",
-            ],
-        )
+    config = composed.launch(
+        "+hapo=plus",
+        "actor_rollout_ref.rollout.n=8",
+        "actor_rollout_ref.actor.use_dynamic_bsz=true",
+        "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=true",
+    )
     OmegaConf.set_struct(config, False)
     check_configuration(config)
     check_sizes(config)

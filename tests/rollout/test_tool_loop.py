@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
@@ -22,6 +21,7 @@ from verl.workers.rollout.replica import TokenOutput
 from hapo_verl.algo.demonstration import Refusal
 from hapo_verl.rollout.tokens import ChatFormat
 from hapo_verl.rollout.tool_loop import ToolLoop
+from tests.composed import launch
 from tests.rollout.tool_chat import DEAF, GLM, HERMES, QWEN, make_tokenizer
 
 REVERSE = Path(__file__).parents[1] / "e2e" / "reverse_tool.py"
@@ -126,8 +126,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def composed():
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", overrides=["+hapo=paper", "actor_rollout_ref.rollout.n=8"])
+    config = launch("+hapo=paper", "actor_rollout_ref.rollout.n=8")
     OmegaConf.set_struct(config, False)
     return config
 

@@ -31,6 +31,7 @@ def in_two_processes(output, port):
     finally:
         for process in started:
             process.kill()
+            process.wait()
 
 
 def test_two_processes_give_the_result_of_one(tmp_path):
