@@ -10,6 +10,7 @@
 PYTHON ?= python3.11
 PRESET ?= plus
 SEED ?= 1
+GPU_PYTHON ?= 3.12
 GSM8K ?= $(wildcard ../shared/data/gsm8k/train.jsonl)
 
 # Trainers at a time: each takes 7 GiB and, while it starts, one core.
@@ -81,8 +82,12 @@ test-long: env
 	HAPO_FUZZ_EXAMPLES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/fuzz --timeout 7200 --durations=0
 	$(BIN)/python -m pytest -q -m long -n $(JOBS) --dist loadfile --durations=0
 
+# The large wheels are built for one Python, that of the GPU machine.
 gpu-bundle: $(VENV)/peers/.complete
-	$(BIN)/python bench/gpu_bundle.py --wheels $(VENV)/peers/wheels --out outputs/gpu_bundle
+	rm -rf $(VENV)/peers/large
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --implementation cp \
+		--python-version $(GPU_PYTHON) --platform manylinux_2_28_x86_64 -d $(VENV)/peers/large -r requirements/gpu_peers.txt
+	$(BIN)/python bench/gpu_bundle.py --wheels $(VENV)/peers/wheels --large $(VENV)/peers/large --out outputs/gpu_bundle
 
 env: $(VENV)/.complete
 
