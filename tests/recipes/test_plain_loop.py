@@ -1,6 +1,9 @@
 """The plain loop: supervised steps first, then the rest of the run with its own learning rate."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from tests.recipes.plain import plain_loop
 
@@ -47,3 +50,20 @@ def test_the_learning_rate_falls_to_a_tenth_in_each_part(monkeypatch, share):
     assert [(lr, steps) for lr, steps, _ in parts if steps] == expected
     for lr, steps, optimizer in parts:
         assert optimizer.param_groups[0]["lr"] == pytest.approx(lr / 10 if steps else lr)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate"), [({"task": "digits"}, 1e-3), ({"task": "words"}, 3e-4), ({"model": "a-model"}, 3e-4)]
+)
+def test_a_pretrained_model_is_warmed_up_at_the_rate_of_the_run(monkeypatch, settings, rate):
+    """The first steps of Adam move a weight by the rate, whatever the gradient: here two, until all answers are right."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    policy = SimpleNamespace(
+        model=SimpleNamespace(parameters=lambda: [weight]),
+        task=SimpleNamespace(train=["a problem"]),
+        demonstration_rows=len,
+        rollouts=lambda problems, counts, generator: SimpleNamespace(score_B=torch.ones(len(problems))),
+    )
+    monkeypatch.setattr(plain_loop, "imitation_loss", lambda policy, rows: 5 * weight.sum())
+    plain_loop.warm_up(policy, plain_loop.Settings(**settings, lr=3e-4, warm=0.5))
+    assert weight.item() == pytest.approx(-2 * rate, rel=0.02)
