@@ -157,10 +157,10 @@ def inject(rows: Rows, group: Sequence[int], demonstration: Demonstration, mode:
     Returns:
         The new batch; `rows` is not changed.
     """
-    width = rows.response_BT.size(1)
+    width, device = rows.response_BT.size(1), rows.response_BT.device
     padding = width - len(demonstration.tokens)
-    response_T = torch.tensor(demonstration.tokens + demonstration.tokens[-1:] * padding)
-    mask_T = torch.tensor([1] * len(demonstration.tokens) + [0] * padding)
+    response_T = torch.tensor(demonstration.tokens + demonstration.tokens[-1:] * padding, device=device)
+    mask_T = torch.tensor([1] * len(demonstration.tokens) + [0] * padding, device=device)
     lengths = rows.mask_BT.sum(1).tolist()
     candidates = [
         Rollout(
@@ -177,9 +177,9 @@ def inject(rows: Rows, group: Sequence[int], demonstration: Demonstration, mode:
         rows.prompt_mask_BS[worst],
         response_T,
         mask_T,
-        torch.tensor(demonstration.score),
+        torch.tensor(demonstration.score, device=device),
         rows.group_B[worst],
-        torch.tensor(True),
+        torch.tensor(True, device=device),
     )
     if mode == "append":
         return Rows(*(torch.cat([old, value.unsqueeze(0)]) for old, value in zip(rows, new, strict=True)))
@@ -215,7 +215,7 @@ def loss_of(policy: Policy, rows: Rows, advantage_B: Tensor, settings: Settings)
         trains_B = objective.has_gradient(advantage_B, rows.score_B, rows.group_B)
         rows, advantage_B = Rows(*(column[trains_B] for column in rows)), advantage_B[trains_B]
         if not len(advantage_B):
-            return torch.zeros(())
+            return torch.zeros((), device=advantage_B.device)
     with_entropy = bool(settings.entropy) or "entropy" in objective.reads
     logp_BT, entropy_BT = policy.token_scores(rows, with_entropy=with_entropy)
     loss = hapo_policy_loss(
@@ -238,7 +238,7 @@ def loss_of(policy: Policy, rows: Rows, advantage_B: Tensor, settings: Settings)
             rows.group_B,
             rows.demonstration_B,
             tokens_B,
-            log_ratio_B=torch.zeros(len(tokens_B)),
+            log_ratio_B=torch.zeros_like(advantage_B),
             entropy_B=(entropy_BT.detach() * rows.mask_BT).sum(1) / tokens_B,
             batch_size=batch_size,
             groups=groups,
@@ -297,6 +297,7 @@ def train(
     settings: Settings,
     report: Callable[[dict[str, float]], None] = lambda record: None,
     probe: Callable[[Policy], dict[str, float]] = lambda policy: {},
+    task: Task | None = None,
 ) -> list[dict[str, float]]:
     """Train a model: the task's own, or the one that the settings name.
 
@@ -304,13 +305,14 @@ def train(
         settings: the settings of the run.
         report: called with the record of each step.
         probe: called once after the last step; its result is added to the last record.
+        task: the task, if it is not one that the settings can name.
 
     Returns:
         One record per step: on-policy success, firing rate, share of demonstrations among the rows, generated tokens
         and demonstrations' tokens. Every `test_every` steps also held-out success, and the relative deviation of the
         gradient from that of the rollouts alone.
     """
-    task = make_task(settings)
+    task = task or make_task(settings)
     policy = Policy.of(settings, task)
     parameters = list(policy.model.parameters())
     supervised = math.ceil(settings.imitate * settings.steps)
@@ -417,10 +419,11 @@ def describe(rounds: Sequence[Round], rows: Rows) -> dict[str, float]:
 def warm_up(policy: Policy, settings: Settings) -> None:
     """Imitate demonstrations until sampled answers reach the success rate `settings.warm`.
 
-    A pretrained model is trained at the run's own rate, and its success measured on fewer samples: they take longer.
+    The learning rate is not the run's, so that runs at several rates begin with the same model. The success of a
+    pretrained model is measured on fewer samples: they take longer.
     """
     generator, rng = torch.Generator(settings.device).manual_seed(settings.seed), random.Random(settings.seed)
-    lr, samples = (1e-3, 512) if settings.task == "digits" and not settings.model else (settings.lr, 128)
+    lr, samples = (1e-3, 512) if settings.task == "digits" and not settings.model else (1e-4, 128)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr)
     succeeded = 0.0
     while succeeded < settings.warm:
@@ -470,8 +473,9 @@ def sample_round(
     kept, tokens = list(range(len(problems))), int(sampled.mask_BT.sum())
     if settings.filter_groups:
         kept = [prompt for prompt in kept if rows.score_B[rows.group_B == prompt].unique().numel() > 1]
+        groups = torch.tensor(kept, device=rows.group_B.device)
         rows, sampled = (
-            Rows(*(column[torch.isin(part.group_B, torch.tensor(kept))] for column in part)) for part in (rows, sampled)
+            Rows(*(column[torch.isin(part.group_B, groups)] for column in part)) for part in (rows, sampled)
         )
     return Round(rows, sampled, kept, rollouts, successes, fired, tokens)
 
@@ -561,15 +565,16 @@ class Policy:
             *self.encode([question for question, _ in pairs]),
             torch.tensor([d.tokens + d.tokens[-1:] * (width - len(d.tokens)) for _, d in pairs], device=device),
             torch.tensor([[1] * len(d.tokens) + [0] * (width - len(d.tokens)) for _, d in pairs], device=device),
-            torch.tensor([d.score for _, d in pairs]),
-            torch.arange(len(pairs)),
-            torch.ones(len(pairs), dtype=torch.bool),
+            torch.tensor([d.score for _, d in pairs], device=device),
+            torch.arange(len(pairs), device=device),
+            torch.ones(len(pairs), dtype=torch.bool, device=device),
         )
 
     def rollouts(self, problems: Sequence[Problem], rollouts: Sequence[int], generator: torch.Generator) -> Rows:
         """Sample and score responses, as many for each problem as `rollouts` says."""
         repeated = [problem for problem, count in zip(problems, rollouts, strict=True) for _ in range(count)]
         prompt_BS, prompt_mask_BS = self.encode([problem.question for problem in repeated])
+        device = prompt_BS.device
         response_BT, mask_BT = self.sample(prompt_BS, prompt_mask_BS, generator)
         return Rows(
             prompt_BS,
@@ -577,8 +582,8 @@ class Policy:
             response_BT,
             mask_BT,
             self.scores(repeated, response_BT, mask_BT),
-            torch.arange(len(problems)).repeat_interleave(torch.tensor(rollouts)),
-            torch.zeros(len(repeated), dtype=torch.bool),
+            torch.arange(len(problems), device=device).repeat_interleave(torch.tensor(rollouts, device=device)),
+            torch.zeros(len(repeated), dtype=torch.bool, device=device),
         )
 
     def solutions(self, problems: Sequence[Problem], rows: Rows) -> Iterator[tuple[int, Response]]:
@@ -597,7 +602,8 @@ class Policy:
     def scores(self, problems: Sequence[Problem], response_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """The scores (B,) of responses: 1 for a right answer, else 0."""
         texts = self.texts(response_BT, mask_BT)
-        return torch.tensor([float(self.task.is_right(p, text)) for p, text in zip(problems, texts, strict=True)])
+        right = [float(self.task.is_right(p, text)) for p, text in zip(problems, texts, strict=True)]
+        return torch.tensor(right, device=response_BT.device)
 
     def answers(self, problems: Sequence[Problem]) -> list[str]:
         """The model's greedy answers."""
