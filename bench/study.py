@@ -5,7 +5,7 @@
     python bench/study.py language                          the methods, the losses of a demonstration and SFT on
                                                             SmolLM2-135M-Instruct; 10 minutes a run on one core
     python bench/study.py gates --task digits4 --seeds 2    a part of it
-    python bench/study.py trainer                           the most important ones in verl's trainer, 10 minutes a run
+    python bench/study.py trainer                           the most important ones in verl's trainer, four digits
     python bench/study.py gates --report                    tables, picture and page of the finished runs
 
 All runs but those of `trainer` use the plain loop (`recipes/plain_loop/plain_loop.py`): `hapo_verl.algo` without verl.
@@ -149,7 +149,9 @@ class Run(NamedTuple):
         """The name of the run, which marks it as done in the results."""
         normalised = "" if self.settings.scale_by_std else "-nostd"
         cell = self.cell.replace("/", "-").replace(", ", "-").replace(" ", "-")
-        return f"{self.task}-{cell}{normalised}-seed{self.settings.seed}"
+        model = f"-{Path(self.settings.model).name}" if self.settings.model else ""
+        device = f"-{self.settings.device}" if self.settings.device != "cpu" else ""
+        return f"{self.task}-{cell}{normalised}{model}{device}-seed{self.settings.seed}"
 
 
 def gate_runs(tasks: Iterable[str], seeds: int) -> list[Run]:
@@ -191,8 +193,10 @@ def language_runs(tasks: Iterable[str], seeds: int, rates: Sequence[float]) -> l
 def train_one(one: Run) -> dict[str, Any]:
     """The record of a run."""
     torch.set_num_threads(1)
-    # CPU time of this process, which has one thread, since other work on the machine would distort the clock time.
-    started = time.process_time()
+    # CPU time of this process, which has one thread, since other work on the machine would distort the clock time. With
+    # another device the clock's time.
+    clock = time.process_time if one.settings.device == "cpu" else time.perf_counter
+    started = clock()
     history = train(one.settings, probe=probe(one.settings)) if one.task in LANGUAGE_TASKS else train(one.settings)
     return {
         "name": one.name,
@@ -204,7 +208,7 @@ def train_one(one: Run) -> dict[str, Any]:
             for key in dict.fromkeys(key for record in history for key in record)
             if key != "step"
         },
-        "seconds": round(time.process_time() - started, 1),
+        "seconds": round(clock() - started, 1),
         "machine": machine(),
     }
 
@@ -217,6 +221,12 @@ def _tokens_to(record: dict[str, Any], level: float) -> float:
     """Tokens that the policy has generated when held-out success first reaches the level."""
     last = _first_reaching(record["history"]["heldout_success"], level)
     return sum(value for step, value in record["history"]["generated_tokens"] if step <= last) if last == last else last
+
+
+def _seconds_to(record: dict[str, Any], level: float) -> float:
+    """The seconds of the run times the share of its steps until held-out success first reaches the level."""
+    step = _first_reaching(record["history"]["heldout_success"], level)
+    return record["seconds"] * step / record["settings"]["steps"]
 
 
 def _late(points: Sequence[tuple[int, float]], share: float = 0.2) -> float:
@@ -256,10 +266,12 @@ COLUMNS = {
         "new templates, last": lambda r: r["history"].get("new_templates_success", [(0, float("nan"))])[-1][1],
         "learning rate": lambda r: r["settings"]["lr"],
         "generated tokens": lambda r: sum(value for _, value in r["history"]["generated_tokens"]),
+        "tokens to .5": lambda r: _tokens_to(r, 0.5),
         "teacher tokens": lambda r: sum(value for _, value in r["history"]["teacher_tokens"]),
         "KL elsewhere": lambda r: r["history"]["divergence"][-1][1],
         "capitals": lambda r: r["history"]["capitals"][-1][1],
-        "CPU seconds": lambda r: r["seconds"],
+        "seconds": lambda r: r["seconds"],
+        "seconds to .5, about": lambda r: _seconds_to(r, 0.5),
     },
     "trainer": CURVE
     | {
@@ -350,8 +362,8 @@ def train_in_verl(seeds: int) -> None:
     print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are done", flush=True)
     for preset, seed in missing:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, QUICKSTART, "--preset", preset, "--seed", str(seed), "--output", folder]
-            subprocess.run(command, check=True)
+            run = ["--task", "digits", "--preset", preset, "--seed", str(seed), "--output", folder]
+            subprocess.run([sys.executable, QUICKSTART, *run], check=True)
             (result,) = Path(folder).glob("*/result.json")
             shutil.copy(result, trainer_file(preset, seed))
 
@@ -450,8 +462,10 @@ def report(study: str, out: Path) -> None:
     commits = sorted({record["machine"]["commit"] for record in records})
     head = (
         f"{len(records)} runs of the plain loop, commit {', '.join(commits)}, {records[0]['machine']['device']}; "
-        f"mean ± deviation over seeds. `python bench/study.py {study}` makes them again."
+        f"mean ± deviation over seeds. Commit and command of each run are in `{study}.jsonl`."
     )
+    if study == "language":
+        head += " Seconds are CPU seconds of one thread; those to .5 are the share of the steps until then."
     if study == "methods":
         head += " The runs of verl's trainer are those of `bench/results/quickstart`, each with its commit and command."
     tables = [(heading(section), table(section)) for section in sections]
@@ -491,8 +505,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", nargs="+", help="some of the methods of language")
     parser.add_argument("--rates", nargs="+", type=float, default=LANGUAGE_RATES, help="learning rates of language")
     parser.add_argument("--seeds", type=int, help="5 for gates, 3 for the others")
-    parser.add_argument("--device", default="cpu", help="of the runs of language; cuda takes one process")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="one thread each")
+    parser.add_argument("--device", default="cpu", help="of the runs of language")
+    parser.add_argument("--model", default="", help="an instruct model of Hugging Face for language, folder or name")
+    parser.add_argument("--processes", type=int, help="one thread each; one for each core, and one for another device")
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--smoke", action="store_true", help="two short runs, no claim")
     args = parser.parse_args(argv)
@@ -513,8 +528,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = of(args.task or known, args.seeds or seeds)
     if args.method:
         jobs = [job for job in jobs if job.cell.rsplit(maxsplit=1)[0] in args.method]
-    if args.device != "cpu":
-        jobs = [job._replace(settings=replace(job.settings, device=args.device)) for job in jobs]
+    if args.study == "language":
+        jobs = [job._replace(settings=replace(job.settings, device=args.device, model=args.model)) for job in jobs]
     if args.smoke:
         jobs = [job._replace(settings=replace(job.settings, steps=2, prompts=2, test_every=2)) for job in jobs[:2]]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -523,7 +538,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [job for job in jobs if job.name not in done]
     if not args.report:
         print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are done", flush=True)
-        with multiprocessing.get_context("spawn").Pool(args.processes) as pool, path.open("a") as file:
+        processes = args.processes or (1 if args.device != "cpu" else os.cpu_count())
+        with multiprocessing.get_context("spawn").Pool(processes) as pool, path.open("a") as file:
             for number, record in enumerate(pool.imap_unordered(train_one, missing), start=1):
                 file.write(json.dumps(record) + "\n")
                 file.flush()

@@ -161,7 +161,7 @@ the quickstart as it is now: 8 prompts x 4 rollouts a step, gradients clipped at
 quickstart had verl's clip of 1 at a run's commit, its command has the clip. `hapo_grpo` was run with 1, which makes no
 difference to a gradient of 0. Runs of 24 and 28 steps had 8 x 8 rollouts, micro-batches of 512 to 768 tokens, a clip of
 1, and `plus` with λ = .1. A seed does not fix a run: seed 1 of `plus` was run twice. Minutes are the trainer's,
-start-up included; the first of these two runs was alone on the machine, nearly all others had other work beside them. A
+start-up included; the one of .64 was alone on the machine, nearly all others had other work beside them. A
 commit with a `+` had changes that were not committed.
 
 {notes(found)}
@@ -170,12 +170,12 @@ commit with a `+` had changes that were not committed.
 {trials(RESULTS / "trials")}
 
 With verl's gradient clip of 1 `plus` ends at 0.72, 0.80 and 0.46 and with 10 at 0.64, 0.70, 0.72 and 0.62. In the
-`metrics.jsonl` of the last three runs the norms before clipping are 5.7 to 10.1 in the first two steps and 0.7 to 3.9
-later, above 1 in 46 of 54 steps, so a clip of 1 shortens nearly every step. The larger clip was chosen after these
-runs, on the same problems and seeds; the means, 0.66 and 0.67, do not differ by more than chance. `paper` ends at
-0.16, 0.00 and 0.24 with the larger clip, and at 0.32 and 0.16 with verl's. That is no difference that so few runs can
-show, and far below `plus` with either. With the larger clip its first rollout succeeds in steps 6 to 8, and no step has
-more successes than 5 of 32.
+`metrics.jsonl` of the runs that end at 0.70, 0.72 and 0.62 the norms before clipping are 5.7 to 10.1 in the first two
+steps and 0.7 to 3.9 later, above 1 in 46 of 54 steps, so a clip of 1 shortens nearly every step. The larger clip was
+chosen after the runs with a clip of 1, on the same problems and seeds; the means, 0.66 and 0.67, do not differ by more
+than chance. `paper` ends at 0.16, 0.00 and 0.24 with the larger clip, and at 0.32 and 0.16 with verl's. That is no
+difference that so few runs can show, and far below `plus` with either. With the larger clip the first of its rollouts
+that succeeds comes in step 6, 7 or 8, and no step has more successes than 5 of 32.
 
 ## The same problems before and after
 

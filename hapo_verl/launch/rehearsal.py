@@ -253,7 +253,9 @@ class Rehearsal:
         if not count:
             return f"every token of {len(scored)} demonstrations; the loss teaches tokens {reach}, {found}"
         loss = self.hapo.loss
-        keys = "hapo.loss.exponent=0.0" if loss.shape == "power" else "hapo.loss.shape=power hapo.loss.exponent=0.0"
+        keys = "hapo.loss.exponent=0.0 hapo.loss.shaping=1.0"
+        if loss.shape != "power":
+            keys = f"hapo.loss.shape=power {keys}"
         return (
             f"{count} of {len(scored)} demonstrations ({count / len(scored):.0%}) have a token that the loss does not "
             f"teach, and may never be written: hapo.loss.shape={loss.shape} with exponent {loss.exponent} and shaping "

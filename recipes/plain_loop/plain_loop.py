@@ -4,7 +4,7 @@
     python recipes/plain_loop/plain_loop.py --gate annealed --mode append      the recommended gate and mode
     python recipes/plain_loop/plain_loop.py --gate never                       GRPO
     python recipes/plain_loop/plain_loop.py --source own                       the policy's own successes, no teacher
-    python recipes/plain_loop/plain_loop.py --task words --gate annealed --mode append --exponent 0    a language model
+    python recipes/plain_loop/plain_loop.py --task words                       a language model, for more see README.md
 
 Read this file first. It has the same gate, injection, advantages and loss as the real trainer, so it also serves for a
 quick experiment before a run. With the digits a step takes about 0.15 s on one core.

@@ -48,7 +48,8 @@ PRESETS = {
 }
 # The baselines. grpo above is verl's own; hapo_grpo is the same algorithm in HAPO's trainer, which leaves out rows
 # without a gradient.
-PRESETS |= {name: [f"+hapo={name}", *HAPO] for name in ("dapo", "luffy", "srft", "real", "real_ssi")}
+BASELINES = ("dapo", "luffy", "srft", "chord", "s_grpo", "real", "real_ssi")
+PRESETS |= {name: [f"+hapo={name}", *HAPO] for name in BASELINES}
 PRESETS["hapo_grpo"] = ["+hapo=grpo", *HAPO]
 
 TRACE = ["hapo.trace_limit=16"]

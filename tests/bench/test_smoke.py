@@ -58,7 +58,12 @@ def test_rows_without_a_gradient_cost_no_time(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("study", "cell"), [pytest.param("gates", "paper/append", marks=pytest.mark.long), ("methods", "dapo")]
+    ("study", "cell"),
+    [
+        pytest.param("gates", "paper/append", marks=pytest.mark.long),
+        ("methods", "dapo"),
+        pytest.param("language", "dapo", marks=pytest.mark.long),
+    ],
 )
 def test_the_study_trains_reports_and_resumes_where_it_stopped(tmp_path, study, cell):
     out = ["--smoke", "--processes", "1", "--out", tmp_path]

@@ -128,11 +128,16 @@ def dlogits_cases():
 
 
 def head_cases():
-    # Only the most expensive shape is compiled here; the others are compiled with `policy_loss`.
-    for name, flags in (("every term", FULL), ("surrogate only", PLAIN)):
+    shapes = {
+        f"shape {code}": FULL | {"SHAPE": code, "KL": 0, "HAS_ENTROPY": False}
+        for code in range(policy_loss.CHORD.value + 1)
+        if code != policy_loss.POWER.value
+    }
+    for name, flags in (("every term", FULL), ("surrogate only", PLAIN), *shapes.items()):
         flags = {key: value for key, value in flags.items() if key in policy_head.head_row_kernel.arg_names}
         flags["HAS_BEHAVIOUR"] = name == "every term"
-        for of, storage in (("", ("out_ptr",)), ("logits, ", ("logits_ptr", "out_ptr")), ("slice, ", ("out_ptr",))):
+        inputs = (("", ("out_ptr",)), ("logits, ", ("logits_ptr", "out_ptr")), ("slice, ", ("out_ptr",)))
+        for of, storage in inputs[:1] if name in shapes else inputs:
             where = {"WHOLE": of == "logits, ", "EVERY": name == "every term", "SLICE": of == "slice, "}
             yield f"head_row_kernel, {of}{name}", policy_head.head_row_kernel, storage, flags | where
 

@@ -1,5 +1,6 @@
 """Statements on the kernels' page about other heads, checked on a CPU. Peers are installed outside the environment."""
 
+import ast
 import inspect
 import os
 import sys
@@ -124,6 +125,24 @@ def test_ligers_grpo_contains_the_loss_computes_masked_rows_and_has_no_entropy(p
     assert products(lambda: loss(keep).backward()) == everything
     named = {*inspect.signature(type(head).__init__).parameters, *inspect.signature(head.forward).parameters}
     assert not [name for name in named if "entropy" in name or "teacher" in name or "group" in name]
+
+
+def parameters(path, function):
+    """The parameters of a function in a peer's source, of a module that only a GPU machine can import."""
+    nodes = ast.walk(ast.parse((SITE / path).read_text()))
+    (node,) = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == function]
+    return {argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
+
+
+def test_the_heads_that_need_a_gpu_take_no_loss_and_no_temperature_of_a_token():
+    cce = parameters("cut_cross_entropy/linear_cross_entropy.py", "linear_cross_entropy")
+    assert {"targets", "ignore_index", "filter_eps"} <= cce
+    quack = parameters("quack/linear_cross_entropy.py", "chunked_linear_cross_entropy")
+    assert {"target", "ignore_index", "chunk_size"} <= quack
+    for given in (cce, quack):
+        assert not [name for name in given if any(word in name for word in ("temperature", "advantage", "group"))]
+    verl = parameters("verl/utils/kernel/linear_cross_entropy.py", "forward")
+    assert verl == {"ctx", "hidden", "weight", "labels", "temperature", "reduction", "dist_process_group"}
 
 
 def test_the_page_names_every_peer():

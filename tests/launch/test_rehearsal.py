@@ -225,12 +225,14 @@ def test_a_token_that_the_loss_cannot_teach_is_named_with_the_key_that_teaches_i
         "hapo.loss.shape=power with exponent 1.0 and shaping 0.1 teaches tokens down to a probability of 2.5e-04, the "
         "least likely token of a demonstration (median: "
     )
-    assert paper.endswith("Use hapo.loss.exponent=0.0, which teaches every token.")
+    assert paper.endswith("Use hapo.loss.exponent=0.0 hapo.loss.shaping=1.0, which teaches every token.")
     chord = rehearsal(folder, *launched, "hapo.loss.shape=chord").teachable()
     assert "teaches tokens down to a probability of 2.5e-03, " in chord
     # Most demonstrations have no 7, and the 16 other tokens are equally likely: 4 q (1 - q) at q = 1/16.
     assert "has 6.2e-02 and 23% of the largest weight. Use" in chord
-    assert chord.endswith("Use hapo.loss.shape=power hapo.loss.exponent=0.0, which teaches every token.")
+    assert chord.endswith(
+        "Use hapo.loss.shape=power hapo.loss.exponent=0.0 hapo.loss.shaping=1.0, which teaches every token."
+    )
     taught = rehearsal(folder, *launched, "hapo.loss.exponent=0.0").teachable()
     assert taught.startswith("every token of 18 demonstrations; the loss teaches tokens however improbable, the least")
 
