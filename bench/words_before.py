@@ -1,9 +1,10 @@
-"""How often is the quickstart's model right before training? Strictly, and if any last number of its answer counts.
+"""What can the quickstart's model do before training?
 
     nice python bench/words_before.py        some minutes on one core; writes results/quickstart_words/before.json
 
-The strict reader is the reward: the last line is `#### n`. The lenient one takes the last number of an answer of up to
-128 tokens, since the model explains at length. The difference is the format, which a demonstration teaches first.
+strict     right greedy answers, as the reward reads them: the last line is `#### n`
+lenient    answers of up to 128 tokens whose last number is right, in whatever words
+sums       results in the demonstrations' lines `a + b = c` that the model finds, given the lines before and `a + b =`
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "plain_loop"))
 from harness import machine
 from plain_loop import Policy, Settings
+from task import Problem
 from word_task import WordTask
 
 RESULTS = Path(__file__).parent / "results" / "quickstart_words"
@@ -31,8 +33,28 @@ def last_number_is(text: str, answer: str) -> bool:
 
 
 @torch.no_grad()
+def sums(policy: Policy, problems: list[Problem]) -> float:
+    """The share of results in the demonstrations that are the model's own greedy tokens, given everything before."""
+    right = []
+    for problem in problems:
+        rows = policy.demonstration_rows([problem])
+        best = policy.log_probabilities(rows)[0].argmax(-1).tolist()
+        within = False
+        for token, greedy in zip(rows.response_BT[0].tolist(), best, strict=True):
+            text = policy.tokenizer.decode([token])
+            if within and any(digit in text for digit in "0123456789"):
+                right[-1] = right[-1] and token == greedy
+            elif "=" in text:
+                within = True
+                right.append(True)
+            elif text.strip(" ") or "\n" in text:
+                within = False
+    return sum(right) / len(right)
+
+
+@torch.no_grad()
 def measure(policy: Policy) -> dict[str, dict[str, float]]:
-    """The share of right greedy answers to each set of held-out problems, by reader."""
+    """The three shares for each set of held-out problems."""
     found = {}
     for name, problems in policy.task.heldout.items():
         prompts = policy.encode([problem.question for problem in problems])
@@ -40,6 +62,7 @@ def measure(policy: Policy) -> dict[str, dict[str, float]]:
         found[name] = {
             "strict": sum(map(policy.task.is_right, problems, texts)) / len(problems),
             "lenient": sum(last_number_is(t, p.answer) for t, p in zip(texts, problems, strict=True)) / len(problems),
+            "sums": sums(policy, problems),
             "problems": len(problems),
         }
     return found
