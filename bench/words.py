@@ -139,6 +139,26 @@ def transcript(run: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def before(path: Path) -> str:
+    """What the model can do before training, in words, from the result of `words_before.py`; empty without one."""
+    if not path.exists():
+        return ""
+    result = json.loads(path.read_text())
+    strict, lenient, sums = (
+        " and ".join(f"{found[kind]:.2f}" for found in result["success"].values())
+        for kind in ("strict", "lenient", "sums")
+    )
+    commit, tokens = result["machine"]["commit"], result["tokens"]
+    return f"""## Before training
+
+`python bench/words_before.py`, commit {commit}, 50 held-out problems and 50 of new templates. Of the model's greedy
+answers {strict} are right as the reward reads them, and {lenient} if the last number of {tokens} tokens
+counts, in whatever words. If the demonstration's lines up to `a + b =` are given, {sums} of the results
+are its own. So it can calculate; what it lacks is to write down the right sums, and the last line.
+
+"""
+
+
 def main() -> int:
     """Write `README.md` and `curves.png` beside the results."""
     found = runs(RESULTS)
@@ -177,7 +197,7 @@ than chance. `paper` ends at 0.16, 0.00 and 0.24 with the larger clip, and at 0.
 difference that so few runs can show, and far below `plus` with either. With the larger clip the first of its rollouts
 that succeeds comes in step 6, 7 or 8, and no step has more successes than 5 of 32.
 
-## The same problems before and after
+{before(RESULTS / "before.json")}## The same problems before and after
 
 Preset `{first["preset"]}`, seed {first["seed"]}.
 

@@ -3,6 +3,7 @@
 A question is a story with one to three steps of arithmetic. Only an answer whose last line is exactly `#### n`, with
 the right number, is rewarded. A model that was not told so never writes that line. So all rollouts of a group fail, and
 GRPO's advantages are all 0. The demonstration has one line for each step of the calculation, and then the last line.
+SmolLM2-135M-Instruct finds most results of these sums if it is given the lines up to them (`bench/words_before.py`).
 
     python recipes/quickstart/word_problems.py --output DIR      writes DIR/{train,heldout,new_templates}.parquet
 

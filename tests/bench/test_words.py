@@ -3,11 +3,14 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import words
+import words_before
 
 RESULTS = Path(words.__file__).parent / "results" / "quickstart_words"
 
@@ -74,3 +77,41 @@ def test_the_committed_table_agrees_with_the_committed_results():
     assert words.trials(RESULTS / "trials") in text
     assert words.notes(words.runs(RESULTS)) in text
     assert (RESULTS / "curves.png").exists()
+
+
+def test_what_the_model_can_do_before_training_is_said_in_words(tmp_path):
+    success = {"heldout_success": {"strict": 0.0, "lenient": 0.25, "sums": 0.5, "problems": 4}}
+    success["new_templates_success"] = {"strict": 0.125, "lenient": 0.75, "sums": 1.0, "problems": 4}
+    result = {"tokens": 128, "success": success, "machine": {"commit": "abc"}}
+    (tmp_path / "before.json").write_text(json.dumps(result))
+    text = words.before(tmp_path / "before.json")
+    assert "commit abc" in text
+    assert "0.00 and 0.12 are right" in text
+    assert "0.25 and 0.75 if the last number" in text
+    assert "0.50 and 1.00 of the results" in text
+    assert words.before(tmp_path / "absent.json") == ""
+
+
+def test_the_readers_of_answers_before_training():
+    assert words_before.last_number_is("She has 1,200 - 3 = 1,197 eggs.", "1197")
+    assert words_before.last_number_is("#### 007", "7")
+    assert not words_before.last_number_is("12 eggs, 13 pens", "12")
+    assert not words_before.last_number_is("none", "0")
+
+
+@pytest.mark.parametrize(("known", "share"), [("12", 1.0), ("1", 0.5), ("", 0.0)])
+def test_a_sum_is_right_if_every_digit_of_its_result_is_the_models_own(known, share):
+    """Here the model's own tokens are a fixed text; the results are 12 and 1, and the last line is no sum."""
+    text = "5 + 7 = 12\n9 - 8 = 1\n#### 1"
+    own = "".join(c if c in known else "x" for c in text)
+
+    class Policy:
+        tokenizer = SimpleNamespace(decode=lambda ids: chr(ids[0]))
+
+        def demonstration_rows(self, problems):
+            return SimpleNamespace(response_BT=torch.tensor([[ord(c) for c in text]]))
+
+        def log_probabilities(self, rows):
+            return torch.nn.functional.one_hot(torch.tensor([[ord(c) for c in own]]), 128).float()
+
+    assert words_before.sums(Policy(), ["a problem"]) == share

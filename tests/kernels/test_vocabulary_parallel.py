@@ -92,6 +92,7 @@ CASES = {
     "head": lambda *args, **settings: fused(*args, True, **settings),
     "head, logarithm": lambda *args, **settings: fused(*args, True, ("power", 0.1, 0.0), **settings),
     "head, power": lambda *args, **settings: fused(*args, True, ("power", math.inf, 0.3), **settings),
+    "head, trsft": lambda *args, **settings: fused(*args, True, ("trsft", 0.1, 1.0), **settings),
     "head, chord": lambda *args, **settings: fused(*args, True, ("chord", 0.1, 1.0), **settings),
     # The row with advantage 0 has no gradient in this case, and is only in the forward pass.
     "head, surrogate only": lambda *args, **settings: fused(*args, False, **settings),
