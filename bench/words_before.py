@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ def last_number_is(text: str, answer: str) -> bool:
 
 
 @torch.no_grad()
-def sums(policy: Policy, problems: list[Problem]) -> float:
+def sums(policy: Policy, problems: Sequence[Problem]) -> float:
     """The share of results in the demonstrations that are the model's own greedy tokens, given everything before."""
     right = []
     for problem in problems:
