@@ -3,12 +3,17 @@
 import socket
 from collections.abc import Callable
 
+import hypothesis
 import pytest
 from omegaconf import DictConfig
 
 from tests import composed, parsed_yaml
 
 parsed_yaml.install()
+
+# The first example of a test may import scipy, and on a busy machine any may wait: the limits of time are pytest's.
+hypothesis.settings.register_profile("without deadline", deadline=None)
+hypothesis.settings.load_profile("without deadline")
 
 # Files whose tests are processes with verl's engine, forked from a server that has imported verl: `engine_process.py`.
 WITH_ENGINE = "tests/actor/", "tests/driver/test_idle_rows.py", "tests/driver/test_trl.py"
