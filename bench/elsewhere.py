@@ -48,6 +48,7 @@ def divergence(initial: Policy, policy: Policy) -> float:
     for first in range(0, len(prompts), 16):
         prompt_BS, prompt_mask_BS = initial.encode(prompts[first : first + 16])
         response_BT, mask_BT = initial.sample(prompt_BS, prompt_mask_BS, None, TOKENS)
+        # Scores, groups and the mark of demonstrations are not read.
         rows = Rows(prompt_BS, prompt_mask_BS, response_BT, mask_BT, *[mask_BT[:, 0]] * 3)
         before_BTV, after_BTV = (model.log_probabilities(rows) for model in (initial, policy))
         kl_BT = (before_BTV.exp() * (before_BTV - after_BTV)).sum(-1)

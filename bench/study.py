@@ -3,7 +3,7 @@
     python bench/study.py gates                             gates and modes, one line a run; continues where it stopped
     python bench/study.py methods                           GRPO, DAPO, LUFFY, SRFT, REAL, HAPO; three seeds
     python bench/study.py language                          the methods, the losses of a demonstration and SFT on
-                                                            SmolLM2-135M-Instruct; 10 minutes a run on one core
+                                                            SmolLM2-135M-Instruct; 7 to 28 minutes a run on one core
     python bench/study.py gates --task digits4 --seeds 2    a part of it
     python bench/study.py trainer                           the most important ones in verl's trainer, four digits
     python bench/study.py gates --report                    tables, picture and page of the finished runs

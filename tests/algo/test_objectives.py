@@ -85,7 +85,7 @@ def test_real_with_an_injected_success_among_seven_failures():
     assert (Real().likelihood_weight(rows) / 8).tolist() == pytest.approx([1.0] + [-0.25] * 7)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(-1e4, 1e4), min_size=12, max_size=12))
 def test_reals_weights_are_finite_and_bounded_by_1_over_tau(log_ratios):
     rows = rows_of(*recorded())._replace(log_ratio_B=torch.tensor(log_ratios, dtype=torch.float64))

@@ -43,7 +43,7 @@ def after(run, limit=MIB, **settings):
     return successes
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(responses(), st.integers(-1, 2**40))
 def test_packed_tokens_are_unpacked_unchanged(response, step):
     assert unpacked(packed(OwnSuccess(response, step))) == OwnSuccess(response, step)
@@ -55,7 +55,7 @@ def test_a_token_takes_as_many_bits_as_the_largest_id():
     assert len(large) < 18 * 1000 / 8 + 32
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(runs)
 def test_the_shortest_success_of_the_latest_step_with_one_is_kept(run):
     successes = after(run)
@@ -70,7 +70,7 @@ def test_the_shortest_success_of_the_latest_step_with_one_is_kept(run):
         assert found.response.tokens == min(candidates, key=lambda tokens: (len(tokens), tokens))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(runs, st.integers(0, 2000), st.randoms(use_true_random=False))
 def test_the_order_in_which_a_steps_successes_come_does_not_matter(run, limit, rng):
     shuffled = [rng.sample(observed, len(observed)) for observed in run]
@@ -81,7 +81,7 @@ def test_the_order_in_which_a_steps_successes_come_does_not_matter(run, limit, r
     assert list(ours._packed) == list(theirs._packed)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(runs, st.integers(0, 2000))
 def test_the_bound_holds_after_every_step_and_the_newest_successes_are_kept(run, limit):
     successes = OwnSuccesses(limit)
@@ -117,7 +117,7 @@ def test_a_success_larger_than_the_limit_evicts_no_other():
     assert successes.evicted == 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(runs, st.integers(1, 4))
 def test_successes_are_recalled_up_to_the_age_limit_and_not_beyond(run, age):
     limited, unlimited = after(run, max_age=age), after(run)
@@ -130,7 +130,7 @@ def test_successes_are_recalled_up_to_the_age_limit_and_not_beyond(run, age):
     assert len(limited) == limited.nbytes == 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(runs, runs, st.integers(0, 4000), st.one_of(st.none(), st.integers(1, 4)))
 def test_a_memory_continues_the_same_after_saving_and_loading(run, rest, limit, age):
     kept = after(run, limit, max_age=age)

@@ -23,7 +23,7 @@ SHAPES = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(SHAPES, st.floats(1e-6, 50.0))
 def test_the_bound_is_where_the_weight_is_a_hundredth_of_the_largest(shape, nats):
     bound, largest = untaught_below(shape), shape.largest_weight

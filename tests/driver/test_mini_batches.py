@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hapo_verl.driver.mini_batches import grown_mini_batch, mini_batch_of, order_of_whole_groups, pack, reduced
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=24),
     st.integers(1, 4),
@@ -51,7 +51,7 @@ def test_groups_that_do_not_fit_are_reported(sizes, capacity):
     assert pack(sizes, sizes, bins=2, capacity=capacity) is None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(1, 4),
     st.sampled_from([1, 2, 4]),
